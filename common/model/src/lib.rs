@@ -1,0 +1,24 @@
+//! The vocabulary every other crate shares: ids, specs, platforms, digests, limits, reasons, error codes.
+//!
+//! Pure data and its validation; only `std` is visible from here. No clock, no randomness, no I/O.
+//! Invariant: a value of one of these types is well-formed, because its constructor is the only way in.
+
+pub mod digest;
+pub mod error;
+pub mod ids;
+pub mod limits;
+pub mod parse;
+pub mod platform;
+pub mod reason;
+pub mod spec;
+pub mod state;
+pub mod time;
+
+pub use digest::Digest;
+pub use error::{ErrorCode, InvalidField};
+pub use ids::{AttemptKey, AttemptNumber, BuildId, Instance, NodeId, TaskIndex, WorkerName};
+pub use platform::Platform;
+pub use reason::{Fault, Reason};
+pub use spec::{BuildSpec, Command, Executor, OnWorkerLoss, Outputs, Resources, Source};
+pub use state::BuildState;
+pub use time::LogTime;

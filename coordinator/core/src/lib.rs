@@ -1,0 +1,17 @@
+//! The registry's decisions, and nothing else: no task, socket, clock, randomness, file, log line or
+//! hash-ordered map is visible from here.
+//!
+//! Three verbs: [`state::State::apply`] changes the registry; [`schedule::schedule`] and [`due::due`] propose
+//! what the leader should commit next. The invariants they keep are in [`invariants`].
+
+pub mod command;
+pub mod effect;
+pub mod liveness;
+pub mod record;
+pub mod reply;
+
+pub use command::Command;
+pub use effect::Effect;
+pub use liveness::{InFlight, Liveness, SessionState, WorkerLiveness};
+pub use record::{Applied, Policy, Row, RowChange, RowKey};
+pub use reply::{Rejection, Reply, Unfit};

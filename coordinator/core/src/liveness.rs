@@ -1,0 +1,59 @@
+//! What the leader knows without asking the log: who is connected, who spoke when, which proposals are under way.
+//!
+//! Kept in the leader's memory by its shell and handed to `schedule`, `due` and `explain`; never replicated.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use helix_model::{AttemptKey, BuildId, Instance, LogTime, TaskIndex, WorkerName};
+
+/// All workers' liveness, and since when this leader has been watching.
+#[derive(Clone, Debug, Default)]
+pub struct Liveness {
+    /// When this leader began: nobody's lease lapses before a full lease after it.
+    pub leader_since: LogTime,
+    /// What is known of each worker that spoke to this leader.
+    pub workers: BTreeMap<WorkerName, WorkerLiveness>,
+    /// While set, losses are held back: too many workers fell silent at once.
+    pub brake: Option<LogTime>,
+}
+
+/// What the leader knows of one worker.
+#[derive(Clone, PartialEq, Debug)]
+pub struct WorkerLiveness {
+    /// The life that spoke.
+    pub instance: Instance,
+    /// Whether its session is open and its heartbeat in time: only then does it get new work.
+    pub session: SessionState,
+    /// When it last spoke.
+    pub last_seen: LogTime,
+    /// What it says of its host's room; empty when all is well.
+    pub pressure: String,
+    /// For each attempt it runs: how long nothing was printed, in milliseconds, at `last_seen`.
+    pub silent_ms: BTreeMap<AttemptKey, u64>,
+}
+
+/// Whether a worker can be given work now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SessionState {
+    /// Connected, heartbeats in time.
+    Open,
+    /// Connected, reconciled not yet, or its heartbeat is late.
+    Late,
+    /// Not connected.
+    Closed,
+}
+
+/// Proposals that are not applied yet, so that none is made twice.
+#[derive(Clone, Debug, Default)]
+pub struct InFlight {
+    /// Tasks whose assignment is under way, and to whom.
+    pub assigning: BTreeMap<(BuildId, TaskIndex), WorkerName>,
+    /// Attempts about which something else is under way (expiry, unverified end).
+    pub attempts: BTreeSet<AttemptKey>,
+    /// Workers about which something is under way (loss).
+    pub workers: BTreeSet<WorkerName>,
+    /// Builds whose purge is under way.
+    pub purging: BTreeSet<BuildId>,
+    /// Tombstones whose removal is under way.
+    pub expiring: BTreeSet<BuildId>,
+}

@@ -1,0 +1,165 @@
+//! What `apply` answers. A rejection states the fact that stood in the way; it is data, never a panic.
+
+use helix_model::{AttemptKey, AttemptNumber, BuildId, BuildState, ErrorCode, NodeId, WorkerName};
+
+/// The answer to one command.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// Nothing to do: it is so already. Asking twice is harmless.
+    Unchanged,
+    /// The build exists now.
+    Submitted,
+    /// The build existed, with the same spec: the same build.
+    SameBuild,
+    /// The build existed, with the same spec, and was purged after it had ended so.
+    SamePurged(BuildState),
+    /// The commit every task builds: this one, or an earlier report's.
+    SourcePinned(String),
+    /// How many builds were removed.
+    Purged(u64),
+    /// Not done, and nothing changed.
+    Rejected(Rejection),
+}
+
+/// Why a command was not carried out.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Rejection {
+    /// The id belongs to a build with another spec.
+    IdTaken(BuildId),
+    /// As many unfinished builds as policy allows.
+    QueueFull {
+        /// The policy's limit.
+        queue_max: u64,
+    },
+    /// No such build.
+    BuildUnknown(BuildId),
+    /// The build was purged.
+    BuildPurged(BuildId),
+    /// The state does not allow it.
+    WrongState {
+        /// The build's state.
+        from: BuildState,
+        /// What was asked for.
+        to: BuildState,
+    },
+    /// It belongs to somebody else.
+    NotOwner {
+        /// The build.
+        build: BuildId,
+        /// Its submitter.
+        owner: String,
+    },
+    /// The build has no such task.
+    TaskUnknown(AttemptKey),
+    /// The task does not wait for a worker, or not yet.
+    TaskNotWaiting(AttemptKey),
+    /// The attempt is not the task's current one, or runs under another worker or instance.
+    StaleAttempt {
+        /// What was reported on.
+        key: AttemptKey,
+        /// The task's latest attempt.
+        current: AttemptNumber,
+    },
+    /// The attempt has ended already.
+    AttemptEnded(AttemptKey),
+    /// No such worker.
+    WorkerUnknown(WorkerName),
+    /// The worker's life is another one.
+    InstanceStale(WorkerName),
+    /// The worker may not have this task: lost, draining, held, full, or not of the right kind.
+    WorkerUnfit {
+        /// The worker.
+        worker: WorkerName,
+        /// The fact that stands in the way.
+        why: Unfit,
+    },
+    /// A capacity of 0, or more than one command may carry.
+    OfferInvalid(&'static str),
+    /// Fewer coordinators hold the bytes than policy demands.
+    TooFewHolders {
+        /// What the bytes are.
+        what: String,
+        /// Who holds them.
+        holders: u32,
+        /// Who should.
+        needed: u32,
+    },
+    /// A success without a log, or something else that contradicts itself.
+    ReportInvalid(&'static str),
+    /// The commit is not 40 or 64 lower-case hex digits.
+    CommitInvalid,
+    /// Another node has this id.
+    NodeEpochTaken {
+        /// The id.
+        node: NodeId,
+    },
+    /// More ids than one command may touch.
+    TooManyRows {
+        /// How many were given.
+        given: usize,
+    },
+    /// A policy value that would break the cluster.
+    PolicyInvalid(&'static str),
+    /// An artifact of that name has another digest.
+    ArtifactTaken(String),
+    /// The attempt still runs.
+    AttemptRunning(AttemptKey),
+}
+
+/// Why a worker may not have a task. Also a verdict of `explain`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Unfit {
+    /// Silent: no session, or its heartbeat is late.
+    Unhealthy,
+    /// Its lease lapsed.
+    Lost,
+    /// It is away for an upgrade.
+    Detached,
+    /// It is draining.
+    Draining,
+    /// It is held: an attempt on it ended without proof of death.
+    Held,
+    /// As many attempts as its capacity.
+    Full {
+        /// The worker's capacity.
+        capacity: u32,
+    },
+    /// It does not build for the platform.
+    Platform,
+    /// It lacks a label that the build requires.
+    Label(String),
+    /// It does not offer the executor.
+    Executor,
+    /// It takes no commands from builds, or has none of its own for a build without one.
+    Command,
+    /// It has less of something than the build asks for.
+    Resources(&'static str),
+}
+
+impl Rejection {
+    /// The stable code that clients see.
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::IdTaken(_) => ErrorCode::IdTaken,
+            Self::QueueFull { .. } => ErrorCode::QueueFull,
+            Self::BuildUnknown(_) | Self::TaskUnknown(_) => ErrorCode::BuildUnknown,
+            Self::BuildPurged(_) => ErrorCode::BuildPurged,
+            Self::WrongState { .. } | Self::TaskNotWaiting(_) | Self::AttemptRunning(_) => ErrorCode::WrongState,
+            Self::NotOwner { .. } => ErrorCode::NotOwner,
+            Self::StaleAttempt { .. } | Self::AttemptEnded(_) | Self::InstanceStale(_) => ErrorCode::StaleAttempt,
+            Self::WorkerUnknown(_) => ErrorCode::WorkerUnknown,
+            Self::WorkerUnfit { .. } => ErrorCode::Unsatisfiable,
+            Self::NodeEpochTaken { .. } => ErrorCode::WrongCluster,
+            Self::OfferInvalid(_)
+            | Self::TooFewHolders { .. }
+            | Self::ReportInvalid(_)
+            | Self::CommitInvalid
+            | Self::TooManyRows { .. }
+            | Self::PolicyInvalid(_)
+            | Self::ArtifactTaken(_) => ErrorCode::InvalidField,
+        }
+    }
+}
