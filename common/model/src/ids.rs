@@ -75,6 +75,15 @@ text_id! {
     Instance, check_instance
 }
 
+impl Instance {
+    /// The kernel's boot id: what follows the first `.`, or everything where there is none. While it stays the
+    /// same, processes of an earlier instance may still live; once it differs, none does.
+    #[must_use]
+    pub fn boot_id(&self) -> &str {
+        self.0.split_once('.').map_or(&*self.0, |(_, boot)| boot)
+    }
+}
+
 fn check_name(field: &'static str, text: &str) -> Result<(), InvalidField> {
     let mut bytes = text.bytes();
     let head = bytes.next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());

@@ -3,6 +3,8 @@
 //! Pure data and its validation; only `std` is visible from here. No clock, no randomness, no I/O.
 //! Invariant: a value of one of these types is well-formed, because its constructor is the only way in.
 
+#![warn(clippy::wildcard_enum_match_arm, clippy::iter_over_hash_type)]
+
 pub mod digest;
 pub mod error;
 pub mod ids;

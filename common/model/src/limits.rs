@@ -10,6 +10,15 @@ pub const ROWS_PER_COMMAND_MAX: usize = 256;
 /// Ids in one purge or retention proposal; under [`ROWS_PER_COMMAND_MAX`] with room for what hangs on them.
 pub const PURGE_IDS_MAX: usize = 200;
 
+/// Concurrent attempts of one worker: losing it changes a row for each, in one command.
+pub const WORKER_CAPACITY_MAX: u32 = 250;
+
+/// Attempts of one task, whatever its budgets say: a build's record stays bounded.
+pub const ATTEMPTS_PER_TASK_MAX: usize = 100;
+
+/// Artifacts that clients may register for one build.
+pub const REGISTERED_ARTIFACTS_MAX: usize = 256;
+
 /// Tasks of a build, one per platform.
 pub const TASKS_PER_BUILD_MAX: usize = 16;
 

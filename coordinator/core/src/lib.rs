@@ -4,6 +4,8 @@
 //! Three verbs: [`state::State::apply`] changes the registry; [`schedule::schedule`] and [`due::due`] propose
 //! what the leader should commit next. The invariants they keep are in [`invariants`].
 
+#![warn(clippy::wildcard_enum_match_arm, clippy::iter_over_hash_type)]
+
 pub mod command;
 pub mod effect;
 pub mod liveness;
@@ -12,6 +14,6 @@ pub mod reply;
 
 pub use command::Command;
 pub use effect::Effect;
-pub use liveness::{InFlight, Liveness, SessionState, WorkerLiveness};
+pub use liveness::{Brake, InFlight, Liveness, SessionState, WorkerLiveness};
 pub use record::{Applied, Policy, Row, RowChange, RowKey};
 pub use reply::{Rejection, Reply, Unfit};

@@ -13,8 +13,18 @@ pub struct Liveness {
     pub leader_since: LogTime,
     /// What is known of each worker that spoke to this leader.
     pub workers: BTreeMap<WorkerName, WorkerLiveness>,
-    /// While set, losses are held back: too many workers fell silent at once.
-    pub brake: Option<LogTime>,
+    /// While set, losses are held back: too many workers fell silent at once. The shell stores what
+    /// `due::brake` answers before it calls `due::due`.
+    pub brake: Option<Brake>,
+}
+
+/// Losses are held back because most workers fell silent within one lease: then the fault is likely ours.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Brake {
+    /// Since when.
+    pub since: LogTime,
+    /// The workers that were counted on at that moment.
+    pub watched: BTreeSet<WorkerName>,
 }
 
 /// What the leader knows of one worker.

@@ -2,12 +2,12 @@
 //!
 //! A row is what sled stores and a snapshot carries. The coordinator's shell encodes rows; nothing here does.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, BuildState, Digest, Instance, LogTime, NodeId, Platform, Reason,
-    WorkerName,
+    TaskIndex, WorkerName,
 };
 
 use crate::command::WorkerOffer;
@@ -332,6 +332,12 @@ pub struct FinishedBuild {
     pub sequence: u64,
     /// Whether retention passes it over.
     pub pinned: Pinned,
+    /// `ROLE/NAME` of the submitter.
+    pub submitted_by: Arc<str>,
+    /// Attempts whose log was not sealed when the build ended, and who ran them: only that worker may seal it, once.
+    pub unsealed: BTreeSet<(TaskIndex, AttemptNumber, WorkerName)>,
+    /// Artifacts that clients registered, by name.
+    pub registered: BTreeMap<String, Digest>,
 }
 
 /// A fact that arrived after its build was finished and its record left memory; kept in a row of its own
@@ -342,6 +348,8 @@ pub enum Addendum {
     Log(SealedLog),
     /// An artifact that a client registered; the key's attempt is task 0, attempt 0.
     Artifact(Artifact),
+    /// What [`BuildRecord::pinned`] became; the key's attempt is task 0, attempt 0.
+    Pinned(Pinned),
 }
 
 /// What counts once for the whole registry.
@@ -368,7 +376,7 @@ pub enum RowKey {
     Worker(WorkerName),
     /// [`BuildRecord`].
     Build(BuildId),
-    /// [`Addendum`]; the text tells apart several of one attempt (an artifact's name; empty for the log).
+    /// [`Addendum`]; the text tells apart several of one attempt (an artifact's name; empty for the log, and for the pin).
     Addendum(AttemptKey, String),
     /// [`Tombstone`].
     Tombstone(BuildId),
@@ -423,7 +431,7 @@ impl Row {
             Self::Node(node) => RowKey::Node(node.id),
             Self::Worker(worker) => RowKey::Worker(worker.name.clone()),
             Self::Build(build) => RowKey::Build(build.id.clone()),
-            Self::Addendum(key, Addendum::Log(_)) => RowKey::Addendum(key.clone(), String::new()),
+            Self::Addendum(key, Addendum::Log(_) | Addendum::Pinned(_)) => RowKey::Addendum(key.clone(), String::new()),
             Self::Addendum(key, Addendum::Artifact(artifact)) => RowKey::Addendum(key.clone(), artifact.name.clone()),
             Self::Tombstone(tombstone) => RowKey::Tombstone(tombstone.id.clone()),
         }

@@ -106,6 +106,8 @@ pub enum Rejection {
     ArtifactTaken(String),
     /// The attempt still runs.
     AttemptRunning(AttemptKey),
+    /// The attempt's deadline has not passed, or nobody asked it to stop.
+    NotDue(AttemptKey),
 }
 
 /// Why a worker may not have a task. Also a verdict of `explain`.
@@ -147,7 +149,7 @@ impl Rejection {
             Self::QueueFull { .. } => ErrorCode::QueueFull,
             Self::BuildUnknown(_) | Self::TaskUnknown(_) => ErrorCode::BuildUnknown,
             Self::BuildPurged(_) => ErrorCode::BuildPurged,
-            Self::WrongState { .. } | Self::TaskNotWaiting(_) | Self::AttemptRunning(_) => ErrorCode::WrongState,
+            Self::WrongState { .. } | Self::TaskNotWaiting(_) | Self::AttemptRunning(_) | Self::NotDue(_) => ErrorCode::WrongState,
             Self::NotOwner { .. } => ErrorCode::NotOwner,
             Self::StaleAttempt { .. } | Self::AttemptEnded(_) | Self::InstanceStale(_) => ErrorCode::StaleAttempt,
             Self::WorkerUnknown(_) => ErrorCode::WorkerUnknown,
