@@ -10,6 +10,7 @@ pub mod error;
 pub mod ids;
 pub mod limits;
 pub mod parse;
+pub mod placement;
 pub mod platform;
 pub mod reason;
 pub mod spec;
