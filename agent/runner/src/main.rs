@@ -1,2 +1,2 @@
-//! .
+//! `helix-runner`: owns one attempt's processes and output.
 fn main() {}

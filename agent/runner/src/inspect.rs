@@ -1,0 +1,47 @@
+//! What an agent that returns finds: whether an attempt's runner lives, ended, or died, and what to do about the last.
+
+use std::fs::{self, File};
+use std::io;
+
+use crate::locks;
+use crate::outcome::Outcome;
+use crate::paths::AttemptDir;
+
+/// Where an attempt stands, by what is in its directory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum AttemptState {
+    /// No runner has taken the order. One may be about to: it can be started again safely, because only the first one
+    /// that comes runs the command.
+    NotStarted,
+    /// A runner lives and answers on its socket, at once or very soon.
+    Running {
+        /// The runner's pid.
+        pid: u32,
+    },
+    /// It ended, and no process of it is left.
+    Ended(Outcome),
+    /// A runner took the order, is gone, and left no result. Processes may be left: see [`crate::sweep`].
+    RunnerDied,
+}
+
+/// Looks at an attempt's directory. Disturbs nothing.
+///
+/// # Errors
+/// Those of the file system; `InvalidData` when the result is damaged.
+pub fn inspect(dir: &AttemptDir) -> io::Result<AttemptState> {
+    // Order matters. A runner locks, notes its pid, writes its result, and unlocks by dying; so who noted its pid before
+    // the look at the lock and holds none has written what it ever will before the look at the result.
+    let taken = fs::exists(dir.pid())?;
+    let holder = match File::open(dir.lock()) {
+        Ok(file) => locks::holder(&file)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    if let Some(outcome) = Outcome::read(dir)? {
+        return Ok(AttemptState::Ended(outcome));
+    }
+    if let Some(pid) = holder {
+        return Ok(AttemptState::Running { pid });
+    }
+    if taken { Ok(AttemptState::RunnerDied) } else { Ok(AttemptState::NotStarted) }
+}
