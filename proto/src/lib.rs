@@ -7,6 +7,9 @@ pub mod convert;
 /// Every .proto file compiled, for reflection and for tests that walk all RPCs.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
+/// Version of the agents' session protocol; Hello and Welcome carry it.
+pub const AGENT_PROTOCOL: u32 = 1;
+
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
 mod generated {
     pub mod v1 {

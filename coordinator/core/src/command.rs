@@ -10,7 +10,7 @@ use helix_model::{
     WorkerName,
 };
 
-use crate::record::{Artifact, Pinned, Policy, SealedLog};
+use crate::record::{Artifact, DrainedBy, Pinned, Policy, SealedLog};
 
 /// One change to the registry. Named after what is to be done; the function that applies it bears the same name.
 #[derive(Clone, PartialEq, Debug)]
@@ -259,6 +259,8 @@ pub struct DrainWorker {
     pub worker: WorkerName,
     /// When what still runs is stopped and put elsewhere; `None` waits for it.
     pub deadline: Option<LogTime>,
+    /// Whose wish it is.
+    pub by: DrainedBy,
 }
 
 /// See [`Command::UndrainWorker`].

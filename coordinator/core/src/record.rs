@@ -229,6 +229,18 @@ pub enum Standing {
 pub struct Drain {
     /// When what still runs is stopped.
     pub deadline: Option<LogTime>,
+    /// Who wished it: an agent's own wish ends when the worker registers again, an operator's does not.
+    pub by: DrainedBy,
+}
+
+/// Who wished a worker's drain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DrainedBy {
+    /// An operator: it lasts until an operator ends it, and takes the place of the agent's own.
+    #[default]
+    Operator,
+    /// The agent, which is about to go: it lasts until the worker registers again. While an operator's is set it changes nothing.
+    Agent,
 }
 
 /// A coordinator as the registry knows it; kept for ever, since ids are never reused.
