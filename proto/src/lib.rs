@@ -20,9 +20,30 @@ mod generated {
             tonic::include_proto!("helix.agent.v1");
         }
     }
+    pub mod store {
+        pub mod v1 {
+            tonic::include_proto!("helix.store.v1");
+        }
+    }
+    pub mod raft {
+        pub mod v1 {
+            tonic::include_proto!("helix.raft.v1");
+        }
+    }
+    pub mod peer {
+        pub mod v1 {
+            tonic::include_proto!("helix.peer.v1");
+        }
+    }
 }
 
 /// `helix.agent.v1`: the agent's session and live logs.
 pub use generated::agent::v1 as agent;
+/// `helix.peer.v1`: what coordinators ask each other beside consensus.
+pub use generated::peer::v1 as peer;
+/// `helix.raft.v1`: consensus among coordinators.
+pub use generated::raft::v1 as raft;
+/// `helix.store.v1`: the durable form of commands and rows.
+pub use generated::store::v1 as store;
 /// `helix.v1`: builds, blobs, workers, cluster.
 pub use generated::v1;
