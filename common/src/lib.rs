@@ -1,6 +1,19 @@
 //! What every program of the system needs around its core: identity, TLS, connections, gRPC statuses,
-//! configuration, telemetry, signals and careful files.
+//! configuration, telemetry, signals, careful files, and the form of sealed logs.
 //!
 //! Deliberately not here: anything that knows a build, an RPC's message or the registry. Sees `helix-model` only.
 
+pub mod accept;
+pub mod auth;
+pub mod backoff;
+pub mod channel;
+pub mod config;
+pub mod endpoints;
+pub mod files;
+pub mod identity;
+pub mod pki;
 pub mod sealed_log;
+pub mod shutdown;
+pub mod status;
+pub mod telemetry;
+pub mod tls;

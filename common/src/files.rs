@@ -1,0 +1,118 @@
+//! Files that are never seen half-written, and how much room is left.
+//!
+//! A reader of a path given to [`write_atomic`] sees the old bytes or the new ones, whatever crashes when.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Whether a write must survive a power cut before it is reported done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Durability {
+    /// The file and its directory entry are fsynced.
+    Synced,
+    /// Survives the process, not the machine.
+    Unsynced,
+}
+
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+/// Replaces `path` by a file of these bytes and mode, in one step. Blocks: call it off the async threads
+/// where it matters. A temporary file that a crash leaves behind is named `.NAME.PID.N.tmp`.
+///
+/// # Errors
+/// The first failing system call; the old file is then as it was, and no temporary file is left. After a
+/// failed fsync the write must be taken as lost: repeating the fsync proves nothing, repeating the whole call does.
+pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32, durability: Durability) -> io::Result<()> {
+    let temporary = temporary_beside(path)?;
+    let written = write_and_rename(&temporary, path, bytes, mode, durability);
+    if written.is_err() {
+        // Best effort: the error that matters is the first one.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written
+}
+
+fn temporary_beside(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().ok_or_else(|| io::Error::other(format!("{} names no file", path.display())))?;
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    Ok(path.with_file_name(format!(".{}.{}.{number}.tmp", name.to_string_lossy(), std::process::id())))
+}
+
+fn write_and_rename(from: &Path, to: &Path, bytes: &[u8], mode: u32, durability: Durability) -> io::Result<()> {
+    // One left by a former process with the same id is ours to replace.
+    match std::fs::remove_file(from) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(from)?;
+    file.write_all(bytes)?;
+    // The order matters: bytes, then name, then the directory that holds the name.
+    if durability == Durability::Synced {
+        file.sync_all()?;
+    }
+    drop(file);
+    std::fs::rename(from, to)?;
+    if durability == Durability::Synced { sync_directory(directory_of(to)) } else { Ok(()) }
+}
+
+/// Fsyncs a directory, so that names made or removed in it survive a power cut.
+///
+/// # Errors
+/// When it cannot be opened or synced.
+pub fn sync_directory(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+/// Bytes an unprivileged process may still write on the file system that holds `path`.
+///
+/// # Errors
+/// When `path` does not exist or its file system does not answer.
+pub fn available_bytes(path: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_write_replaces_the_file_and_leaves_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("key");
+        write_atomic(&path, b"one", 0o600, Durability::Synced).unwrap();
+        write_atomic(&path, b"two", 0o600, Durability::Unsynced).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("taken");
+        std::fs::create_dir(&path).unwrap();
+        assert!(write_atomic(&path, b"x", 0o600, Durability::Synced).is_err());
+        assert!(path.is_dir());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        assert!(write_atomic(Path::new("/"), b"x", 0o600, Durability::Synced).is_err());
+    }
+
+    #[test]
+    fn room_is_measured() {
+        assert!(available_bytes(Path::new("/")).unwrap() > 0);
+        assert!(available_bytes(Path::new("/does/not/exist")).is_err());
+    }
+}
