@@ -6,14 +6,17 @@
 
 #![warn(clippy::wildcard_enum_match_arm, clippy::iter_over_hash_type)]
 
+pub mod apply;
 pub mod command;
 pub mod effect;
 pub mod liveness;
 pub mod record;
 pub mod reply;
+pub mod state;
 
 pub use command::Command;
 pub use effect::Effect;
 pub use liveness::{Brake, InFlight, Liveness, SessionState, WorkerLiveness};
 pub use record::{Applied, Policy, Row, RowChange, RowKey};
 pub use reply::{Rejection, Reply, Unfit};
+pub use state::{Known, LoadError, State, Totals};

@@ -149,7 +149,9 @@ impl Rejection {
             Self::QueueFull { .. } => ErrorCode::QueueFull,
             Self::BuildUnknown(_) | Self::TaskUnknown(_) => ErrorCode::BuildUnknown,
             Self::BuildPurged(_) => ErrorCode::BuildPurged,
-            Self::WrongState { .. } | Self::TaskNotWaiting(_) | Self::AttemptRunning(_) | Self::NotDue(_) => ErrorCode::WrongState,
+            Self::WrongState { .. } | Self::TaskNotWaiting(_) | Self::AttemptRunning(_) | Self::NotDue(_) => {
+                ErrorCode::WrongState
+            }
             Self::NotOwner { .. } => ErrorCode::NotOwner,
             Self::StaleAttempt { .. } | Self::AttemptEnded(_) | Self::InstanceStale(_) => ErrorCode::StaleAttempt,
             Self::WorkerUnknown(_) => ErrorCode::WorkerUnknown,

@@ -1,0 +1,56 @@
+//! What keeps a worker from new work for a while: holds until a death is proven, and drains.
+
+use helix_model::{AttemptKey, Instance, WorkerName};
+
+use crate::command::{DrainWorker, ReleaseHold, UndrainWorker};
+use crate::record::{Applied, Drain};
+use crate::reply::{Rejection, Reply};
+use crate::state::State;
+
+use super::Outcome;
+
+/// The worker proves that an attempt which ended unverified is dead. The same life can, and another one on the same
+/// boot of the host, which sees the same processes.
+pub(super) fn release_hold(state: &mut State, c: &ReleaseHold, out: &mut Applied) -> Outcome {
+    let Some(worker) = state.worker(&c.worker) else { return Err(Rejection::WorkerUnknown(c.worker.clone())) };
+    if worker.instance.boot_id() != c.instance.boot_id() {
+        return Err(Rejection::InstanceStale(c.worker.clone()));
+    }
+    let cleared = clear_hold(state, &c.worker, &c.instance, &c.key, out);
+    Ok(if cleared { Reply::Done } else { Reply::Unchanged })
+}
+
+/// Clears one hold, if it is there and the reporter sees the host as it was.
+pub(super) fn clear_hold(
+    state: &mut State,
+    name: &WorkerName,
+    instance: &Instance,
+    key: &AttemptKey,
+    out: &mut Applied,
+) -> bool {
+    let worker = state.worker(name).filter(|worker| worker.instance.boot_id() == instance.boot_id());
+    let Some(worker) = worker.filter(|worker| worker.held.contains(key)) else { return false };
+    let mut worker = (**worker).clone();
+    worker.held.remove(key);
+    state.put_worker(worker, out);
+    true
+}
+
+pub(super) fn drain_worker(state: &mut State, c: &DrainWorker, out: &mut Applied) -> Outcome {
+    set_drain(state, &c.worker, Some(Drain { deadline: c.deadline }), out)
+}
+
+pub(super) fn undrain_worker(state: &mut State, c: &UndrainWorker, out: &mut Applied) -> Outcome {
+    set_drain(state, &c.worker, None, out)
+}
+
+fn set_drain(state: &mut State, name: &WorkerName, drain: Option<Drain>, out: &mut Applied) -> Outcome {
+    let Some(worker) = state.worker(name) else { return Err(Rejection::WorkerUnknown(name.clone())) };
+    if worker.drain == drain {
+        return Ok(Reply::Unchanged);
+    }
+    let mut worker = (**worker).clone();
+    worker.drain = drain;
+    state.put_worker(worker, out);
+    Ok(Reply::Done)
+}
