@@ -1,0 +1,434 @@
+//! The agent's state and its one verb.
+//!
+//! Not here: how anything is done. A command says what is to be done, and an event later says what came of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use helix_model::{AttemptKey, Reason};
+
+use crate::attempt::{Attempt, Found, Phase, StopCause};
+use crate::message::{Assignment, Message, Report, SealedLog};
+
+/// What is owed is repeated after so long without an answer: the leader may have changed between saying and committing.
+pub const RESEND_MS: u64 = 5_000;
+
+/// Which session speaks. Each connection gets the next number.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct SessionNumber(pub u64);
+
+/// Something happened.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Event {
+    /// At start: an attempt lies in the spool.
+    AttemptFound(AttemptKey, Found),
+    /// A leader welcomed us.
+    SessionOpened(SessionNumber),
+    /// The session is over, for whatever reason. Builds go on: they are fenced off by number, not by silence.
+    SessionClosed(SessionNumber),
+    /// The leader said something.
+    Said(SessionNumber, Order),
+    /// An attempt's ref was resolved.
+    SourceResolved(AttemptKey, String),
+    /// An attempt's command runs.
+    CommandStarted(AttemptKey),
+    /// An attempt's command ended well, and its outputs are being stored.
+    CommandEnded(AttemptKey),
+    /// An attempt ended: no process and no workdir of it is left, and its report is on disk.
+    AttemptEnded(AttemptKey, Box<Report>),
+    /// The log of an ended attempt was sealed and stored.
+    LogSealed(AttemptKey, SealedLog),
+    /// The bytes of an ended attempt were stored once more; the report names the new holders.
+    StoredAgain(AttemptKey, Box<Report>),
+    /// Nothing of an attempt is left on this host.
+    AttemptRemoved(AttemptKey),
+    /// The operator wants the agent to take no more work, and to go when what it has is done.
+    DrainAsked,
+    /// The operator cannot wait: everything is stopped.
+    StopAllAsked,
+    /// The operator puts another agent in this one's place.
+    DetachAsked,
+    /// The time that a detach may take is over.
+    DetachTimedOut,
+    /// The time that stopping everything may take is over.
+    StopAllTimedOut,
+    /// Time passes.
+    Ticked,
+}
+
+/// What a leader says on a session.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Order {
+    /// Run this.
+    Assign(Box<Assignment>),
+    /// Build this commit.
+    Commit(AttemptKey, String),
+    /// Kill it, see it dead, report.
+    Stop(AttemptKey, Reason),
+    /// The registry needs no more of it.
+    Forget(AttemptKey),
+    /// Too few coordinators hold its bytes.
+    StoreAgain(AttemptKey),
+    /// The detach is known.
+    DetachAck,
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExitKind {
+    /// Nothing is left to do.
+    Done,
+    /// Runners live on, for the agent that comes next.
+    Detached,
+}
+
+/// Something is to be done.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Command {
+    /// Begin a new attempt.
+    Start(Box<Assignment>),
+    /// Go on with an attempt that was found.
+    Resume(AttemptKey),
+    /// Tell an attempt which commit to build.
+    GiveCommit(AttemptKey, String),
+    /// Stop an attempt, and let it report.
+    Stop(AttemptKey, StopCause),
+    /// Kill whatever runs of an attempt and remove all of it; no report is wanted.
+    Remove(AttemptKey),
+    /// Store the bytes that a report names once more.
+    StoreAgain(AttemptKey, Arc<Report>),
+    /// Say something on the session. Loss is harmless: it is repeated.
+    Send(Message),
+    /// End the process.
+    Exit(ExitKind),
+}
+
+/// What the agent is up to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// It takes work.
+    Working,
+    /// It goes when what it has is done and reported.
+    Draining,
+    /// As draining, and everything was told to stop.
+    Stopping,
+    /// It goes as soon as the leader knows.
+    Detaching,
+}
+
+/// Everything the agent decides from.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Agent {
+    attempts: BTreeMap<AttemptKey, Attempt>,
+    session: Option<SessionNumber>,
+    mode: Mode,
+    exited: bool,
+}
+
+impl Default for Agent {
+    fn default() -> Self {
+        Self { attempts: BTreeMap::new(), session: None, mode: Mode::Working, exited: false }
+    }
+}
+
+impl Agent {
+    /// All attempts, by key.
+    pub fn attempts(&self) -> impl Iterator<Item = (&AttemptKey, &Attempt)> {
+        self.attempts.iter()
+    }
+
+    /// What is offered in a Hello: each attempt, and whether its report follows. What is being removed is not offered,
+    /// so that the leader asks about it if it still cares.
+    pub fn offered(&self) -> impl Iterator<Item = (&AttemptKey, bool)> {
+        let wanted = self.attempts.iter().filter(|(_, attempt)| !matches!(attempt.phase, Phase::Removing { .. }));
+        wanted.map(|(key, attempt)| (key, attempt.has_ended()))
+    }
+
+    /// What the agent is up to.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Takes what happened and pushes what is to be done. Total: late, repeated and absurd events change nothing.
+    pub fn on(&mut self, now_ms: u64, event: Event, out: &mut Vec<Command>) {
+        match event {
+            Event::AttemptFound(key, found) => self.attempt_found(key, found, out),
+            Event::SessionOpened(session) => self.session_opened(now_ms, session, out),
+            Event::SessionClosed(session) => self.session_closed(session),
+            Event::Said(session, order) => {
+                if self.session == Some(session) {
+                    self.said(now_ms, order, out);
+                }
+            }
+            Event::SourceResolved(key, commit) => self.source_resolved(now_ms, key, commit, out),
+            Event::CommandStarted(key) => self.move_to(&key, Phase::Building),
+            Event::CommandEnded(key) => self.move_to(&key, Phase::Uploading),
+            Event::AttemptEnded(key, report) => self.attempt_ended(now_ms, key, *report, out),
+            Event::LogSealed(key, log) => self.log_sealed(now_ms, &key, log, out),
+            Event::StoredAgain(key, report) => self.stored_again(now_ms, &key, *report, out),
+            Event::AttemptRemoved(key) => self.attempt_removed(key, out),
+            Event::DrainAsked => self.drain_asked(out),
+            Event::StopAllAsked => self.stop_all_asked(out),
+            Event::DetachAsked => self.detach_asked(out),
+            Event::DetachTimedOut => self.exit_if(Mode::Detaching, ExitKind::Detached, out),
+            Event::StopAllTimedOut => self.exit_if(Mode::Stopping, ExitKind::Done, out),
+            Event::Ticked => self.say_what_is_owed(now_ms, out),
+        }
+        self.exit_when_done(out);
+    }
+
+    fn said(&mut self, now_ms: u64, order: Order, out: &mut Vec<Command>) {
+        match order {
+            Order::Assign(assignment) => self.assigned(now_ms, assignment, out),
+            Order::Commit(key, commit) => self.commit_given(&key, commit, out),
+            Order::Stop(key, reason) => self.stop_asked(now_ms, key, StopCause::Registry(reason), out),
+            Order::Forget(key) => self.forgotten(&key, out),
+            Order::StoreAgain(key) => self.store_again(&key, out),
+            Order::DetachAck => self.exit_if(Mode::Detaching, ExitKind::Detached, out),
+        }
+    }
+
+    fn attempt_found(&mut self, key: AttemptKey, found: Found, out: &mut Vec<Command>) {
+        let phase = match found {
+            Found::Unstarted => Phase::Preparing,
+            Found::Started => Phase::Building,
+            Found::Reported(report) => Phase::Ended { report: Arc::new(*report), late_log: None, storing_again: false },
+        };
+        out.push(Command::Resume(key.clone()));
+        self.attempts.insert(key, Attempt::new(phase));
+    }
+
+    fn session_opened(&mut self, now_ms: u64, session: SessionNumber, out: &mut Vec<Command>) {
+        self.session = Some(session);
+        for attempt in self.attempts.values_mut() {
+            attempt.said_at_ms = None;
+        }
+        match self.mode {
+            Mode::Working => {}
+            Mode::Draining | Mode::Stopping => out.push(Command::Send(Message::Leaving)),
+            Mode::Detaching => out.push(Command::Send(Message::Detaching)),
+        }
+        self.say_what_is_owed(now_ms, out);
+    }
+
+    fn session_closed(&mut self, session: SessionNumber) {
+        if self.session == Some(session) {
+            self.session = None;
+        }
+    }
+
+    /// A task has one current attempt: an earlier one that is still here is stale, and a later one makes this stale.
+    fn assigned(&mut self, now_ms: u64, assignment: Box<Assignment>, out: &mut Vec<Command>) {
+        let key = assignment.key.clone();
+        if self.attempts.contains_key(&key) {
+            // The leader does not know yet how far it is.
+            self.say_again(now_ms, &key, out);
+            return;
+        }
+        let same_task = |other: &AttemptKey| other.build == key.build && other.task == key.task;
+        let of_task: Vec<AttemptKey> = self.attempts.keys().filter(|other| same_task(other)).cloned().collect();
+        if of_task.iter().any(|other| other.attempt > key.attempt) {
+            return;
+        }
+        for stale in of_task {
+            self.forgotten(&stale, out);
+        }
+        let mut attempt = Attempt::new(Phase::Preparing);
+        out.push(Command::Start(assignment));
+        if self.mode == Mode::Stopping {
+            // It crossed our Leaving: it is reported as drained at once, and runs elsewhere.
+            attempt.stop = Some(StopCause::Drained);
+            out.push(Command::Stop(key.clone(), StopCause::Drained));
+        }
+        self.attempts.insert(key, attempt);
+    }
+
+    fn commit_given(&mut self, key: &AttemptKey, commit: String, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(key) else { return };
+        if let Phase::AwaitingCommit { .. } = attempt.phase {
+            attempt.phase = Phase::Preparing;
+            out.push(Command::GiveCommit(key.clone(), commit));
+        }
+    }
+
+    fn stop_asked(&mut self, now_ms: u64, key: AttemptKey, cause: StopCause, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(&key) else {
+            out.push(Command::Send(Message::ProvenDead { key }));
+            return;
+        };
+        match &mut attempt.phase {
+            Phase::Ended { .. } => self.say_again(now_ms, &key, out),
+            Phase::Removing { owes_proof } => *owes_proof = true,
+            Phase::Preparing | Phase::AwaitingCommit { .. } | Phase::Building | Phase::Uploading => {
+                if attempt.stop.is_none() {
+                    attempt.stop = Some(cause);
+                    out.push(Command::Stop(key, cause));
+                }
+            }
+        }
+    }
+
+    fn forgotten(&mut self, key: &AttemptKey, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(key) else { return };
+        if !matches!(attempt.phase, Phase::Removing { .. }) {
+            attempt.phase = Phase::Removing { owes_proof: false };
+            out.push(Command::Remove(key.clone()));
+        }
+    }
+
+    fn store_again(&mut self, key: &AttemptKey, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(key) else { return };
+        if let Phase::Ended { report, storing_again, .. } = &mut attempt.phase {
+            if !*storing_again {
+                *storing_again = true;
+                out.push(Command::StoreAgain(key.clone(), Arc::clone(report)));
+            }
+        }
+    }
+
+    fn source_resolved(&mut self, now_ms: u64, key: AttemptKey, commit: String, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(&key) else { return };
+        if attempt.phase == Phase::Preparing {
+            attempt.phase = Phase::AwaitingCommit { commit };
+            self.say_again(now_ms, &key, out);
+        }
+    }
+
+    /// Phases only go forward; one that ended or is being removed stays so.
+    fn move_to(&mut self, key: &AttemptKey, next: Phase) {
+        let Some(attempt) = self.attempts.get_mut(key) else { return };
+        if !matches!(attempt.phase, Phase::Ended { .. } | Phase::Removing { .. }) {
+            attempt.phase = next;
+        }
+    }
+
+    fn attempt_ended(&mut self, now_ms: u64, key: AttemptKey, report: Report, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get(&key) else { return };
+        if !matches!(attempt.phase, Phase::Ended { .. } | Phase::Removing { .. }) {
+            let ended = Phase::Ended { report: Arc::new(report), late_log: None, storing_again: false };
+            self.move_to(&key, ended);
+            self.say_again(now_ms, &key, out);
+        }
+    }
+
+    fn log_sealed(&mut self, now_ms: u64, key: &AttemptKey, log: SealedLog, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(key) else { return };
+        if let Phase::Ended { late_log, .. } = &mut attempt.phase {
+            *late_log = Some(log);
+            self.say_again(now_ms, key, out);
+        }
+    }
+
+    fn stored_again(&mut self, now_ms: u64, key: &AttemptKey, stored: Report, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(key) else { return };
+        if let Phase::Ended { report, storing_again, late_log } = &mut attempt.phase {
+            *storing_again = false;
+            if late_log.is_some() {
+                late_log.clone_from(&stored.log);
+            }
+            *report = Arc::new(stored);
+            self.say_again(now_ms, key, out);
+        }
+    }
+
+    fn attempt_removed(&mut self, key: AttemptKey, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get(&key) else { return };
+        if let Phase::Removing { owes_proof } = attempt.phase {
+            self.attempts.remove(&key);
+            if owes_proof && self.session.is_some() {
+                out.push(Command::Send(Message::ProvenDead { key }));
+            }
+        }
+    }
+
+    fn drain_asked(&mut self, out: &mut Vec<Command>) {
+        if self.mode == Mode::Working {
+            self.mode = Mode::Draining;
+            if self.session.is_some() {
+                out.push(Command::Send(Message::Leaving));
+            }
+        }
+    }
+
+    fn stop_all_asked(&mut self, out: &mut Vec<Command>) {
+        if matches!(self.mode, Mode::Stopping | Mode::Detaching) {
+            return;
+        }
+        self.drain_asked(out);
+        self.mode = Mode::Stopping;
+        for (key, attempt) in &mut self.attempts {
+            if attempt.stop.is_none() && !matches!(attempt.phase, Phase::Ended { .. } | Phase::Removing { .. }) {
+                attempt.stop = Some(StopCause::Drained);
+                out.push(Command::Stop(key.clone(), StopCause::Drained));
+            }
+        }
+    }
+
+    fn detach_asked(&mut self, out: &mut Vec<Command>) {
+        if self.mode == Mode::Stopping {
+            return;
+        }
+        self.mode = Mode::Detaching;
+        if self.session.is_some() {
+            out.push(Command::Send(Message::Detaching));
+        }
+    }
+
+    fn say_again(&mut self, now_ms: u64, key: &AttemptKey, out: &mut Vec<Command>) {
+        if let Some(attempt) = self.attempts.get_mut(key) {
+            attempt.said_at_ms = None;
+            if self.session.is_some() {
+                attempt.say(now_ms, key, out);
+            }
+        }
+    }
+
+    fn say_what_is_owed(&mut self, now_ms: u64, out: &mut Vec<Command>) {
+        if self.session.is_some() {
+            for (key, attempt) in &mut self.attempts {
+                attempt.say(now_ms, key, out);
+            }
+        }
+    }
+
+    fn exit_if(&mut self, mode: Mode, kind: ExitKind, out: &mut Vec<Command>) {
+        if self.mode == mode && !self.exited {
+            self.exited = true;
+            out.push(Command::Exit(kind));
+        }
+    }
+
+    fn exit_when_done(&mut self, out: &mut Vec<Command>) {
+        if self.attempts.is_empty() {
+            self.exit_if(Mode::Draining, ExitKind::Done, out);
+            self.exit_if(Mode::Stopping, ExitKind::Done, out);
+        }
+    }
+}
+
+impl Attempt {
+    /// Says what the leader has to know of this attempt, unless it was said a moment ago.
+    fn say(&mut self, now_ms: u64, key: &AttemptKey, out: &mut Vec<Command>) {
+        if self.said_at_ms.is_some_and(|said| now_ms < said.saturating_add(RESEND_MS)) {
+            return;
+        }
+        match &self.phase {
+            Phase::AwaitingCommit { commit } => {
+                out.push(Command::Send(Message::SourceResolved { key: key.clone(), commit: commit.clone() }));
+            }
+            Phase::Ended { storing_again: true, .. } => return,
+            Phase::Ended { report, late_log, storing_again: false } => {
+                out.push(Command::Send(Message::Finished { key: key.clone(), report: Arc::clone(report) }));
+                if let Some(log) = late_log {
+                    out.push(Command::Send(Message::LogSealed { key: key.clone(), log: log.clone() }));
+                }
+            }
+            Phase::Preparing | Phase::Building | Phase::Uploading | Phase::Removing { .. } => return,
+        }
+        self.said_at_ms = Some(now_ms);
+    }
+}
+
+#[cfg(test)]
+mod tests;

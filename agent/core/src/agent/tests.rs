@@ -1,0 +1,266 @@
+//! The agent core told as stories: events, and exactly the commands that must follow.
+
+use super::*;
+use crate::message::{Blob, Verdict};
+use helix_model::{AttemptNumber, BuildId, BuildSpec, Digest, NodeId, TaskIndex};
+
+const FIRST: SessionNumber = SessionNumber(1);
+
+fn key(attempt: u32) -> AttemptKey {
+    AttemptKey { build: BuildId::new("b").unwrap(), task: TaskIndex(0), attempt: AttemptNumber(attempt) }
+}
+
+fn assignment(attempt: u32) -> Box<Assignment> {
+    let (spec, previous) = (BuildSpec::default(), String::new());
+    Box::new(Assignment { key: key(attempt), spec, commit: None, platform: None, previous })
+}
+
+fn failed() -> Report {
+    let verdict = Verdict::Failed { reason: Reason::Exit, message: "exit code 1".to_owned() };
+    Report { verdict, exit_code: Some(1), signal: None, artifacts: Vec::new(), log: None }
+}
+
+fn log(holder: u64) -> SealedLog {
+    SealedLog { blob: Blob { digest: Digest([1; 32]), size: 5, holders: vec![NodeId(holder)] }, lines: 2 }
+}
+
+fn finished(attempt: u32, report: Report) -> Command {
+    Command::Send(Message::Finished { key: key(attempt), report: Arc::new(report) })
+}
+
+/// Runs a story: each event with exactly the commands that must follow.
+struct Story {
+    agent: Agent,
+    now_ms: u64,
+}
+
+impl Story {
+    /// An agent with a session.
+    fn connected() -> Self {
+        Self::alone().then(Event::SessionOpened(FIRST), &[])
+    }
+
+    fn alone() -> Self {
+        Self { agent: Agent::default(), now_ms: 0 }
+    }
+
+    fn then(mut self, event: Event, expected: &[Command]) -> Self {
+        let mut out = Vec::new();
+        let described = format!("{event:?}");
+        self.agent.on(self.now_ms, event, &mut out);
+        assert_eq!(out, expected, "after {described}");
+        self
+    }
+
+    fn said(self, order: Order, expected: &[Command]) -> Self {
+        self.then(Event::Said(FIRST, order), expected)
+    }
+
+    fn assigned(self, attempt: u32) -> Self {
+        self.said(Order::Assign(assignment(attempt)), &[Command::Start(assignment(attempt))])
+    }
+
+    fn ended(self, attempt: u32) -> Self {
+        let ended = Event::AttemptEnded(key(attempt), Box::new(failed()));
+        self.then(ended, &[finished(attempt, failed())])
+    }
+
+    fn later(mut self, ms: u64) -> Self {
+        self.now_ms += ms;
+        self
+    }
+}
+
+#[test]
+fn a_build_with_a_ref_waits_for_its_commit_and_reports_until_forgotten() {
+    let resolved = Command::Send(Message::SourceResolved { key: key(1), commit: "c1".to_owned() });
+    Story::connected()
+        .assigned(1)
+        .then(Event::SourceResolved(key(1), "c1".to_owned()), std::slice::from_ref(&resolved))
+        .then(Event::Ticked, &[])
+        .later(RESEND_MS)
+        .then(Event::Ticked, &[resolved])
+        .said(Order::Commit(key(1), "c2".to_owned()), &[Command::GiveCommit(key(1), "c2".to_owned())])
+        .said(Order::Commit(key(1), "c3".to_owned()), &[])
+        .then(Event::CommandStarted(key(1)), &[])
+        .ended(1)
+        .later(RESEND_MS - 1)
+        .then(Event::Ticked, &[])
+        .later(1)
+        .then(Event::Ticked, &[finished(1, failed())])
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
+        .said(Order::Forget(key(1)), &[])
+        .then(Event::AttemptRemoved(key(1)), &[])
+        .said(Order::Forget(key(1)), &[]);
+}
+
+#[test]
+fn a_late_log_follows_the_report_and_is_repeated_with_it() {
+    let sealed = Command::Send(Message::LogSealed { key: key(1), log: log(1) });
+    Story::connected()
+        .assigned(1)
+        .ended(1)
+        .then(Event::LogSealed(key(1), log(1)), &[finished(1, failed()), sealed.clone()])
+        .then(Event::SessionClosed(FIRST), &[])
+        .then(Event::SessionOpened(SessionNumber(2)), &[finished(1, failed()), sealed]);
+}
+
+#[test]
+fn an_assignment_repeated_starts_nothing_twice() {
+    Story::connected()
+        .assigned(1)
+        .said(Order::Assign(assignment(1)), &[])
+        .ended(1)
+        .said(Order::Assign(assignment(1)), &[finished(1, failed())]);
+}
+
+#[test]
+fn a_later_attempt_replaces_an_earlier_one_silently_and_never_the_other_way() {
+    Story::connected()
+        .assigned(1)
+        .said(Order::Assign(assignment(2)), &[Command::Remove(key(1)), Command::Start(assignment(2))])
+        .then(Event::AttemptEnded(key(1), Box::new(failed())), &[])
+        .said(Order::Assign(assignment(1)), &[])
+        .then(Event::AttemptRemoved(key(1)), &[])
+        .said(Order::Assign(assignment(1)), &[]);
+}
+
+#[test]
+fn a_stop_is_passed_on_once_and_answered_by_the_report() {
+    let cause = StopCause::Registry(Reason::Cancelled);
+    let stopped = Report { verdict: Verdict::Stopped, ..failed() };
+    Story::connected()
+        .assigned(1)
+        .said(Order::Stop(key(1), Reason::Cancelled), &[Command::Stop(key(1), cause)])
+        .said(Order::Stop(key(1), Reason::Timeout), &[])
+        .then(Event::AttemptEnded(key(1), Box::new(stopped.clone())), &[finished(1, stopped.clone())])
+        .said(Order::Stop(key(1), Reason::Cancelled), &[finished(1, stopped)]);
+}
+
+#[test]
+fn a_stop_of_what_is_not_here_is_proof_and_of_what_goes_is_proof_when_gone() {
+    let proof = Command::Send(Message::ProvenDead { key: key(1) });
+    Story::connected()
+        .said(Order::Stop(key(1), Reason::Cancelled), std::slice::from_ref(&proof))
+        .assigned(1)
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
+        .said(Order::Stop(key(1), Reason::Cancelled), &[])
+        .then(Event::AttemptRemoved(key(1)), &[proof]);
+}
+
+#[test]
+fn silence_of_the_cluster_stops_nothing_and_reports_wait() {
+    Story::connected()
+        .assigned(1)
+        .then(Event::SessionClosed(FIRST), &[])
+        .then(Event::CommandStarted(key(1)), &[])
+        .later(3_600_000)
+        .then(Event::Ticked, &[])
+        .then(Event::AttemptEnded(key(1), Box::new(failed())), &[])
+        .then(Event::SessionOpened(SessionNumber(2)), &[finished(1, failed())]);
+}
+
+#[test]
+fn a_closed_session_has_no_say() {
+    Story::connected()
+        .then(Event::SessionOpened(SessionNumber(2)), &[])
+        .then(Event::SessionClosed(FIRST), &[])
+        .then(Event::Said(FIRST, Order::Assign(assignment(1))), &[])
+        .then(Event::Said(SessionNumber(2), Order::Assign(assignment(1))), &[Command::Start(assignment(1))]);
+}
+
+#[test]
+fn what_is_found_at_start_goes_on_and_is_offered() {
+    let story = Story::alone()
+        .then(Event::AttemptFound(key(1), Found::Started), &[Command::Resume(key(1))])
+        .then(Event::AttemptFound(key(2), Found::Reported(Box::new(failed()))), &[Command::Resume(key(2))])
+        .then(Event::SessionOpened(FIRST), &[finished(2, failed())]);
+    let offered: Vec<_> = story.agent.offered().map(|(key, ended)| (key.clone(), ended)).collect();
+    assert_eq!(offered, [(key(1), false), (key(2), true)]);
+}
+
+#[test]
+fn bytes_are_stored_again_once_at_a_time() {
+    let held = |holder| Report {
+        log: Some(log(holder)),
+        verdict: Verdict::Succeeded { image_tag: String::new() },
+        ..failed()
+    };
+    let again = Command::StoreAgain(key(1), Arc::new(held(1)));
+    Story::connected()
+        .assigned(1)
+        .said(Order::StoreAgain(key(1)), &[])
+        .then(Event::AttemptEnded(key(1), Box::new(held(1))), &[finished(1, held(1))])
+        .said(Order::StoreAgain(key(1)), &[again])
+        .said(Order::StoreAgain(key(1)), &[])
+        .later(RESEND_MS)
+        .then(Event::Ticked, &[])
+        .then(Event::StoredAgain(key(1), Box::new(held(2))), &[finished(1, held(2))]);
+}
+
+#[test]
+fn an_agent_that_leaves_finishes_first() {
+    let leaving = || Command::Send(Message::Leaving);
+    Story::connected().then(Event::DrainAsked, &[leaving(), Command::Exit(ExitKind::Done)]);
+    Story::connected()
+        .assigned(1)
+        .then(Event::DrainAsked, &[leaving()])
+        .then(Event::DrainAsked, &[])
+        .ended(1)
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
+        .then(Event::AttemptRemoved(key(1)), &[Command::Exit(ExitKind::Done)])
+        .then(Event::Ticked, &[]);
+}
+
+#[test]
+fn an_agent_that_must_go_now_stops_everything_and_waits_a_while() {
+    let stop = |attempt| Command::Stop(key(attempt), StopCause::Drained);
+    Story::connected()
+        .assigned(1)
+        .then(Event::DrainAsked, &[Command::Send(Message::Leaving)])
+        .then(Event::StopAllAsked, &[stop(1)])
+        .then(Event::StopAllAsked, &[])
+        .said(Order::Stop(key(1), Reason::Cancelled), &[])
+        .said(Order::Assign(assignment(2)), &[Command::Remove(key(1)), Command::Start(assignment(2)), stop(2)])
+        .then(Event::StopAllTimedOut, &[Command::Exit(ExitKind::Done)])
+        .then(Event::StopAllTimedOut, &[]);
+}
+
+#[test]
+fn a_detach_waits_for_the_leader_but_not_for_ever_and_stops_nothing() {
+    let detaching = || Command::Send(Message::Detaching);
+    Story::connected()
+        .assigned(1)
+        .said(Order::DetachAck, &[])
+        .then(Event::DetachAsked, &[detaching()])
+        .said(Order::DetachAck, &[Command::Exit(ExitKind::Detached)]);
+    Story::alone()
+        .then(Event::DetachAsked, &[])
+        .then(Event::SessionOpened(FIRST), &[detaching()])
+        .then(Event::DetachTimedOut, &[Command::Exit(ExitKind::Detached)]);
+    Story::connected().then(Event::DetachTimedOut, &[]).then(Event::StopAllTimedOut, &[]);
+}
+
+#[test]
+fn late_facts_about_attempts_that_are_gone_change_nothing() {
+    let late = [
+        Event::SourceResolved(key(1), "c".to_owned()),
+        Event::CommandStarted(key(1)),
+        Event::CommandEnded(key(1)),
+        Event::AttemptEnded(key(1), Box::new(failed())),
+        Event::LogSealed(key(1), log(1)),
+        Event::StoredAgain(key(1), Box::new(failed())),
+        Event::AttemptRemoved(key(1)),
+        Event::Said(FIRST, Order::Commit(key(1), "c".to_owned())),
+        Event::Said(FIRST, Order::StoreAgain(key(1))),
+    ];
+    late.into_iter().fold(Story::connected(), |story, event| story.then(event, &[]));
+}
+
+#[test]
+fn phases_have_their_words() {
+    let mut attempt = Attempt::new(Phase::Building);
+    assert_eq!(attempt.phase_word(), "building");
+    attempt.stop = Some(StopCause::Drained);
+    assert_eq!(attempt.phase_word(), "cancelling");
+}

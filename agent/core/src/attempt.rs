@@ -1,0 +1,92 @@
+//! An attempt as the agent knows it.
+
+use std::sync::Arc;
+
+use helix_model::Reason;
+
+use crate::message::{Report, SealedLog};
+
+/// Where an attempt is.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Phase {
+    /// Its source is fetched and laid out.
+    Preparing,
+    /// It reported what its ref stands for, and waits for the registry to say which commit is built.
+    AwaitingCommit {
+        /// What it reported.
+        commit: String,
+    },
+    /// A runner has it.
+    Building,
+    /// The command ended well; outputs and log are stored.
+    Uploading,
+    /// It ended and is reported until the registry needs no more of it.
+    Ended {
+        /// How; repeated until forgotten.
+        report: Arc<Report>,
+        /// A log that was sealed after the report was made.
+        late_log: Option<SealedLog>,
+        /// Whether its bytes are being stored once more.
+        storing_again: bool,
+    },
+    /// Nothing of it is wanted: it is killed and removed.
+    Removing {
+        /// Somebody asked to know when it is dead.
+        owes_proof: bool,
+    },
+}
+
+/// Who wants an attempt's end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StopCause {
+    /// The registry; the reason goes to the runner.
+    Registry(Reason),
+    /// The agent itself, which has to go now.
+    Drained,
+}
+
+/// What was found of an attempt when the agent started.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Found {
+    /// Assigned, and nothing runs: it is prepared once more.
+    Unstarted,
+    /// Its runner has it, or had it.
+    Started,
+    /// Its report was made.
+    Reported(Box<Report>),
+}
+
+/// An attempt.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Attempt {
+    /// Where it is.
+    pub phase: Phase,
+    /// Who wants its end, if anybody does.
+    pub stop: Option<StopCause>,
+    /// When what it owes was last said on this session.
+    pub(crate) said_at_ms: Option<u64>,
+}
+
+impl Attempt {
+    pub(crate) fn new(phase: Phase) -> Self {
+        Self { phase, stop: None, said_at_ms: None }
+    }
+
+    /// Whether its end is known and is being reported.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended { .. })
+    }
+
+    /// The word of its phase in heartbeats: preparing, building, uploading, sealing or cancelling.
+    #[must_use]
+    pub fn phase_word(&self) -> &'static str {
+        match (&self.phase, self.stop) {
+            (Phase::Ended { .. }, _) => "sealing",
+            (Phase::Removing { .. }, _) | (_, Some(_)) => "cancelling",
+            (Phase::Preparing | Phase::AwaitingCommit { .. }, None) => "preparing",
+            (Phase::Building, None) => "building",
+            (Phase::Uploading, None) => "uploading",
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! What an agent and the leader tell each other, as far as decisions depend on it.
+
+use std::sync::Arc;
+
+use helix_model::{AttemptKey, BuildSpec, Digest, NodeId, Platform, Reason};
+
+/// An attempt to run.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Assignment {
+    /// The attempt.
+    pub key: AttemptKey,
+    /// What the client submitted.
+    pub spec: BuildSpec,
+    /// The commit to build; `None`: resolve the ref, report it, and wait.
+    pub commit: Option<String>,
+    /// The task's platform; `None` for any.
+    pub platform: Option<Platform>,
+    /// How the attempt before ended, for people; empty for the first.
+    pub previous: String,
+}
+
+/// Bytes that coordinators hold.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Blob {
+    /// Their sha256.
+    pub digest: Digest,
+    /// How many.
+    pub size: u64,
+    /// Who holds them, fsynced.
+    pub holders: Vec<NodeId>,
+}
+
+/// An output, stored.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Artifact {
+    /// Its path in the workdir.
+    pub name: String,
+    /// Its bytes.
+    pub blob: Blob,
+}
+
+/// A log, sealed and stored.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SealedLog {
+    /// The sealed file.
+    pub blob: Blob,
+    /// Lines in it.
+    pub lines: u64,
+}
+
+/// How an attempt ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// All that was promised is stored.
+    Succeeded {
+        /// The content-addressed tag; empty without outputs.
+        image_tag: String,
+    },
+    /// It did not succeed.
+    Failed {
+        /// Why.
+        reason: Reason,
+        /// One line for people.
+        message: String,
+    },
+    /// It was stopped because the registry asked, and is seen dead.
+    Stopped,
+}
+
+/// All that is said about an attempt's end. A success has its log; another's may follow.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// How it ended.
+    pub verdict: Verdict,
+    /// The command's exit code, if it exited.
+    pub exit_code: Option<i32>,
+    /// The signal that ended the command, if one did.
+    pub signal: Option<i32>,
+    /// What it made; the first is the result.
+    pub artifacts: Vec<Artifact>,
+    /// Its log.
+    pub log: Option<SealedLog>,
+}
+
+/// What an agent says on its session.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Message {
+    /// A ref was resolved; nothing runs before the commit comes back.
+    SourceResolved {
+        /// The attempt.
+        key: AttemptKey,
+        /// The full commit.
+        commit: String,
+    },
+    /// An attempt ended.
+    Finished {
+        /// The attempt.
+        key: AttemptKey,
+        /// How.
+        report: Arc<Report>,
+    },
+    /// The log of an attempt whose end was reported without it.
+    LogSealed {
+        /// The attempt.
+        key: AttemptKey,
+        /// The log.
+        log: SealedLog,
+    },
+    /// Nothing of the attempt lives here.
+    ProvenDead {
+        /// The attempt.
+        key: AttemptKey,
+    },
+    /// The agent goes for an upgrade; its runners go on.
+    Detaching,
+    /// The agent takes no more work.
+    Leaving,
+}
