@@ -28,6 +28,8 @@ mod register_worker;
 mod seal_log;
 mod submit_build;
 
+pub(crate) use expire::deadline;
+
 impl State {
     /// Carries out one command at log time `at`, which never runs backwards: an earlier `at` counts as the last one.
     ///

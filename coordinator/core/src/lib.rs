@@ -8,10 +8,13 @@
 
 pub mod apply;
 pub mod command;
+pub mod due;
 pub mod effect;
+pub mod explain;
 pub mod liveness;
 pub mod record;
 pub mod reply;
+pub mod schedule;
 pub mod state;
 
 pub use command::Command;

@@ -3,7 +3,7 @@
 use helix_model::{AttemptKey, Instance, WorkerName};
 
 use crate::command::{DrainWorker, ReleaseHold, UndrainWorker};
-use crate::record::{Applied, Drain};
+use crate::record::{Applied, Drain, DrainedBy};
 use crate::reply::{Rejection, Reply};
 use crate::state::State;
 
@@ -37,7 +37,7 @@ pub(super) fn clear_hold(
 }
 
 pub(super) fn drain_worker(state: &mut State, c: &DrainWorker, out: &mut Applied) -> Outcome {
-    set_drain(state, &c.worker, Some(Drain { deadline: c.deadline }), out)
+    set_drain(state, &c.worker, Some(Drain { deadline: c.deadline, by: c.by }), out)
 }
 
 pub(super) fn undrain_worker(state: &mut State, c: &UndrainWorker, out: &mut Applied) -> Outcome {
@@ -46,7 +46,10 @@ pub(super) fn undrain_worker(state: &mut State, c: &UndrainWorker, out: &mut App
 
 fn set_drain(state: &mut State, name: &WorkerName, drain: Option<Drain>, out: &mut Applied) -> Outcome {
     let Some(worker) = state.worker(name) else { return Err(Rejection::WorkerUnknown(name.clone())) };
-    if worker.drain == drain {
+    // An operator's drain outlives an agent's wish, whichever came first.
+    let overruled = drain.is_some_and(|drain| drain.by == DrainedBy::Agent)
+        && worker.drain.is_some_and(|drain| drain.by == DrainedBy::Operator);
+    if worker.drain == drain || overruled {
         return Ok(Reply::Unchanged);
     }
     let mut worker = (**worker).clone();

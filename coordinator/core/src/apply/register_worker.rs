@@ -6,7 +6,7 @@ use helix_model::LogTime;
 use helix_model::limits::{LABEL_BYTES_MAX, MAP_ENTRIES_MAX, WORKER_CAPACITY_MAX};
 
 use crate::command::{RegisterWorker, WorkerOffer};
-use crate::record::{Applied, Standing, WorkerRecord};
+use crate::record::{Applied, DrainedBy, Standing, WorkerRecord};
 use crate::reply::{Rejection, Reply};
 use crate::state::State;
 
@@ -33,10 +33,11 @@ pub(super) fn register_worker(state: &mut State, at: LogTime, c: &RegisterWorker
         state.put_worker(record, out);
         return Ok(Reply::Done);
     };
-    record.drain = before.drain;
+    // An agent drained itself because it was about to go: now it is back.
+    record.drain = before.drain.filter(|drain| drain.by == DrainedBy::Operator);
     if before.instance == c.instance {
         record.held.clone_from(&before.held);
-        if before.offer == c.offer && before.standing == Standing::Present {
+        if before.offer == c.offer && before.standing == Standing::Present && before.drain == record.drain {
             return Ok(Reply::Unchanged);
         }
         state.put_worker(record, out);
