@@ -67,7 +67,10 @@ impl Clock {
             if agreed {
                 tracing::info!("clocks of a majority agree again: log time follows the wall clock");
             } else {
-                tracing::warn!(code = "clock_skew", "no majority of coordinators agrees with this clock: log time goes on by itself");
+                tracing::warn!(
+                    code = "clock_skew",
+                    "no majority of coordinators agrees with this clock: log time goes on by itself"
+                );
             }
         }
         time

@@ -59,7 +59,9 @@ pub enum NodeDirError {
         why: String,
     },
     /// A peer is known under another epoch.
-    #[error("node {node} was met under epoch {known:016x} and now has {found:016x}: its data was wiped or copied; add it under a new id")]
+    #[error(
+        "node {node} was met under epoch {known:016x} and now has {found:016x}: its data was wiped or copied; add it under a new id"
+    )]
     EpochChanged {
         /// Who.
         node: NodeId,
