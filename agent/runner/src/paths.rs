@@ -81,7 +81,8 @@ impl AttemptDir {
     }
 
     /// Where a file is written before it is renamed to `name`.
-    pub(crate) fn temporary(&self, name: &str) -> PathBuf {
+    #[must_use]
+    pub fn temporary(&self, name: &str) -> PathBuf {
         self.root.join(format!("{name}.new"))
     }
 }
