@@ -170,9 +170,7 @@ impl Default for Frames {
 }
 
 impl Frames {
-    /// For frames up to another size.
-    #[must_use]
-    pub fn with_bytes_max(bytes_max: usize) -> Self {
+    pub(crate) fn with_bytes_max(bytes_max: usize) -> Self {
         Self { pending: Vec::new(), bytes_max }
     }
 

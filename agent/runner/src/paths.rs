@@ -81,8 +81,7 @@ impl AttemptDir {
     }
 
     /// Where a file is written before it is renamed to `name`.
-    #[must_use]
-    pub fn temporary(&self, name: &str) -> PathBuf {
+    pub(crate) fn temporary(&self, name: &str) -> PathBuf {
         self.root.join(format!("{name}.new"))
     }
 }

@@ -40,9 +40,7 @@ struct Podman {
     store: String,
 }
 
-type Pairs<'a> = &'a [(&'a str, &'a str)];
-
-fn try_load(file: &str, env: Pairs, flags: Pairs) -> Result<Sample, ConfigError> {
+fn try_load(file: &str, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Sample, ConfigError> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("config.toml");
     std::fs::write(&path, file).unwrap();
@@ -83,7 +81,7 @@ fn lists_and_maps_come_from_text() {
 
 #[test]
 fn mistakes_are_named_with_the_nearest_key() {
-    let cases: &[(&str, Pairs, Pairs, &str)] = &[
+    let cases: &[(&str, &[(&str, &str)], &[(&str, &str)], &str)] = &[
         ("name = 'n'\ncapcity = 1", &[], &[], "unknown key `capcity`"),
         ("name = 'n'\ncapcity = 1", &[], &[], "did you mean `capacity`?"),
         ("name = 'n'\n[exec]\nshel = 'x'", &[], &[], "unknown key `exec.shel`"),

@@ -11,7 +11,6 @@ pub mod command;
 pub mod due;
 pub mod effect;
 pub mod explain;
-pub mod invariants;
 pub mod liveness;
 pub mod record;
 pub mod reply;

@@ -22,7 +22,6 @@ mod pending;
 mod queries;
 
 pub use load::LoadError;
-pub(crate) use load::check_build;
 pub use pending::Offered;
 pub use queries::{Known, Totals};
 

@@ -1,0 +1,60 @@
+//! The seam to consensus: the few things of the registry that leading needs.
+//!
+//! The registry implements it for real; tests drive the loop with the pure core alone and choose what fails.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use helix_core::{Command, Effect, Reply, state::State};
+use helix_model::LogTime;
+use tokio::sync::{broadcast, watch};
+
+use crate::registry::{Leadership, ProposeError, Registry};
+
+/// What the leader's shell asks of consensus. Meanings are those of [`Registry`]'s functions of the same names.
+pub trait Consensus: Clone + Send + Sync + 'static {
+    /// Commits one command and answers what applying it said.
+    fn propose(&self, command: Command) -> impl Future<Output = Result<Reply, ProposeError>> + Send;
+    /// Commits several, in order.
+    fn propose_all(&self, commands: Vec<Command>) -> impl Future<Output = Result<Vec<Reply>, ProposeError>> + Send;
+    /// Reads the state; short, and never across an await.
+    fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R;
+    /// What followed from each applied entry.
+    fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>>;
+    /// Who leads.
+    fn leadership(&self) -> watch::Receiver<Leadership>;
+    /// The log clock.
+    fn now(&self) -> LogTime;
+    /// The cluster's name.
+    fn cluster(&self) -> String;
+}
+
+impl Consensus for Registry {
+    async fn propose(&self, command: Command) -> Result<Reply, ProposeError> {
+        Registry::propose(self, command).await
+    }
+
+    async fn propose_all(&self, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
+        Registry::propose_all(self, commands).await
+    }
+
+    fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R {
+        Registry::with_state(self, read)
+    }
+
+    fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>> {
+        Registry::effects(self)
+    }
+
+    fn leadership(&self) -> watch::Receiver<Leadership> {
+        Registry::leadership(self)
+    }
+
+    fn now(&self) -> LogTime {
+        Registry::now(self)
+    }
+
+    fn cluster(&self) -> String {
+        Registry::cluster(self).to_owned()
+    }
+}

@@ -1,0 +1,67 @@
+//! Effects of applied commands, turned into messages on sessions. Each looks its facts up in the state as it is
+//! now: an assignment that was overtaken is not sent.
+
+use helix_core::Effect;
+use helix_core::state::State;
+use helix_model::WorkerName;
+use helix_proto::agent::coordinator_message::Message;
+
+use super::leading::Leading;
+use super::wire;
+
+/// What effects mean for the loop, beside the messages sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Noticed {
+    /// There may be new work or new room.
+    pub(crate) schedule: bool,
+    /// A coordinator's row or the membership changed.
+    pub(crate) nodes: bool,
+}
+
+impl Leading {
+    /// Sends what the effects ask for.
+    pub(crate) fn on_effects(&mut self, state: &State, effects: &[Effect]) -> Noticed {
+        let mut noticed = Noticed::default();
+        for effect in effects {
+            match effect {
+                Effect::BuildChanged(_) => noticed.schedule = true,
+                Effect::WorkerChanged(worker) => {
+                    noticed.schedule = true;
+                    self.check_worker(state, worker);
+                }
+                Effect::NodeChanged => noticed.nodes = true,
+                Effect::LogSealed(_) | Effect::BuildPurged(_) => {}
+                Effect::SendAssignment { .. }
+                | Effect::SendCommit { .. }
+                | Effect::SendStop { .. }
+                | Effect::SendForget { .. } => {
+                    if let Some((worker, message)) = self.message(state, effect) {
+                        self.send(worker, message);
+                    }
+                }
+            }
+        }
+        noticed
+    }
+
+    fn message<'a>(&self, state: &State, effect: &'a Effect) -> Option<(&'a WorkerName, Message)> {
+        let (worker, message) = match effect {
+            Effect::SendAssignment { key, worker, instance } => {
+                let session = self.sessions.get(worker).filter(|session| session.ready)?;
+                if session.instance != *instance {
+                    return None;
+                }
+                (worker, wire::assign(state, key)?)
+            }
+            Effect::SendCommit { key, worker, commit } => (worker, wire::commit(key, commit.clone())),
+            Effect::SendStop { key, worker, reason } => (worker, wire::stop(key, *reason)),
+            Effect::SendForget { key, worker } => (worker, wire::forget(key)),
+            Effect::BuildChanged(_)
+            | Effect::LogSealed(_)
+            | Effect::BuildPurged(_)
+            | Effect::WorkerChanged(_)
+            | Effect::NodeChanged => return None,
+        };
+        self.sessions.is_ready(worker).then_some((worker, message))
+    }
+}

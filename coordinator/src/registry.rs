@@ -1,0 +1,429 @@
+//! The replicated registry as the rest of the coordinator sees it: propose, read, wait. Consensus and storage are behind it.
+//!
+//! A [`Registry`] is a handle on queues and on the state in memory; tasks and threads elsewhere own the log, the
+//! store and the network. What a proposal's error says about its outcome is exact: only
+//! [`ProposeError::OutcomeUnknown`] may have been committed, and repeating it is harmless because `apply` checks ids.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use helix_core::record::{BuildRecord, NodeRecord};
+use helix_core::state::{Known, State};
+use helix_core::{Command, Effect, Policy, Reply};
+use helix_model::{BuildId, Digest, LogTime, NodeId};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use crate::node_dir::NodeIdentity;
+
+mod counters;
+mod shared;
+
+pub use counters::{BOUNDS_US, Counters, Histogram, Number};
+pub use shared::{Applied, Shared};
+
+/// The highest command format this program understands.
+pub const COMMAND_FORMAT: u32 = 1;
+
+/// Ids in one [`Registry::finished_page`] call, at most; more are cut.
+pub const PAGE_IDS_MAX: usize = 256;
+
+/// A handle on the registry; clones share everything.
+#[derive(Clone)]
+pub struct Registry {
+    inner: Arc<Ports>,
+}
+
+/// What a handle is made of; the tasks behind it hold the other ends.
+pub(crate) struct Ports {
+    pub(crate) identity: NodeIdentity,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) proposals: mpsc::Sender<Proposal>,
+    pub(crate) barriers: mpsc::Sender<BarrierRequest>,
+    pub(crate) lookups: mpsc::Sender<Lookup>,
+    pub(crate) control: mpsc::Sender<Control>,
+    pub(crate) names_blob: Box<dyn Fn(&Digest) -> bool + Send + Sync>,
+    pub(crate) leadership: watch::Receiver<Leadership>,
+    pub(crate) status: watch::Receiver<RaftStatus>,
+    pub(crate) failure: watch::Receiver<Option<String>>,
+}
+
+/// Commands on their way into the log, in order.
+pub(crate) struct Proposal {
+    pub(crate) commands: Vec<Command>,
+    /// Came from another coordinator: it is not sent on a second time.
+    pub(crate) forwarded: bool,
+    pub(crate) reply: oneshot::Sender<Result<Vec<Reply>, ProposeError>>,
+}
+
+/// Somebody wants to read what is acknowledged by now.
+pub(crate) type BarrierRequest = oneshot::Sender<Result<(), ReadError>>;
+
+/// A question to the store's reading thread.
+pub(crate) enum Lookup {
+    Records { ids: Vec<BuildId>, reply: oneshot::Sender<Result<Vec<Arc<BuildRecord>>, StoreError>> },
+}
+
+/// Rare requests to the task that owns consensus.
+pub(crate) enum Control {
+    AddMember { node: NodeId, address: String, reply: oneshot::Sender<Result<(), MembershipError>> },
+    RemoveMember { node: NodeId, reply: oneshot::Sender<Result<(), MembershipError>> },
+    Snapshot { reply: oneshot::Sender<Result<(), StoreError>> },
+    Stop { deadline: Duration, reply: oneshot::Sender<()> },
+}
+
+/// How new a read must be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Consistency {
+    /// At least as new as everything acknowledged before the call, on any coordinator.
+    Linearizable,
+    /// Whatever this coordinator has applied.
+    Stale,
+}
+
+/// Who leads, as this node knows it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Leadership {
+    /// The leader, if one is known.
+    pub leader: Option<NodeId>,
+    /// The term.
+    pub term: u64,
+    /// This node leads, and everything committed before its term is applied here.
+    pub is_leader: bool,
+}
+
+/// A build with everything known of it; never changes.
+#[derive(Clone, PartialEq, Debug)]
+pub struct BuildView {
+    /// The record, addenda put in.
+    pub record: Arc<BuildRecord>,
+}
+
+/// Consensus as this node sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RaftStatus {
+    /// The leader, if one is known.
+    pub leader: Option<NodeId>,
+    /// The term.
+    pub term: u64,
+    /// The last entry in this node's log.
+    pub last_log_index: u64,
+    /// The last entry applied here.
+    pub applied_index: u64,
+    /// The last entry in the newest snapshot; 0 for none.
+    pub snapshot_index: u64,
+    /// The last entry removed from the log behind snapshots; 0 for none.
+    pub purged_index: u64,
+    /// Voters and learners.
+    pub members: Vec<MemberStatus>,
+    /// Stable words: `clock_skew`, `no_leader`.
+    pub warnings: Vec<&'static str>,
+}
+
+/// A coordinator as consensus sees it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MemberStatus {
+    /// Its number.
+    pub id: NodeId,
+    /// HOST:PORT of its coordinators' port.
+    pub address: String,
+    /// `leader`, `follower`, `candidate` or `learner`; of others only the leader and learners are told apart.
+    pub role: &'static str,
+    /// What it is known to have: our own last entry, or what the leader knows a follower flushed; 0 when unknown here.
+    pub last_log_index: u64,
+    /// What is known to be applied: our own, or what a follower has flushed of it.
+    pub applied_index: u64,
+    /// It was heard in time. Only the leader knows that of others; elsewhere only the leader and we ourselves are.
+    pub healthy: bool,
+}
+
+/// Why a proposal has no reply.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ProposeError {
+    /// Not committed: nobody could take it in time.
+    #[error("no leader took the proposal in time")]
+    NoLeader {
+        /// Where clients dial the leader, if one is known.
+        hint: Option<String>,
+    },
+    /// It may have been committed or not. Repeating it is harmless.
+    #[error("the proposal may or may not have been committed")]
+    OutcomeUnknown,
+    /// Not committed: this node is stopping.
+    #[error("this node is stopping")]
+    ShuttingDown,
+    /// Not committed by this node, which is broken.
+    #[error("storage: {0}")]
+    Storage(String),
+}
+
+/// Why a read is not possible now.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ReadError {
+    /// No leader confirmed itself in time.
+    #[error("no leader confirmed itself in time")]
+    NoLeader {
+        /// Where clients dial the leader, if one is known.
+        hint: Option<String>,
+    },
+    /// This node is stopping.
+    #[error("this node is stopping")]
+    ShuttingDown,
+}
+
+/// Why membership did not change.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum MembershipError {
+    /// Ask the leader.
+    #[error("only the leader changes membership")]
+    NotLeader {
+        /// Where clients dial it.
+        hint: Option<String>,
+    },
+    /// It was refused, and nothing changed.
+    #[error("{0}")]
+    Refused(String),
+    /// This node is stopping.
+    #[error("this node is stopping")]
+    ShuttingDown,
+}
+
+/// The store cannot be read.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the store cannot be read: {0}")]
+pub struct StoreError(pub String);
+
+impl Registry {
+    pub(crate) fn new(ports: Ports) -> Self {
+        Self { inner: Arc::new(ports) }
+    }
+
+    /// This node's number.
+    #[must_use]
+    pub fn node(&self) -> NodeId {
+        self.inner.identity.id()
+    }
+
+    /// The cluster's name.
+    #[must_use]
+    pub fn cluster(&self) -> &str {
+        &self.inner.identity.cluster
+    }
+
+    /// This node's data directory's epoch.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.inner.identity.epoch
+    }
+
+    /// Commits a command, wherever the leader is, and answers what `apply` said.
+    ///
+    /// # Errors
+    /// [`ProposeError`].
+    pub async fn propose(&self, command: Command) -> Result<Reply, ProposeError> {
+        let mut replies = self.propose_all(vec![command]).await?;
+        replies.pop().ok_or(ProposeError::OutcomeUnknown)
+    }
+
+    /// Commits commands in this order and answers in it; they may share a log entry with others. After an error a
+    /// prefix of them may have been committed.
+    ///
+    /// # Errors
+    /// [`ProposeError`]; `OutcomeUnknown` as soon as that holds for one of them.
+    pub async fn propose_all(&self, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
+        self.enqueue(commands, false).await
+    }
+
+    /// Like [`Self::propose_all`], for commands that another coordinator sent here: never sent on.
+    pub(crate) async fn propose_forwarded(&self, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
+        self.enqueue(commands, true).await
+    }
+
+    async fn enqueue(&self, commands: Vec<Command>, forwarded: bool) -> Result<Vec<Reply>, ProposeError> {
+        if commands.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (reply, answer) = oneshot::channel();
+        let proposal = Proposal { commands, forwarded, reply };
+        self.inner.proposals.send(proposal).await.map_err(|_| ProposeError::ShuttingDown)?;
+        // The proposer answers everything it took; if it died with this in hand, nobody knows.
+        answer.await.unwrap_or(Err(ProposeError::OutcomeUnknown))
+    }
+
+    /// After `Ok`, what is read here is at least as new as everything acknowledged anywhere before the call.
+    /// `Stale` asks nobody.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn barrier(&self, consistency: Consistency) -> Result<(), ReadError> {
+        if consistency == Consistency::Stale {
+            return Ok(());
+        }
+        let (reply, answer) = oneshot::channel();
+        self.inner.barriers.send(reply).await.map_err(|_| ReadError::ShuttingDown)?;
+        answer.await.unwrap_or(Err(ReadError::ShuttingDown))
+    }
+
+    /// Looks at the state. Short: `apply` waits for it. There is no await in here.
+    pub fn with_state<R>(&self, look: impl FnOnce(&State) -> R) -> R {
+        look(&self.inner.shared.state())
+    }
+
+    /// A build, open or finished. Call [`Self::barrier`] first where it must be fresh.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the record of a finished build cannot be read.
+    pub async fn build(&self, id: &BuildId) -> Result<Option<BuildView>, StoreError> {
+        enum Where {
+            Open(Arc<BuildRecord>),
+            Store,
+            Nowhere,
+        }
+        let found = self.with_state(|state| match state.build(id) {
+            Some(Known::Open(record)) => Where::Open(Arc::clone(record)),
+            Some(Known::Finished(_)) => Where::Store,
+            Some(_) | None => Where::Nowhere,
+        });
+        match found {
+            Where::Open(record) => Ok(Some(BuildView { record })),
+            Where::Store => Ok(self.finished_page(vec![id.clone()]).await?.pop()),
+            Where::Nowhere => Ok(None),
+        }
+    }
+
+    /// The records of finished builds, in the order of `ids`; at most [`PAGE_IDS_MAX`], and those that are gone
+    /// meanwhile are left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn finished_page(&self, mut ids: Vec<BuildId>) -> Result<Vec<BuildView>, StoreError> {
+        ids.truncate(PAGE_IDS_MAX);
+        let stopped = || StoreError("this node is stopping".to_owned());
+        let (reply, answer) = oneshot::channel();
+        self.inner.lookups.send(Lookup::Records { ids, reply }).await.map_err(|_| stopped())?;
+        let records = answer.await.map_err(|_| stopped())??;
+        Ok(records.into_iter().map(|record| BuildView { record }).collect())
+    }
+
+    /// Whether any build names these bytes. For collection, after a linearizable barrier. Reads the store: call it
+    /// from a thread that may block. When the store cannot be read the answer is yes.
+    #[must_use]
+    pub fn names_blob(&self, digest: &Digest) -> bool {
+        self.with_state(|state| state.names_blob(digest)) || (self.inner.names_blob)(digest)
+    }
+
+    /// What follows from commands as they are applied here, on every node. A receiver that lags, and every receiver
+    /// after a snapshot was installed, gets `Lagged` and looks at the state again.
+    #[must_use]
+    pub fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>> {
+        self.inner.shared.effects()
+    }
+
+    /// Who leads.
+    #[must_use]
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.inner.leadership.clone()
+    }
+
+    /// Log time: on the leader the clock that stamps entries, elsewhere the last stamp applied.
+    #[must_use]
+    pub fn now(&self) -> LogTime {
+        let is_leader = self.inner.leadership.borrow().is_leader;
+        if is_leader { self.inner.shared.stamp() } else { self.with_state(State::last_at) }
+    }
+
+    /// All coordinators that ever made themselves known.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<NodeRecord> {
+        self.with_state(|state| state.nodes().cloned().collect())
+    }
+
+    /// The voters by the last membership applied.
+    #[must_use]
+    pub fn voters(&self) -> BTreeSet<NodeId> {
+        self.with_state(|state| state.voters().clone())
+    }
+
+    /// The cluster's policy.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        self.with_state(|state| state.policy().clone())
+    }
+
+    /// Where clients dial the leader, if one is known and made itself known.
+    #[must_use]
+    pub fn leader_hint(&self) -> Option<String> {
+        let leader = self.inner.leadership.borrow().leader?;
+        self.inner.shared.grpc_of(leader)
+    }
+
+    /// Consensus as this node sees it.
+    #[must_use]
+    pub fn status(&self) -> RaftStatus {
+        self.inner.status.borrow().clone()
+    }
+
+    /// Members and where coordinators dial them.
+    #[must_use]
+    pub fn members(&self) -> BTreeMap<NodeId, String> {
+        self.inner.shared.members()
+    }
+
+    /// What was counted and measured here.
+    #[must_use]
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.inner.shared.counters)
+    }
+
+    /// `Some(why)` once this node cannot go on: a failed fsync, an unknown command, another node under its id.
+    /// The process should report it and exit.
+    #[must_use]
+    pub fn failure(&self) -> watch::Receiver<Option<String>> {
+        self.inner.failure.clone()
+    }
+
+    /// Adds a voter: first as a learner, until it has caught up. Leader only.
+    ///
+    /// # Errors
+    /// [`MembershipError`].
+    pub async fn add_member(&self, node: NodeId, address: String) -> Result<(), MembershipError> {
+        let (reply, answer) = oneshot::channel();
+        self.control(Control::AddMember { node, address, reply }).await.map_err(|()| MembershipError::ShuttingDown)?;
+        answer.await.unwrap_or(Err(MembershipError::ShuttingDown))
+    }
+
+    /// Removes a voter or learner for ever. Leader only.
+    ///
+    /// # Errors
+    /// [`MembershipError`].
+    pub async fn remove_member(&self, node: NodeId) -> Result<(), MembershipError> {
+        let (reply, answer) = oneshot::channel();
+        self.control(Control::RemoveMember { node, reply }).await.map_err(|()| MembershipError::ShuttingDown)?;
+        answer.await.unwrap_or(Err(MembershipError::ShuttingDown))
+    }
+
+    /// Writes a snapshot now and removes from the log what two snapshots cover.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn snapshot(&self) -> Result<(), StoreError> {
+        let stopped = || StoreError("this node is stopping".to_owned());
+        let (reply, answer) = oneshot::channel();
+        self.control(Control::Snapshot { reply }).await.map_err(|()| stopped())?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    /// Hands leadership to somebody else if we have it, stops consensus, and writes out what is applied. Returns
+    /// when that is done, or soon after `deadline`; both are safe.
+    pub async fn transfer_leadership_and_stop(&self, deadline: Duration) {
+        let (reply, answer) = oneshot::channel();
+        if self.control(Control::Stop { deadline, reply }).await.is_ok() {
+            // An error means that the task has ended, which is what was asked for.
+            let _ = answer.await;
+        }
+    }
+
+    async fn control(&self, request: Control) -> Result<(), ()> {
+        self.inner.control.send(request).await.map_err(|_| ())
+    }
+}
