@@ -57,7 +57,7 @@ pub fn explain(state: &State, liveness: &Liveness, build: &BuildId, now: LogTime
     let (build_state, tasks, words) = match known {
         None => (None, Vec::new(), "no such build".to_owned()),
         Some(Known::Purged(tombstone)) => {
-            (Some(tombstone.state), Vec::new(), format!("it {} and was purged", tombstone.state))
+            (Some(tombstone.state), Vec::new(), format!("it ended as {}, and was purged", tombstone.state))
         }
         Some(Known::Finished(finished)) => {
             (Some(finished.state), Vec::new(), format!("it has ended: {}", finished.state))

@@ -11,6 +11,7 @@ pub mod command;
 pub mod due;
 pub mod effect;
 pub mod explain;
+pub mod invariants;
 pub mod liveness;
 pub mod record;
 pub mod reply;

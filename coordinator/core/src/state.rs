@@ -22,6 +22,7 @@ mod pending;
 mod queries;
 
 pub use load::LoadError;
+pub(crate) use load::check_build;
 pub use pending::Offered;
 pub use queries::{Known, Totals};
 

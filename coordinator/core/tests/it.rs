@@ -1,0 +1,14 @@
+//! Tests of the registry's core: tables for every command and rejection, stories, properties.
+
+#[path = "it/commands.rs"]
+mod commands;
+#[path = "it/deadlines.rs"]
+mod deadlines;
+#[path = "it/properties.rs"]
+mod properties;
+#[path = "it/rejections.rs"]
+mod rejections;
+#[path = "it/scheduling.rs"]
+mod scheduling;
+#[path = "it/story.rs"]
+mod story;
