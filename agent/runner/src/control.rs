@@ -170,7 +170,9 @@ impl Default for Frames {
 }
 
 impl Frames {
-    pub(crate) fn with_bytes_max(bytes_max: usize) -> Self {
+    /// For frames up to another size.
+    #[must_use]
+    pub fn with_bytes_max(bytes_max: usize) -> Self {
         Self { pending: Vec::new(), bytes_max }
     }
 

@@ -1,6 +1,6 @@
 //! What an agent that returns finds: whether an attempt's runner lives, ended, or died, and what to do about the last.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 
 use crate::locks;
@@ -31,12 +31,13 @@ pub enum AttemptState {
 pub fn inspect(dir: &AttemptDir) -> io::Result<AttemptState> {
     // Order matters. A runner locks, notes its pid, writes its result, and unlocks by dying; so who noted its pid before
     // the look at the lock and holds none has written what it ever will before the look at the result.
-    let taken = fs::exists(dir.pid())?;
-    let holder = match File::open(dir.lock()) {
-        Ok(file) => locks::holder(&file)?,
+    let notes = match File::open(dir.pid()) {
+        Ok(file) => Some(file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),
     };
+    let taken = notes.as_ref().map_or(Ok(false), |notes| notes.metadata().map(|data| data.len() > 0))?;
+    let holder = notes.as_ref().map_or(Ok(None), locks::holder)?;
     if let Some(outcome) = Outcome::read(dir)? {
         return Ok(AttemptState::Ended(outcome));
     }

@@ -23,19 +23,25 @@
 //!
 //! Not here: TLS, tokio, sources, artifacts, what a result means for a build.
 
+pub mod cgroup;
 pub mod codec;
 pub mod control;
+pub mod forker;
 mod inspect;
 pub mod locks;
 mod order;
 mod outcome;
 mod paths;
 pub mod pids;
+pub mod processes;
 mod spool;
+mod sweep;
 
 pub use codec::FormatError;
+pub use forker::Forker;
 pub use inspect::{AttemptState, inspect};
 pub use order::{ORDER_BYTES_MAX, Order, Privileges, User};
-pub use outcome::{End, LogTotals, MemoryKill, Outcome};
+pub use outcome::{End, LogTotals, MemoryKill, OUTCOME_BYTES_MAX, Outcome};
 pub use paths::AttemptDir;
 pub use spool::{Growth, LOG_BYTES_MIN, Position, Record, SpoolError, SpoolReader, SpoolWriter, Stream};
+pub use sweep::{Sweep, sweep};

@@ -1,2 +1,21 @@
-//! `helix-runner`: owns one attempt's processes and output.
-fn main() {}
+//! `helix-runner`: owns one attempt's processes and output, from its order to its result. Started by the agent, through
+//! the forker; it outlives the agent.
+//!
+//! One thread, no allocation in proportion to what the build says, no network, no secrets.
+
+mod fork_server;
+mod run;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    match (arguments.next(), arguments.next()) {
+        (Some(word), None) if word == "--forker" => fork_server::serve(),
+        (Some(word), None) if !word.as_encoded_bytes().starts_with(b"-") => run::run(word.as_ref()),
+        _ => {
+            eprintln!("usage: helix-runner ATTEMPT_DIR | helix-runner --forker\nthe agent starts it; never by hand");
+            ExitCode::from(2)
+        }
+    }
+}

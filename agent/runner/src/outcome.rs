@@ -13,7 +13,7 @@ use crate::paths::AttemptDir;
 const KIND: Kind = Kind { magic: b"HLXDONE\0", version: 1 };
 
 /// A result's bytes, at most; so much is preallocated, so that a full disk does not hide how a build ended.
-pub(crate) const OUTCOME_BYTES_MAX: usize = 4096;
+pub const OUTCOME_BYTES_MAX: usize = 4096;
 
 /// An error's text in a result, at most.
 const ERROR_BYTES_MAX: usize = 1024;

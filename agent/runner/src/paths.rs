@@ -9,8 +9,7 @@ use std::path::{Path, PathBuf};
 /// |---|---|---|
 /// | `order` | agent, once, before the runner starts | what to run ([`crate::Order`]) |
 /// | `log.spool`, `log.tail`, `log.tail.old` | agent, then runner, then agent | the log ([`crate::SpoolWriter`]) |
-/// | `pid` | runner, once | that a runner took the order; its pid and its command's |
-/// | `lock` | runner | nothing; locked as long as the runner lives |
+/// | `pid` | runner | that a runner took the order, its pid and its command's; locked as long as it lives |
 /// | `control` | runner | its socket |
 /// | `result` | runner, its last act | how it ended ([`crate::Outcome`]) |
 ///
@@ -56,16 +55,10 @@ impl AttemptDir {
         self.root.join("log.tail.old")
     }
 
-    /// Proof that a runner took the order.
+    /// Proof that a runner took the order, and that it lives while it is locked.
     #[must_use]
     pub fn pid(&self) -> PathBuf {
         self.root.join("pid")
-    }
-
-    /// Locked while the runner lives.
-    #[must_use]
-    pub fn lock(&self) -> PathBuf {
-        self.root.join("lock")
     }
 
     /// The runner's socket.
@@ -81,7 +74,8 @@ impl AttemptDir {
     }
 
     /// Where a file is written before it is renamed to `name`.
-    pub(crate) fn temporary(&self, name: &str) -> PathBuf {
+    #[must_use]
+    pub fn temporary(&self, name: &str) -> PathBuf {
         self.root.join(format!("{name}.new"))
     }
 }

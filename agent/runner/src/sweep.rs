@@ -1,0 +1,113 @@
+//! Killing what a dead runner left.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::time::{Duration, Instant};
+
+use crate::cgroup::Cgroup;
+use crate::inspect::{AttemptState, inspect};
+use crate::order::Order;
+use crate::paths::AttemptDir;
+use crate::pids::{PidFile, boot_id};
+use crate::processes::{Process, kill_all};
+
+/// The variables that, together, name an attempt in its processes' environments.
+const MARKS: [&str; 2] = ["HELIX_BUILD_ID", "HELIX_ATTEMPT"];
+
+/// What a sweep can say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sweep {
+    /// No process of the attempt is left: its cgroup is empty, or the host was started anew since.
+    Proven {
+        /// How many were found and killed one by one; the cgroup's kill does not count.
+        killed: u32,
+    },
+    /// All that could be recognised is gone, but one that hid would not have been.
+    Unproven {
+        /// How many were found and killed.
+        killed: u32,
+    },
+}
+
+/// Kills what the runner of this attempt left behind, however it can be recognised: by its cgroup, the command's session,
+/// the attempt's variables in the environment, a current directory in the workdir, or descent from one of these.
+/// Waits until none is seen, `patience` at most.
+///
+/// # Errors
+/// `WouldBlock` when a runner lives; `TimedOut` when something does not die; else those of the system.
+pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
+    if let AttemptState::Running { pid } = inspect(dir)? {
+        return Err(io::Error::new(io::ErrorKind::WouldBlock, format!("runner {pid} lives")));
+    }
+    let order = Order::read(dir)?;
+    let notes = PidFile::read(dir)?;
+    if let Some(notes) = &notes
+        && notes.boot_id != boot_id()?
+    {
+        return Ok(Sweep::Proven { killed: 0 });
+    }
+    let cgroup = order.cgroup.as_deref().and_then(Cgroup::existing);
+    let deadline = Instant::now() + patience;
+    let mut killed = 0;
+    loop {
+        if let Some(cgroup) = &cgroup {
+            cgroup.kill()?;
+        }
+        let found = kill_all(|| recognised(&order, notes.as_ref()))?;
+        killed += found;
+        if found == 0 && !cgroup.as_ref().map_or(Ok(false), Cgroup::populated)? {
+            break;
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "a process of the attempt does not die"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    match cgroup {
+        Some(cgroup) => cgroup.remove().map(|()| Sweep::Proven { killed }),
+        None => Ok(Sweep::Unproven { killed }),
+    }
+}
+
+/// The live processes that show a sign of the attempt, and their descendants.
+fn recognised(order: &Order, notes: Option<&PidFile>) -> io::Result<Vec<Process>> {
+    let all = Process::all()?;
+    let own = std::process::id();
+    let mut inside: Vec<Process> = all.iter().filter(|process| is_marked(process, order, notes)).copied().collect();
+    let mut at = 0;
+    while at < inside.len() {
+        let parent = inside[at].id.pid;
+        for process in &all {
+            if process.parent == parent && !inside.contains(process) {
+                inside.push(*process);
+            }
+        }
+        at += 1;
+    }
+    inside.retain(|process| !process.zombie && process.id.pid != own);
+    Ok(inside)
+}
+
+fn is_marked(process: &Process, order: &Order, notes: Option<&PidFile>) -> bool {
+    if process.id.pid == std::process::id() || process.id.pid == 1 {
+        return false;
+    }
+    let in_session = notes.and_then(|notes| notes.command).is_some_and(|command| {
+        // The number stays taken as long as the session has members; only a live leader can show that it is another's.
+        let by_number = process.session == command.pid;
+        by_number && Process::read(command.pid).is_none_or(|leader| leader.id == command)
+    });
+    let of = |name: &str| format!("/proc/{}/{name}", process.id.pid);
+    let in_workdir = || fs::read_link(of("cwd")).is_ok_and(|cwd| order.owns_path(&cwd));
+    let has_marks = || {
+        let environment = fs::read(of("environ")).unwrap_or_default();
+        MARKS.iter().all(|name| {
+            let Some(value) = order.variable(name) else { return false };
+            let wanted = [name.as_bytes(), b"=", value.as_bytes()].concat();
+            environment.split(|byte| *byte == 0).any(|entry| OsStr::from_bytes(entry) == OsStr::from_bytes(&wanted))
+        })
+    };
+    in_session || in_workdir() || has_marks()
+}

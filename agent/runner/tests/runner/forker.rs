@@ -1,0 +1,74 @@
+//! Starting runners through the forker.
+
+use std::time::Instant;
+
+use helix_runner::{AttemptDir, AttemptState, End, Forker, Growth, inspect};
+use rustix::process::Signal;
+
+use crate::support::{Attempt, is_alive, kill, records, until, ways};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_helix-runner");
+
+fn ended(dir: &AttemptDir) -> Option<helix_runner::Outcome> {
+    match inspect(dir).unwrap() {
+        AttemptState::Ended(outcome) => Some(outcome),
+        AttemptState::RunnerDied => panic!("the runner died"),
+        AttemptState::NotStarted | AttemptState::Running { .. } => None,
+    }
+}
+
+#[test]
+fn runners_outlive_the_forker() {
+    let attempt = Attempt::new("echo ready; read x < gate; echo done");
+    let gate = attempt.workdir.join("gate");
+    rustix::fs::mknodat(rustix::fs::CWD, &gate, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    attempt.write_order();
+    let mut forker = Forker::start(PROGRAM).unwrap();
+    let pid = forker.start_runner(&attempt.dir).unwrap();
+    attempt.says("ready");
+    assert_eq!(inspect(&attempt.dir).unwrap(), AttemptState::Running { pid });
+    drop(forker);
+    assert!(is_alive(pid));
+    std::fs::write(gate, "go\n").unwrap();
+    assert_eq!(until("its end", || ended(&attempt.dir)).end, End::Exited(0));
+    assert_eq!(records(&attempt.dir, Growth::Ended).len(), 2);
+}
+
+#[test]
+fn a_forker_that_died_is_replaced() {
+    let mut forker = Forker::start(PROGRAM).unwrap();
+    for round in 0..3 {
+        let attempt = Attempt::new("exit 5");
+        attempt.write_order();
+        let runner = forker.start_runner(&attempt.dir).unwrap();
+        assert_eq!(until("its end", || ended(&attempt.dir)).end, End::Exited(5));
+        until("its process to be gone", || (!is_alive(runner)).then_some(()));
+        if round < 2 {
+            let helper = forker.pid().unwrap();
+            kill(helper, Signal::KILL);
+            until("the forker's death", || (!is_alive(helper)).then_some(()));
+        }
+    }
+}
+
+#[test]
+fn starts_are_cheap() {
+    for with in ways() {
+        let attempt = |_| Attempt::new("").held(with).with(|order| order.argv = vec!["true".into()]);
+        let attempts: Vec<Attempt> = (0..200).map(attempt).collect();
+        attempts.iter().for_each(Attempt::write_order);
+        let mut forker = Forker::start(PROGRAM).unwrap();
+        let begun = Instant::now();
+        for attempt in &attempts {
+            forker.start_runner(&attempt.dir).unwrap();
+        }
+        let asked = begun.elapsed();
+        for attempt in &attempts {
+            assert_eq!(until("its end", || ended(&attempt.dir)).end, End::Exited(0));
+        }
+        let done = begun.elapsed();
+        eprintln!("{with:?}: 200 runners asked for in {asked:?}, done in {done:?}");
+        // Ten times what it takes on two idle cores: it must catch an order of magnitude, not a busy neighbour.
+        assert!(done.as_secs() < 5, "{done:?}");
+    }
+}
