@@ -1,0 +1,14 @@
+//! Real clusters on loopback: what users see, and what must hold when processes die, hang, or lose their disks.
+//!
+//! Every test starts its own cluster. Conditions are waited for; nothing is timed.
+
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+
+#[path = "cluster/agents.rs"]
+mod agents;
+#[path = "cluster/coordinators.rs"]
+mod coordinators;
+#[path = "cluster/sizes.rs"]
+mod sizes;
+#[path = "cluster/surface.rs"]
+mod surface;

@@ -1,0 +1,186 @@
+//! The command line on a healthy cluster: outputs, exit codes, refusals.
+
+use std::fs;
+use std::io::Write;
+use std::process::Stdio;
+
+use helix_tests::cluster::{Cluster, PATIENCE, Shape, alive, wait_for};
+
+/// The first thing that anybody tries works through each of the three endpoints.
+#[test]
+fn a_followed_submit_works_through_any_endpoint() {
+    let cluster = Cluster::start(&Shape::default()).unwrap();
+    for member in cluster.all("coordinator") {
+        let context = cluster.context_of(&member);
+        let said =
+            cluster.helix_with(&context, &["submit", "--follow", "--", "echo hi; echo done > \"$HELIX_OUTPUT\""]);
+        assert_eq!(said.code, 0, "{}", said.stderr);
+        assert_eq!(said.stdout.lines().filter(|line| *line == "hi").count(), 1, "{}", said.stdout);
+        let status: serde_json::Value =
+            serde_json::from_str(&cluster.helix_with(&context, &["status", "last", "-o", "json"]).stdout).unwrap();
+        assert_eq!(status["state"], "succeeded");
+        let reported = "d117fa006ba9208500b2930ce69cbde436c647afa917cb7396a9bc9111a46dd2";
+        assert_eq!(status["digest"], reported, "the sha256 of done and a newline");
+        let id = status["build_id"].as_str().unwrap();
+        assert_eq!(status["image_tag"], format!("helix/{id}@sha256:{reported}"));
+        let target = cluster.root().join("fetched");
+        let said = cluster.helix_with(&context, &["artifacts", "get", id, "-O", target.to_str().unwrap()]);
+        assert_eq!(said.code, 0, "{}", said.stderr);
+        assert_eq!(fs::read_to_string(target).unwrap(), "done\n");
+    }
+}
+
+#[test]
+fn exit_codes_and_reasons_are_those_that_scripts_expect() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["--no-output", "--", "exit 7"], 7, "exit"),
+        (&["--no-output", "--", "kill -9 $$"], 137, "signal"),
+        (&["--", "true"], 120, "artifact_missing"),
+        (&["--no-output", "--timeout", "300ms", "--", "sleep 100"], 124, "timeout"),
+        (&["--no-output", "--silence-timeout", "300ms", "--", "echo x; sleep 100"], 124, "silence"),
+        (&["--no-output", "--repo", "file:///nowhere/at/all", "--", "true"], 120, "source"),
+        (&["--no-output", "--output-of-nobody", "--", "true"], 2, ""),
+        (&["--no-output", "--", "/no/such/program", "argument"], 127, "exit"),
+        (&["--output", "link", "--", "ln -s /etc/passwd link"], 120, "artifact_missing"),
+        (&["--no-output", "--", "true"], 0, ""),
+    ];
+    for (arguments, code, reason) in cases {
+        let mut all = vec!["submit", "--wait", "-o", "json"];
+        all.extend_from_slice(arguments);
+        let said = cluster.helix(&all);
+        assert_eq!(said.code, *code, "{arguments:?}: {} {}", said.stdout, said.stderr);
+        if *code != 2 {
+            let status: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+            assert_eq!(status["reason"].as_str().unwrap_or_default(), *reason, "{arguments:?}");
+            if !reason.is_empty() {
+                let log = cluster.helix(&["logs", status["build_id"].as_str().unwrap()]);
+                let last = log.stdout.lines().last().unwrap_or_default().to_owned();
+                assert!(last.starts_with("helix: ") && last.contains(reason), "{arguments:?}: {}", log.stdout);
+            }
+        }
+    }
+    assert_eq!(cluster.helix(&["status", "no-such-build"]).code, 123);
+    assert_eq!(cluster.helix(&["workers", "show", "nobody"]).code, 123);
+    assert_eq!(cluster.helix(&["submit", "--repo", "--upload-pack=x", "--connect-timeout", "5s"]).code, 2);
+    let refused = cluster.helix(&["submit", "--repo", "ext::sh -c id", "--", "true"]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("invalid_field") && refused.stderr.contains("repo_url"), "{}", refused.stderr);
+    let refused = cluster.helix(&["submit", "--env", "LD_PRELOAD=x", "--", "true"]);
+    assert!(refused.code == 1 && refused.stderr.contains("LD_"), "{}", refused.stderr);
+}
+
+#[test]
+fn nobody_answers_is_an_exit_code_of_its_own() {
+    let mut cluster = Cluster::start(&Shape { coordinators: 1, agents: 0, ..Shape::default() }).unwrap();
+    cluster.stop().unwrap();
+    let said = cluster.helix(&["list", "--connect-timeout", "1s"]);
+    assert_eq!(said.code, 125, "{}", said.stderr);
+}
+
+#[test]
+fn one_id_is_one_build() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let submit =
+        |line: &str| cluster.helix(&["submit", "--id", "mine", "--no-output", "--wait", "-o", "quiet", "--", line]);
+    let count = cluster.root().join("count");
+    let line = format!("echo x >> {}", count.display());
+    assert_eq!(submit(&line).code, 0);
+    assert_eq!(submit(&line).code, 0);
+    assert_eq!(fs::read_to_string(&count).unwrap(), "x\n", "the second submit is the first build");
+    let other = submit("true");
+    assert!(other.code == 1 && other.stderr.contains("id_taken"), "{}", other.stderr);
+    let retried = cluster.helix(&["retry", "mine", "-o", "quiet"]);
+    assert_eq!(retried.code, 0, "{}", retried.stderr);
+    assert_eq!(cluster.helix(&["wait", retried.stdout.trim()]).code, 0);
+    assert_eq!(fs::read_to_string(&count).unwrap(), "x\nx\n");
+    assert_eq!(cluster.json(&["status", retried.stdout.trim()])["retry_of"], "mine");
+}
+
+#[test]
+fn a_batch_is_answered_in_order_and_errors_are_lines_too() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let lines = [
+        r#"{"id":"b1","command":"true","no_output":true}"#,
+        r#"{"id":"b2","comand":"true"}"#,
+        r#"{"id":"b3","argv":["true"],"no_output":true}"#,
+        r#"{"id":"B4","command":"true"}"#,
+        r#"{"id":"b1","command":"true","no_output":true}"#,
+    ];
+    let mut command = cluster.command(&["submit", "--batch", "-"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.join("\n").as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let answers: Vec<&str> = text.lines().collect();
+    assert_eq!((answers.len(), answers[0], answers[2], answers[4]), (5, "b1", "b3", "b1"), "{text}");
+    assert!(answers[1].contains("comand") && answers[3].contains("invalid_field"), "{text}");
+    assert_eq!(output.status.code(), Some(1), "a batch with an error is not a success");
+    assert_eq!(cluster.helix(&["wait", "b1", "b3"]).code, 0);
+}
+
+#[test]
+fn a_cancel_reaches_a_daemon_that_hides() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let file = cluster.root().join("daemon.pid");
+    let daemon = format!("trap '' TERM HUP INT; echo $$ > {}; while :; do sleep 1; done", file.display());
+    let id = cluster.submit(&format!(
+        "(env -i /usr/bin/setsid /bin/sh -c \"{}\" > /dev/null 2>&1 &) ; sleep 1000",
+        daemon.replace("$$", "\\$\\$")
+    ));
+    let pid: i32 = wait_for("the daemon", PATIENCE, || fs::read_to_string(&file).ok()?.trim().parse().ok());
+    assert!(alive(pid));
+    let said = cluster.helix(&["cancel", &id, "--reason", "enough", "-o", "json"]);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    assert!(!alive(pid), "cancelled means that nothing of it is left");
+    let status = cluster.json(&["status", &id]);
+    assert_eq!((status["state"].as_str(), status["verified"].as_bool()), (Some("cancelled"), Some(true)));
+    assert_eq!(status["cancel_reason"], "enough");
+    assert_eq!(cluster.helix(&["cancel", &id]).code, 0, "a second cancel is harmless");
+    assert_eq!(cluster.helix(&["wait", &id]).code, 122);
+}
+
+#[test]
+fn waiting_builds_say_why_and_purged_ones_are_gone() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, capacity: 1, ..Shape::default() }).unwrap();
+    let first = cluster.submit("sleep 1000");
+    cluster.wait_state(&first, "running");
+    let second = cluster.submit("true");
+    let why = cluster.json(&["explain", &second]);
+    assert_eq!(why["build"]["state"], "queued");
+    let verdicts = why["tasks"][0]["verdicts"].as_array().unwrap();
+    assert!(verdicts.len() == 1 && verdicts[0]["fits"] == false, "{why}");
+    let refused = cluster.helix(&["submit", "--require", "gpu=yes", "--no-output", "--", "true"]);
+    assert!(refused.code == 1 && refused.stderr.contains("unsatisfiable"), "{}", refused.stderr);
+    let parked =
+        cluster.helix(&["submit", "--park", "--require", "gpu=yes", "--no-output", "-o", "quiet", "--", "true"]);
+    assert_eq!(parked.code, 0, "{}", parked.stderr);
+    assert_eq!(cluster.helix(&["cancel", parked.stdout.trim()]).code, 0);
+    assert_eq!(cluster.helix(&["cancel", &first]).code, 0);
+    assert_eq!(cluster.helix(&["wait", &second]).code, 0);
+    assert_eq!(cluster.json(&["purge", "--before", "0s"])["purged"], 3);
+    assert_eq!(cluster.helix(&["status", &second]).code, 123);
+    assert_eq!(cluster.json(&["list", "--all"]).as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn an_uploaded_directory_is_built() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let source = cluster.root().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("in"), "text").unwrap();
+    let said = cluster.helix(&[
+        "submit",
+        "--wait",
+        "--source",
+        source.to_str().unwrap(),
+        "--output",
+        "out",
+        "--",
+        "cat in in > out",
+    ]);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    let target = cluster.root().join("fetched");
+    assert_eq!(cluster.helix(&["artifacts", "get", "last", "-O", target.to_str().unwrap()]).code, 0);
+    assert_eq!(fs::read_to_string(target).unwrap(), "texttext");
+}
