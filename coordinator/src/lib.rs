@@ -1,7 +1,10 @@
 //! A coordinator: the replicated registry, the leader's decisions, bytes, and the services in front of them.
 
 pub mod clock;
+pub mod config;
+pub mod disk;
 pub mod leader;
 pub mod node_dir;
 pub mod peers;
 pub mod registry;
+pub mod rpc;
