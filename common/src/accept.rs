@@ -21,6 +21,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
 pub use crate::tls::PeerInfo;
@@ -30,7 +31,10 @@ use crate::tls::{Guarded, Side, TlsStore};
 const BIND_RETRY: Duration = Duration::from_secs(1);
 
 /// The pause after `accept` failed, as it does when the process is out of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Calls that one peer may have open at once on a connection; a follower of logs has one each.
+pub const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
 
 /// Bounds of an accept loop.
 #[derive(Clone, Debug)]
@@ -78,6 +82,20 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
+/// A tonic server with the bounds that every server of ours wants: dead peers are noticed in 15 s, and no peer may open
+/// streams, reset them or send headers without limit. Layers, services and message limits are the caller's.
+#[must_use]
+pub fn server() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX))
+        .http2_max_pending_accept_reset_streams(Some(32))
+        .http2_max_header_list_size(16 * 1024)
+        .initial_stream_window_size(1 << 20)
+        .initial_connection_window_size(4 << 20)
+}
+
 /// Accepts connections for ever. Give the stream to tonic; dropping it ends the listening and all handshakes.
 #[must_use]
 pub fn serve(listener: TcpListener, tls: Arc<TlsStore>, limits: Limits) -> Incoming {
@@ -122,18 +140,14 @@ impl Incoming {
     }
 
     fn admit(&mut self, stream: TcpStream, address: SocketAddr) {
-        while self.oldest_first.front().is_some_and(AbortHandle::is_finished) {
-            self.oldest_first.pop_front();
-        }
-        if self.handshakes.len() >= self.limits.handshakes_max {
-            // Finished ones behind an unfinished front do not count.
+        // Finished ones do not count, and hold memory.
+        if self.oldest_first.len() >= self.limits.handshakes_max
+            || self.oldest_first.len() > 2 * self.handshakes.len() + 16
+        {
             self.oldest_first.retain(|handshake| !handshake.is_finished());
-            if self.oldest_first.len() >= self.limits.handshakes_max
-                && let Some(oldest) = self.oldest_first.pop_front()
-            {
-                oldest.abort();
-                self.refusals.note("too many handshakes", &"the oldest is dropped");
-            }
+        }
+        if self.oldest_first.len() >= self.limits.handshakes_max && self.drop_oldest() {
+            self.refusals.note("accept", &"too many handshakes; the oldest is dropped");
         }
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             self.refusals.note(&address, &"too many connections");
@@ -144,6 +158,17 @@ impl Incoming {
         self.oldest_first.push_back(self.handshakes.spawn(async move {
             shake_hands(stream, address, &tls, timeout, place).await.map_err(|why| Refusal { address, why })
         }));
+    }
+
+    /// Drops the handshake that has been under way for longest. Says whether there was one.
+    fn drop_oldest(&mut self) -> bool {
+        while let Some(oldest) = self.oldest_first.pop_front() {
+            if !oldest.is_finished() {
+                oldest.abort();
+                return true;
+            }
+        }
+        false
     }
 }
 
@@ -176,6 +201,10 @@ impl Stream for Incoming {
             while let Poll::Ready(Some(ended)) = this.handshakes.poll_join_next(ctx) {
                 match ended {
                     Ok(Ok(connection)) => return Poll::Ready(Some(Ok(connection))),
+                    // A probe, or a client that changed its mind.
+                    Ok(Err(refusal)) if left(&refusal.why) => {
+                        tracing::debug!(address = %refusal.address, "left before the handshake was done");
+                    }
                     Ok(Err(refusal)) => this.refusals.note(&refusal.address, &refusal.why),
                     Err(error) if error.is_cancelled() => {}
                     Err(error) => tracing::error!(%error, "a handshake panicked"),
@@ -189,12 +218,18 @@ impl Stream for Incoming {
                 Ok((stream, address)) => this.admit(stream, address),
                 Err(error) if concerns_one_connection(&error) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept connections; trying again");
+                    // Most likely out of descriptors: whoever has waited longest for a handshake gives its up.
+                    let dropped = this.drop_oldest();
+                    this.refusals.note(&"accept", &format_args!("{error}; handshake dropped: {dropped}; trying again"));
                     this.pause = Some(Box::pin(sleep_until(Instant::now() + ACCEPT_PAUSE)));
                 }
             }
         }
     }
+}
+
+fn left(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
 }
 
 fn concerns_one_connection(error: &io::Error) -> bool {

@@ -75,6 +75,19 @@ pub fn available_bytes(path: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
+/// Raises this process's limit of open descriptors to what the system allows, and returns it. Programs that are
+/// started inherit it; one that must not have it is given the former limit by whoever starts it.
+///
+/// # Errors
+/// When the system refuses.
+pub fn raise_descriptor_limit() -> io::Result<u64> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit)?;
+    Ok(limit.maximum.unwrap_or(u64::MAX))
+}
+
 fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

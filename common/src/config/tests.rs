@@ -40,7 +40,9 @@ struct Podman {
     store: String,
 }
 
-fn try_load(file: &str, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Sample, ConfigError> {
+type Pairs<'a> = &'a [(&'a str, &'a str)];
+
+fn try_load(file: &str, env: Pairs, flags: Pairs) -> Result<Sample, ConfigError> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("config.toml");
     std::fs::write(&path, file).unwrap();
@@ -81,7 +83,7 @@ fn lists_and_maps_come_from_text() {
 
 #[test]
 fn mistakes_are_named_with_the_nearest_key() {
-    let cases: &[(&str, &[(&str, &str)], &[(&str, &str)], &str)] = &[
+    let cases: &[(&str, Pairs, Pairs, &str)] = &[
         ("name = 'n'\ncapcity = 1", &[], &[], "unknown key `capcity`"),
         ("name = 'n'\ncapcity = 1", &[], &[], "did you mean `capacity`?"),
         ("name = 'n'\n[exec]\nshel = 'x'", &[], &[], "unknown key `exec.shel`"),

@@ -38,8 +38,6 @@ pub mod duration_option {
     ///
     /// # Errors
     /// The serializer's.
-    // The signature is serde's.
-    #[allow(clippy::ref_option)]
     pub fn serialize<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
         match value {
             Some(value) => super::duration::serialize(value, to),
@@ -65,8 +63,6 @@ pub mod size {
     ///
     /// # Errors
     /// The serializer's.
-    // The signature is serde's.
-    #[allow(clippy::trivially_copy_pass_by_ref)]
     pub fn serialize<S: Serializer>(value: &u64, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(&text(*value))
     }
@@ -103,8 +99,6 @@ pub mod size_option {
     ///
     /// # Errors
     /// The serializer's.
-    // The signature is serde's.
-    #[allow(clippy::ref_option)]
     pub fn serialize<S: Serializer>(value: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
         match value {
             Some(value) => super::size::serialize(value, to),
