@@ -1,0 +1,187 @@
+//! `helix artifacts ls|get`: what a build made; a download counts only if its sha256 is right.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use helix_model::Digest;
+use helix_proto::v1;
+use sha2::{Digest as _, Sha256};
+
+use crate::connection::{Connection, blobs, builds};
+use crate::context::ContextOptions;
+use crate::exit::Code;
+use crate::failure::Failure;
+use crate::output::{Item, Output, size_text};
+use crate::upload::progress_bar;
+use crate::verb::status;
+
+/// `helix artifacts`.
+#[derive(Args)]
+pub(crate) struct ArtifactsArguments {
+    #[command(subcommand)]
+    verb: ArtifactsVerb,
+}
+
+#[derive(Subcommand)]
+enum ArtifactsVerb {
+    /// List a build's artifacts
+    #[command(alias = "list")]
+    Ls {
+        /// A build id, a unique prefix of it, or `last`
+        #[arg(value_name = "ID")]
+        build: String,
+    },
+    /// Fetch an artifact
+    Get {
+        /// A build id, a unique prefix of it, or `last`
+        #[arg(value_name = "ID")]
+        build: String,
+        /// Which one; may be left out when there is only one
+        name: Option<String>,
+        /// Where to write it [default: its name in this directory; - for standard output]
+        #[arg(short = 'O', long = "output", value_name = "PATH")]
+        path: Option<PathBuf>,
+    },
+}
+
+pub(crate) async fn run(
+    arguments: ArtifactsArguments,
+    context: &ContextOptions,
+    output: &Output,
+) -> Result<Code, Failure> {
+    let connection = Connection::open(context)?;
+    match arguments.verb {
+        ArtifactsVerb::Ls { build } => {
+            let found = list(&connection, &build).await?.1;
+            let items: Vec<Item> = found
+                .iter()
+                .map(|artifact| Item {
+                    name: artifact.name.clone(),
+                    cells: vec![artifact.name.clone(), size_text(artifact.size), artifact.digest.clone()],
+                    json: status::artifact_json(artifact),
+                })
+                .collect();
+            output.items(&["name", "size", "sha256"], &items);
+        }
+        ArtifactsVerb::Get { build, name, path } => {
+            let (id, found) = list(&connection, &build).await?;
+            let artifact = choose(&id, &found, name.as_deref())?;
+            fetch(&connection, artifact, path, output).await?;
+        }
+    }
+    Ok(Code::SUCCESS)
+}
+
+async fn list(connection: &Connection, build: &str) -> Result<(String, Vec<v1::ArtifactInfo>), Failure> {
+    let id = connection.resolve(build).await?;
+    let request = v1::GetArtifactsRequest { build_id: id.clone() };
+    let response = connection
+        .call(|channel| {
+            let request = request.clone();
+            async move { builds(channel).get_artifacts(request).await.map(tonic::Response::into_inner) }
+        })
+        .await?;
+    Ok((id, response.artifacts))
+}
+
+fn choose<'a>(id: &str, found: &'a [v1::ArtifactInfo], name: Option<&str>) -> Result<&'a v1::ArtifactInfo, Failure> {
+    let names = || found.iter().map(|artifact| artifact.name.as_str()).collect::<Vec<_>>().join(", ");
+    let missing = |message: String| Failure {
+        word: Some("artifact_unknown".into()),
+        code: Code::NOT_FOUND,
+        ..Failure::plain(message)
+    };
+    match (name, found) {
+        (_, []) => Err(missing(format!("build {id} has no artifacts"))),
+        (None, [one]) => Ok(one),
+        (None, _) => Err(Failure::usage(format!("build {id} has several artifacts, name one: {}", names()))),
+        (Some(name), _) => found
+            .iter()
+            .find(|artifact| artifact.name == name)
+            .ok_or_else(|| missing(format!("build {id} has no artifact {name}; it has {}", names()))),
+    }
+}
+
+async fn fetch(
+    connection: &Connection,
+    artifact: &v1::ArtifactInfo,
+    path: Option<PathBuf>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let path = match path {
+        Some(path) => path,
+        None => Path::new(&artifact.name)
+            .file_name()
+            .map(PathBuf::from)
+            .ok_or_else(|| Failure::plain("name a path with -O"))?,
+    };
+    let digest = Digest::parse(&artifact.digest)?;
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") && path != Path::new("-") => parent,
+        _ => Path::new("."),
+    };
+    let in_directory = if path == Path::new("-") { std::env::temp_dir() } else { directory.to_owned() };
+    let cannot = |error: std::io::Error| Failure::plain(format!("cannot write {}: {error}", path.display()));
+    let mut file = tempfile::NamedTempFile::new_in(in_directory).map_err(cannot)?;
+    download(connection, digest, artifact.size, &mut file).await?;
+    if path == Path::new("-") {
+        let mut reader = std::fs::File::open(file.path()).map_err(cannot)?;
+        std::io::copy(&mut reader, &mut std::io::stdout().lock()).map_err(cannot)?;
+    } else {
+        file.as_file().sync_all().map_err(cannot)?;
+        file.persist(&path).map_err(|error| cannot(error.error))?;
+        output.item(
+            &Item { name: path.display().to_string(), cells: Vec::new(), json: status::artifact_json(artifact) },
+            &format!("{} sha256:{digest}", path.display()),
+        );
+    }
+    Ok(())
+}
+
+/// Streams a blob into a file, resuming by offset, and checks its sha256.
+async fn download(
+    connection: &Connection,
+    digest: Digest,
+    size: u64,
+    file: &mut tempfile::NamedTempFile,
+) -> Result<(), Failure> {
+    let bar = progress_bar("fetching", size);
+    let mut hasher = Sha256::new();
+    let mut offset = 0u64;
+    while offset < size {
+        let request = v1::GetBlobRequest { sha256: digest.0.to_vec().into(), offset, length: 0, local: false };
+        let call = |channel| {
+            let request = request.clone();
+            async move { blobs(channel).get_blob(request).await }
+        };
+        let mut stream = connection.call(call).await?.into_inner();
+        loop {
+            match stream.message().await {
+                Ok(Some(part)) => {
+                    file.write_all(&part.data).map_err(|error| Failure::plain(format!("cannot write: {error}")))?;
+                    hasher.update(&part.data);
+                    offset += part.data.len() as u64;
+                    bar.set_position(offset);
+                    connection.succeeded();
+                }
+                Ok(None) if offset >= size => break,
+                Ok(None) => return Err(Failure::plain(format!("the blob ended after {offset} of {size} bytes"))),
+                Err(status) => {
+                    connection.pause_or_fail(status).await?;
+                    break;
+                }
+            }
+        }
+    }
+    bar.finish_and_clear();
+    let found = Digest(hasher.finalize().into());
+    if found == digest && offset == size {
+        Ok(())
+    } else {
+        Err(Failure {
+            word: Some("digest_mismatch".to_owned()),
+            ..Failure::plain(format!("what arrived has sha256 {found}, not {digest}; nothing was written"))
+        })
+    }
+}

@@ -1,0 +1,70 @@
+//! `helix cancel`: asks for the end and, unless told not to, waits for the proof.
+
+use clap::Args;
+use helix_proto::v1;
+
+use crate::connection::{Connection, builds};
+use crate::context::ContextOptions;
+use crate::exit::Code;
+use crate::failure::Failure;
+use crate::output::{Format, Output};
+use crate::verb::{status, wait};
+
+/// `helix cancel`.
+#[derive(Args)]
+pub(crate) struct CancelArguments {
+    /// Build ids, unique prefixes of them, or `last`
+    #[arg(required = true, value_name = "ID")]
+    builds: Vec<String>,
+    /// Why, in your words; kept with the build
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    reason: String,
+    /// Do not wait until its processes are seen dead
+    #[arg(long)]
+    no_wait: bool,
+}
+
+pub(crate) async fn run(
+    arguments: CancelArguments,
+    context: &ContextOptions,
+    output: &Output,
+) -> Result<Code, Failure> {
+    let connection = Connection::open(context)?;
+    let mut ids = Vec::new();
+    for build in &arguments.builds {
+        let id = connection.resolve(build).await?;
+        request(&connection, &id, &arguments.reason).await?;
+        ids.push(id);
+    }
+    let mut items = Vec::new();
+    for id in ids {
+        let now = if arguments.no_wait {
+            connection.status(&id, false).await?
+        } else {
+            wait::until_ended(&connection, &id).await?
+        };
+        if output.format == Format::Table {
+            output.say(&wait::verdict(&now));
+        } else {
+            items.push(status::item(&now));
+        }
+    }
+    match (output.format, items.as_slice()) {
+        (Format::Table, _) => {}
+        (_, [one]) => output.item(one, ""),
+        _ => output.items(&[], &items),
+    }
+    Ok(Code::SUCCESS)
+}
+
+/// Commits the wish that a build end.
+pub(crate) async fn request(connection: &Connection, id: &str, reason: &str) -> Result<(), Failure> {
+    let request = v1::CancelBuildRequest { build_id: id.to_owned(), reason: reason.to_owned() };
+    connection
+        .call(|channel| {
+            let request = request.clone();
+            async move { builds(channel).cancel_build(request).await }
+        })
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! `helix cluster status`.
+
+use std::fmt::Write;
+
+use clap::{Args, Subcommand};
+use helix_proto::v1;
+use serde_json::json;
+
+use crate::connection::{Connection, cluster};
+use crate::context::ContextOptions;
+use crate::exit::Code;
+use crate::failure::Failure;
+use crate::output::{Item, Output};
+
+/// `helix cluster`.
+#[derive(Args)]
+pub(crate) struct ClusterArguments {
+    #[command(subcommand)]
+    verb: ClusterVerb,
+}
+
+#[derive(Subcommand)]
+enum ClusterVerb {
+    /// Coordinators, leader, totals
+    Status {
+        /// Answer from what the coordinator at hand knows, without asking the leader
+        #[arg(long)]
+        stale: bool,
+    },
+}
+
+pub(crate) async fn run(
+    arguments: ClusterArguments,
+    context: &ContextOptions,
+    output: &Output,
+) -> Result<Code, Failure> {
+    let ClusterVerb::Status { stale } = arguments.verb;
+    let connection = Connection::open(context)?;
+    let call =
+        |channel| async move { cluster(channel).get_cluster_status(v1::GetClusterStatusRequest { stale }).await };
+    let status = connection.call(call).await?.into_inner();
+    output.item(&item(&status), &text(&status));
+    Ok(Code::SUCCESS)
+}
+
+fn item(status: &v1::ClusterStatus) -> Item {
+    let totals = status.totals.unwrap_or_default();
+    let members: Vec<_> = status
+        .members
+        .iter()
+        .map(|member| {
+            json!({
+                "id": member.id,
+                "address": member.address,
+                "grpc": member.grpc,
+                "role": member.role,
+                "last_log_index": member.last_log_index,
+                "applied_index": member.applied_index,
+                "healthy": member.healthy,
+                "version": member.version,
+            })
+        })
+        .collect();
+    let leader = if status.leader == 0 { json!(null) } else { json!(status.leader) };
+    Item {
+        name: status.leader.to_string(),
+        cells: Vec::new(),
+        json: json!({
+            "cluster": status.cluster,
+            "leader": leader,
+            "term": status.term,
+            "node": status.node,
+            "members": members,
+            "workers": totals.workers,
+            "capacity": totals.capacity,
+            "load": totals.load,
+            "queued": totals.queued,
+            "running": totals.running,
+            "warnings": status.warnings,
+        }),
+    }
+}
+
+fn text(status: &v1::ClusterStatus) -> String {
+    let totals = status.totals.unwrap_or_default();
+    let leader = if status.leader == 0 { "none".to_owned() } else { status.leader.to_string() };
+    let mut out = format!("cluster {}, leader {leader}, term {}\n", status.cluster, status.term);
+    for member in &status.members {
+        let health = if member.healthy { "healthy" } else { "unreachable" };
+        let _ = writeln!(
+            out,
+            "{:>3}  {:<10} {health:<12} log {:<8} applied {:<8} {} {}",
+            member.id, member.role, member.last_log_index, member.applied_index, member.address, member.grpc
+        );
+    }
+    let _ = writeln!(
+        out,
+        "workers {}, capacity {}, load {}, queued {}, running {}",
+        totals.workers, totals.capacity, totals.load, totals.queued, totals.running
+    );
+    for warning in &status.warnings {
+        let _ = writeln!(out, "warning: {warning}");
+    }
+    out
+}

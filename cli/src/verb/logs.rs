@@ -1,0 +1,284 @@
+//! `helix logs`, and following as `submit --follow` does it.
+//!
+//! Lines are numbered per attempt, so that a stream that breaks goes on at the next number, wherever it is resumed.
+
+use std::time::Duration;
+
+use clap::Args;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use helix_proto::v1;
+use serde_json::json;
+
+use crate::connection::{Connection, builds};
+use crate::context::ContextOptions;
+use crate::exit::Code;
+use crate::failure::Failure;
+use crate::output::{Format, Output, text_json, time_json, time_text};
+use crate::verb::{cancel, wait};
+
+/// `helix logs`.
+#[derive(Args)]
+pub(crate) struct LogsArguments {
+    /// A build id, a unique prefix of it, or `last`
+    #[arg(value_name = "ID")]
+    build: String,
+    /// Go on until the build has ended
+    #[arg(short = 'f', long)]
+    follow: bool,
+    /// Only the last N lines
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    tail: u64,
+    /// Only lines numbered N and up
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "tail")]
+    since_seq: u64,
+    /// Only the task of this platform
+    #[arg(long, value_name = "P")]
+    task: Option<String>,
+    /// An attempt's number, or all [default: the latest]
+    #[arg(long, value_name = "N|all", value_parser = attempts)]
+    attempt: Option<Attempts>,
+    /// Print when each line was said
+    #[arg(long)]
+    timestamps: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Attempts {
+    All,
+    One(u32),
+}
+
+fn attempts(text: &str) -> Result<Attempts, String> {
+    match text {
+        "all" => Ok(Attempts::All),
+        _ => text.parse().map(Attempts::One).map_err(|_| format!("{text:?} is neither a number nor all")),
+    }
+}
+
+/// Which lines of a task, and how they are printed.
+struct Query<'a> {
+    connection: &'a Connection,
+    output: &'a Output,
+    build: &'a str,
+    task: usize,
+    platform: String,
+    prefix: bool,
+    timestamps: bool,
+    to_stdout: bool,
+    follow: bool,
+    tail: u64,
+    since_seq: u64,
+}
+
+pub(crate) async fn run(arguments: LogsArguments, context: &ContextOptions, output: &Output) -> Result<Code, Failure> {
+    let connection = Connection::open(context)?;
+    let id = connection.resolve(&arguments.build).await?;
+    let status = connection.status(&id, false).await?;
+    let wanted: Vec<usize> = match &arguments.task {
+        None => (0..status.tasks.len()).collect(),
+        Some(platform) => match status.tasks.iter().position(|task| &task.platform == platform) {
+            Some(index) => vec![index],
+            None => {
+                let known: Vec<_> = status.tasks.iter().map(|task| task.platform.as_str()).collect();
+                return Err(Failure::usage(format!("build {id} has no task {platform}; it has {}", known.join(", "))));
+            }
+        },
+    };
+    let mut readers = FuturesUnordered::new();
+    for index in wanted.iter().copied() {
+        let query = Query {
+            connection: &connection,
+            output,
+            build: &id,
+            task: index,
+            platform: status.tasks[index].platform.clone(),
+            prefix: wanted.len() > 1,
+            timestamps: arguments.timestamps,
+            to_stdout: true,
+            follow: arguments.follow,
+            tail: arguments.tail,
+            since_seq: arguments.since_seq,
+        };
+        let attempt = arguments.attempt;
+        if arguments.follow {
+            readers.push(async move { query.run(attempt).await });
+        } else {
+            query.run(attempt).await?;
+        }
+    }
+    let reading = async {
+        while let Some(result) = readers.next().await {
+            result?;
+        }
+        Ok::<(), Failure>(())
+    };
+    interruptible(&connection, &id, output, reading).await?;
+    Ok(Code::SUCCESS)
+}
+
+/// Shows a build's log from its beginning until the build has ended.
+pub(crate) async fn follow(connection: &Connection, id: &str, output: &Output) -> Result<(), Failure> {
+    let tasks = connection.status(id, false).await?.tasks;
+    let mut readers = FuturesUnordered::new();
+    for (index, task) in tasks.iter().enumerate() {
+        let query = Query {
+            connection,
+            output,
+            build: id,
+            task: index,
+            platform: task.platform.clone(),
+            prefix: tasks.len() > 1,
+            timestamps: false,
+            to_stdout: output.format == Format::Table,
+            follow: true,
+            tail: 0,
+            since_seq: 0,
+        };
+        readers.push(async move { query.run(Some(Attempts::All)).await });
+    }
+    let reading = async {
+        while let Some(result) = readers.next().await {
+            result?;
+        }
+        Ok::<(), Failure>(())
+    };
+    interruptible(connection, id, output, reading).await
+}
+
+/// The first Ctrl-C detaches and says how to come back; a second one, within two seconds, cancels the build.
+async fn interruptible(
+    connection: &Connection,
+    id: &str,
+    output: &Output,
+    reading: impl Future<Output = Result<(), Failure>>,
+) -> Result<(), Failure> {
+    tokio::select! {
+        result = reading => return result,
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    output.say(&format!("detached; build {id} goes on: helix logs -f {id}; Ctrl-C again cancels it"));
+    let again = tokio::time::timeout(Duration::from_secs(2), tokio::signal::ctrl_c()).await;
+    if again.is_ok() {
+        cancel::request(connection, id, "interrupted at the terminal").await?;
+        let ended = wait::until_ended(connection, id).await?;
+        output.say(&wait::verdict(&ended));
+    }
+    Err(Failure { word: None, message: "interrupted".to_owned(), code: crate::exit::Code(130) })
+}
+
+impl Query<'_> {
+    /// Reads the attempts asked for, first to last; following goes on with attempts that begin meanwhile.
+    async fn run(&self, attempts: Option<Attempts>) -> Result<(), Failure> {
+        let mut next = match attempts {
+            Some(Attempts::One(number)) => return self.attempt(number).await,
+            Some(Attempts::All) => 1,
+            None => self.task_status().await?.attempt,
+        };
+        let mut pause = Duration::from_millis(5);
+        loop {
+            let task = self.task_status().await?;
+            if next == 0 {
+                next = task.attempt;
+            }
+            if next > 0 && next <= task.attempt {
+                self.attempt(next).await?;
+                next += 1;
+                pause = Duration::from_millis(5);
+                continue;
+            }
+            let ended = matches!(task.state.as_str(), "succeeded" | "failed" | "cancelled");
+            if ended || !self.follow {
+                return Ok(());
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(500));
+        }
+    }
+
+    async fn task_status(&self) -> Result<v1::TaskStatus, Failure> {
+        let status = self.connection.status(self.build, false).await?;
+        Ok(status.tasks.into_iter().nth(self.task).unwrap_or_default())
+    }
+
+    /// Reads one attempt's log to its end, resuming where a broken stream left off.
+    async fn attempt(&self, attempt: u32) -> Result<(), Failure> {
+        let mut request = v1::ReadLogRequest {
+            build_id: self.build.to_owned(),
+            task: u32::try_from(self.task).unwrap_or(u32::MAX),
+            attempt,
+            from_seq: self.since_seq,
+            tail: self.tail,
+            follow: self.follow,
+        };
+        loop {
+            let call = |channel| {
+                let request = request.clone();
+                async move { builds(channel).max_decoding_message_size(8 << 20).read_log(request).await }
+            };
+            let mut stream = self.connection.call(call).await?.into_inner();
+            loop {
+                match stream.message().await {
+                    Ok(Some(chunk)) => {
+                        self.connection.succeeded();
+                        self.print(attempt, &chunk);
+                        if let Some(last) = chunk.records.last() {
+                            request.from_seq = last.seq + 1;
+                            request.tail = 0;
+                        }
+                    }
+                    Ok(None) => return Ok(()),
+                    Err(status) => {
+                        self.connection.pause_or_fail(status).await?;
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn print(&self, attempt: u32, chunk: &v1::LogChunk) {
+        let as_json = self.to_stdout && matches!(self.output.format, Format::Json | Format::Jsonl);
+        let mut block = Vec::with_capacity(chunk.records.iter().map(|record| record.data.len() + 32).sum());
+        for record in &chunk.records {
+            if as_json {
+                let line = json!({
+                    "build_id": self.build,
+                    "task": text_json(&self.platform),
+                    "attempt": attempt,
+                    "seq": record.seq,
+                    "time": time_json(record.time_ms),
+                    "stream": stream_word(record.stream()),
+                    "line": String::from_utf8_lossy(&record.data),
+                });
+                block.extend_from_slice(line.to_string().as_bytes());
+            } else {
+                if self.timestamps {
+                    block.extend_from_slice(time_text(record.time_ms).as_bytes());
+                    block.push(b' ');
+                }
+                if self.prefix {
+                    block.extend_from_slice(format!("[{}] ", self.platform).as_bytes());
+                }
+                if record.stream() == v1::LogStream::System {
+                    block.extend_from_slice(b"helix: ");
+                }
+                block.extend_from_slice(&record.data);
+            }
+            block.push(b'\n');
+        }
+        if self.to_stdout {
+            self.output.block(&block);
+        } else {
+            self.output.say(String::from_utf8_lossy(&block).trim_end_matches('\n'));
+        }
+    }
+}
+
+fn stream_word(stream: v1::LogStream) -> &'static str {
+    match stream {
+        v1::LogStream::Stdout => "stdout",
+        v1::LogStream::Stderr => "stderr",
+        v1::LogStream::System | v1::LogStream::Unspecified => "system",
+    }
+}

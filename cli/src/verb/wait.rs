@@ -1,0 +1,77 @@
+//! `helix wait`, and waiting as other verbs do it.
+
+use clap::Args;
+use helix_proto::v1;
+
+use crate::connection::{Connection, builds};
+use crate::context::ContextOptions;
+use crate::exit::{self, Code};
+use crate::failure::Failure;
+use crate::output::{Format, Output};
+use crate::verb::status;
+
+/// How long one call waits before it is made again.
+const ROUND_MS: u64 = 30_000;
+
+/// `helix wait`.
+#[derive(Args)]
+pub(crate) struct WaitArguments {
+    /// Build ids, unique prefixes of them, or `last`
+    #[arg(required = true, value_name = "ID")]
+    builds: Vec<String>,
+}
+
+pub(crate) async fn run(arguments: WaitArguments, context: &ContextOptions, output: &Output) -> Result<Code, Failure> {
+    let connection = Connection::open(context)?;
+    let mut ids = Vec::new();
+    for build in &arguments.builds {
+        ids.push(connection.resolve(build).await?);
+    }
+    let mut worst = Code::SUCCESS;
+    let mut items = Vec::new();
+    for id in ids {
+        let ended = until_ended(&connection, &id).await?;
+        if worst == Code::SUCCESS {
+            worst = exit::of_build(&ended);
+        }
+        if output.format == Format::Table {
+            output.say(&verdict(&ended));
+        } else {
+            items.push(status::item(&ended));
+        }
+    }
+    match (output.format, items.as_slice()) {
+        (Format::Table, _) => {}
+        (_, [one]) => output.item(one, ""),
+        _ => output.items(&[], &items),
+    }
+    Ok(worst)
+}
+
+/// Waits for a build's end, through fail-overs.
+pub(crate) async fn until_ended(connection: &Connection, id: &str) -> Result<v1::BuildStatus, Failure> {
+    loop {
+        let request = v1::WaitBuildRequest { build_id: id.to_owned(), timeout_ms: ROUND_MS };
+        let call = |channel| {
+            let request = request.clone();
+            async move { builds(channel).wait_build(request).await.map(tonic::Response::into_inner) }
+        };
+        let status = connection.call(call).await?;
+        if matches!(status.state.as_str(), "succeeded" | "failed" | "cancelled") {
+            return Ok(status);
+        }
+    }
+}
+
+/// One line on how a build ended.
+pub(crate) fn verdict(status: &v1::BuildStatus) -> String {
+    let reason = status::reason_text(status);
+    let mut text = format!("build {} {}", status.build_id, status.state);
+    if !reason.is_empty() {
+        text.push_str(&format!(": {reason}"));
+    }
+    if !status.message.is_empty() {
+        text.push_str(&format!(": {}", status.message));
+    }
+    text
+}

@@ -1,0 +1,171 @@
+//! `helix workers ls|show|drain|undrain|remove`.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use helix_proto::v1;
+use serde_json::json;
+
+use crate::connection::{Connection, workers};
+use crate::context::{ContextOptions, duration};
+use crate::exit::Code;
+use crate::failure::Failure;
+use crate::output::{Item, Output, age_text, text_json, time_json};
+
+const HEADER: [&str; 8] = ["worker", "standing", "load", "platforms", "executors", "labels", "seen", "version"];
+
+/// `helix workers`.
+#[derive(Args)]
+pub(crate) struct WorkersArguments {
+    #[command(subcommand)]
+    verb: WorkersVerb,
+}
+
+#[derive(Subcommand)]
+enum WorkersVerb {
+    /// All workers
+    #[command(alias = "list")]
+    Ls,
+    /// One worker in detail
+    Show { name: String },
+    /// Give a worker no new work
+    Drain {
+        name: String,
+        /// After this time put elsewhere what still runs
+        #[arg(long, value_name = "DUR", value_parser = duration)]
+        deadline: Option<Duration>,
+    },
+    /// Give a worker work again
+    Undrain { name: String },
+    /// Forget a worker; what it runs is lost
+    Remove { name: String },
+}
+
+pub(crate) async fn run(
+    arguments: WorkersArguments,
+    context: &ContextOptions,
+    output: &Output,
+) -> Result<Code, Failure> {
+    let connection = Connection::open(context)?;
+    match arguments.verb {
+        WorkersVerb::Ls => {
+            let call = |channel| async move { workers(channel).list_workers(v1::ListWorkersRequest {}).await };
+            let found = connection.call(call).await?.into_inner().workers;
+            output.items(&HEADER, &found.iter().map(item).collect::<Vec<_>>());
+        }
+        WorkersVerb::Show { name } => {
+            let request = v1::GetWorkerRequest { name };
+            let call = |channel| {
+                let request = request.clone();
+                async move { workers(channel).get_worker(request).await }
+            };
+            show(&connection.call(call).await?.into_inner(), output);
+        }
+        WorkersVerb::Drain { name, deadline } => {
+            let deadline_ms = deadline.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+            let request = v1::DrainWorkerRequest { name, deadline_ms };
+            let call = |channel| {
+                let request = request.clone();
+                async move { workers(channel).drain_worker(request).await }
+            };
+            show(&connection.call(call).await?.into_inner(), output);
+        }
+        WorkersVerb::Undrain { name } => {
+            let request = v1::UndrainWorkerRequest { name };
+            let call = |channel| {
+                let request = request.clone();
+                async move { workers(channel).undrain_worker(request).await }
+            };
+            show(&connection.call(call).await?.into_inner(), output);
+        }
+        WorkersVerb::Remove { name } => {
+            let request = v1::RemoveWorkerRequest { name: name.clone() };
+            let call = |channel| {
+                let request = request.clone();
+                async move { workers(channel).remove_worker(request).await }
+            };
+            connection.call(call).await?;
+            let json = json!({ "name": name, "removed": true });
+            output.item(&Item { name: name.clone(), cells: Vec::new(), json }, &format!("{name} removed"));
+        }
+    }
+    Ok(Code::SUCCESS)
+}
+
+fn show(worker: &v1::WorkerStatus, output: &Output) {
+    output.item(&item(worker), &detail(worker));
+}
+
+/// What stands between a worker and new work, in a word.
+fn standing(worker: &v1::WorkerStatus) -> &str {
+    match worker {
+        worker if worker.held => "held",
+        worker if worker.draining => "draining",
+        worker if worker.standing != "present" => &worker.standing,
+        worker if worker.healthy => "healthy",
+        _ => "silent",
+    }
+}
+
+fn item(worker: &v1::WorkerStatus) -> Item {
+    let labels: Vec<String> = worker.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    Item {
+        name: worker.name.clone(),
+        cells: vec![
+            worker.name.clone(),
+            standing(worker).to_owned(),
+            format!("{}/{}", worker.load, worker.capacity),
+            worker.platforms.join(" "),
+            worker.executors.join(" "),
+            labels.join(" "),
+            age_text(worker.last_seen_ms),
+            worker.version.clone(),
+        ],
+        json: json!({
+            "name": worker.name,
+            "instance": worker.instance,
+            "address": worker.address,
+            "healthy": worker.healthy,
+            "draining": worker.draining,
+            "held": worker.held,
+            "held_by": worker.held_by,
+            "standing": worker.standing,
+            "capacity": worker.capacity,
+            "load": worker.load,
+            "platforms": worker.platforms,
+            "labels": worker.labels,
+            "executors": worker.executors,
+            "isolation": worker.isolation,
+            "last_seen": time_json(worker.last_seen_ms),
+            "version": worker.version,
+            "pressure": text_json(&worker.pressure),
+            "attempts": worker.attempts,
+        }),
+    }
+}
+
+fn detail(worker: &v1::WorkerStatus) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: &str| {
+        if !value.is_empty() {
+            let _ = writeln!(out, "{name:<10} {value}");
+        }
+    };
+    let labels: Vec<String> = worker.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    line("worker", &worker.name);
+    line("standing", standing(worker));
+    line("load", &format!("{} of {}", worker.load, worker.capacity));
+    line("platforms", &worker.platforms.join(" "));
+    line("executors", &worker.executors.join(" "));
+    line("labels", &labels.join(" "));
+    line("isolation", &worker.isolation);
+    line("pressure", &worker.pressure);
+    line("address", &worker.address);
+    line("instance", &worker.instance);
+    line("version", &worker.version);
+    line("seen", &age_text(worker.last_seen_ms));
+    line("held by", &worker.held_by.join(" "));
+    line("runs", &worker.attempts.join(" "));
+    out
+}
