@@ -18,6 +18,8 @@ mod reports;
 mod session;
 mod sessions;
 mod settings;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::sync::Arc;
@@ -43,6 +45,9 @@ use event::{CannotOpen, Event};
 use leading::Leading;
 use session::Session;
 
+#[cfg(test)]
+pub(crate) use tests::testing;
+
 pub use consensus::Consensus;
 pub use liveness::{Heard, LivenessHandle};
 pub use metrics::LeaderMetrics;
@@ -66,7 +71,8 @@ pub struct Leader<C = Registry> {
     events: mpsc::Sender<Event>,
     metrics: LeaderMetrics,
     tasks: TaskTracker,
-    stop: CancellationToken,
+    /// The loop has ended.
+    ended: CancellationToken,
 }
 
 /// The loop's own side.
@@ -110,8 +116,13 @@ impl<C: Consensus> LeaderLoop<C> {
             consensus: consensus.clone(),
         };
         let tasks = TaskTracker::new();
-        tasks.spawn(this.run(stop.clone()));
-        Leader { consensus, events: sender, metrics, tasks, stop }
+        let ended = CancellationToken::new();
+        let end = ended.clone().drop_guard();
+        tasks.spawn(async move {
+            this.run(stop).await;
+            drop(end);
+        });
+        Leader { consensus, events: sender, metrics, tasks, ended }
     }
 
     async fn run(mut self, stop: CancellationToken) {
@@ -247,7 +258,7 @@ impl<C: Consensus> Leader<C> {
     where
         S: Stream<Item = Result<agent::AgentMessage, Status>> + Send + Unpin + 'static,
     {
-        if self.stop.is_cancelled() {
+        if self.ended.is_cancelled() {
             return Err(status(ErrorCode::ShuttingDown, "the coordinator is stopping"));
         }
         let leadership = *self.consensus.leadership().borrow();
@@ -260,12 +271,12 @@ impl<C: Consensus> Leader<C> {
         let (outbox, outgoing) = outbox::outbox();
         let session =
             Session { consensus: self.consensus.clone(), events: self.events.clone(), outbox: outbox.clone(), worker };
-        let stop = self.stop.clone();
+        let ended = self.ended.clone();
         self.tasks.spawn(async move {
             tokio::select! {
                 () = session.run(inbound) => {}
-                // The loop has told it where the leader is, if it was open.
-                () = stop.cancelled() => outbox.end(Some(status(ErrorCode::ShuttingDown, "the coordinator is stopping"))),
+                // The loop has said its last word on those that were open.
+                () = ended.cancelled() => outbox.end(Some(status(ErrorCode::ShuttingDown, "the coordinator is stopping"))),
             }
         });
         Ok(outgoing)

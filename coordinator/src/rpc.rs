@@ -2,6 +2,7 @@
 //!
 //! Port 7420 serves clients and agents, port 7421 the other coordinators. Who may call what is in [`roles`].
 
+pub mod agent;
 pub mod answer;
 pub mod changes;
 pub mod roles;

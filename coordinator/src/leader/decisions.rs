@@ -16,7 +16,7 @@ use crate::registry::ProposeError;
 
 /// Assignments in one proposal: few enough for one log entry.
 const ASSIGN_MAX: usize = 512;
-/// Pause after the registry refused an assignment that the scheduler believed in.
+/// Pause after a batch of assignments of which none was made.
 const DISAGREED: Duration = Duration::from_millis(100);
 
 /// What was proposed.
@@ -109,22 +109,24 @@ impl<C: Consensus> LeaderLoop<C> {
         if completed.batch == Batch::Assignments {
             self.assigning = false;
         }
-        match &completed.outcome {
+        let done = match &completed.outcome {
             Ok(replies) => {
                 for (command, reply) in completed.commands.iter().zip(replies) {
                     if let Reply::Rejected(rejection) = reply {
-                        // Mostly a race with a report or a cancel; if it repeats, it must not spin.
+                        // Mostly a race with a report or a cancel.
                         debug!(?command, ?rejection, "the registry refused what the leader proposed");
-                        self.not_before = Instant::now() + DISAGREED;
                     }
                 }
+                replies.iter().any(|reply| !matches!(reply, Reply::Rejected(_)))
             }
             Err(error) => {
                 warn!(%error, count = completed.commands.len(), "the leader's own proposal failed; it is derived again");
-                self.not_before = Instant::now() + DISAGREED;
+                false
             }
-        }
-        if self.not_before > Instant::now() {
+        };
+        if !done && completed.batch == Batch::Assignments {
+            // If the scheduler and `apply` keep disagreeing, they do so in no hurry.
+            self.not_before = Instant::now() + DISAGREED;
             self.wake_at(self.not_before);
         }
     }

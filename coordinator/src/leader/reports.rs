@@ -91,7 +91,8 @@ async fn pin_source<C: Consensus>(
 ) -> Result<Answer, ProposeError> {
     let command = PinSource { key: key.clone(), worker: who.worker.clone(), commit };
     Ok(match consensus.propose(Command::PinSource(command)).await? {
-        Reply::SourcePinned(commit) => Answer::send(wire::commit(&key, commit)),
+        // The command's effect tells the commit that counts, each time.
+        Reply::SourcePinned(_) => Answer::Nothing,
         Reply::Rejected(Rejection::CommitInvalid) => {
             warn!(worker = %who.worker, attempt = %key, "agent reported a commit that is none");
             Answer::Nothing

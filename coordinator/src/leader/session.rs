@@ -38,7 +38,7 @@ const HELLO_WAIT: Duration = Duration::from_secs(10);
 /// Reports of one agent under way: four for each of the most slots a worker has. What comes on top is repeated later.
 const REPORTS_MAX: usize = 4 * helix_model::limits::WORKER_CAPACITY_MAX as usize;
 /// Heartbeats closer together than this are not passed on: they say nothing new.
-const BEAT_SPACING: Duration = Duration::from_millis(100);
+const BEAT_SPACING: Duration = Duration::from_millis(20);
 /// Malformed messages after which a session ends.
 const MALFORMED_MAX: u32 = 16;
 

@@ -1,0 +1,138 @@
+//! Work reaches workers: once, within capacity, and again elsewhere when a worker is gone.
+
+use std::collections::BTreeSet;
+
+use helix_core::{Command, Reply};
+use helix_model::BuildId;
+use helix_proto::agent::coordinator_message::Message;
+use helix_proto::convert::attempt_from_wire;
+
+use super::agents::{Agent, hello, succeeded, worker};
+use super::world::World;
+
+fn is_assignment(command: &Command) -> bool {
+    matches!(command, Command::AssignTask(_))
+}
+
+#[tokio::test]
+async fn a_submitted_build_is_assigned_run_and_forgotten() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    let build = world.submit("b");
+    let Message::Assign(assign) = agent.next().await else { panic!("no assignment") };
+    let key = attempt_from_wire(assign.id.clone()).unwrap();
+    assert_eq!((key.build.clone(), key.attempt.0), (build.clone(), 1));
+    assert_eq!(assign.spec.unwrap().repo_url, "https://h/p");
+    assert_eq!((assign.created_at_ms, assign.previous.as_str()), (1_000_000, ""));
+    agent.finish(succeeded(&key)).await;
+    assert_eq!(agent.forgotten().await, key);
+    world.until_finished(&build).await;
+    assert_eq!(leader.metrics().sessions.get(), 1);
+}
+
+/// Takes what it is given, never more than its capacity, and succeeds at once.
+async fn work(mut agent: Agent, capacity: usize, done: tokio::sync::mpsc::Sender<BuildId>) {
+    let mut running = BTreeSet::new();
+    while let Some(Ok(message)) = agent.hear().await {
+        match message {
+            Message::Assign(assign) => {
+                let key = attempt_from_wire(assign.id).unwrap();
+                assert_eq!(key.attempt.0, 1);
+                assert!(running.insert(key.clone()), "{key} was assigned twice");
+                // The report of one that ended may have freed its place before the forget arrives.
+                assert!(running.len() <= 2 * capacity, "{} at once", running.len());
+                agent.finish(succeeded(&key)).await;
+            }
+            Message::Forget(forget) => {
+                let key = attempt_from_wire(forget.id).unwrap();
+                assert!(running.remove(&key), "{key} was forgotten twice");
+                if done.send(key.build).await.is_err() {
+                    return;
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_thousand_builds_are_each_assigned_once_and_never_over_capacity() {
+    let (world, leader) = World::leading();
+    for number in 0..1_000 {
+        world.submit(&format!("b{number}"));
+    }
+    let (done, mut finished) = tokio::sync::mpsc::channel(16);
+    let mut agents = tokio::task::JoinSet::new();
+    for name in ["v", "w"] {
+        let agent = Agent::connect(&leader, hello(name, 8)).await;
+        agents.spawn(work(agent, 8, done.clone()));
+    }
+    let mut builds = BTreeSet::new();
+    while builds.len() < 1_000 {
+        let build = tokio::time::timeout(super::world::PATIENCE, finished.recv()).await.unwrap().unwrap();
+        assert!(builds.insert(build), "finished twice");
+    }
+    assert_eq!(world.done(is_assignment).len(), 1_000);
+    // `apply` counts capacity: what it never had to refuse was never proposed.
+    assert!(world.refused().is_empty(), "{:?}", world.refused().first());
+    drop(finished);
+    agents.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_lapsed_lease_reruns_the_attempt_elsewhere_and_the_report_of_the_lost_one_is_forgotten() {
+    let (world, leader) = World::leading();
+    let mut lost = Agent::connect(&leader, hello("v", 1)).await;
+    let build = world.submit("b");
+    let first = lost.assigned().await;
+    let mut other = Agent::connect(&leader, hello("w", 1)).await;
+    world.advance_ms(20_000);
+    // The lease of both is over by the clock; this one speaks up before the loop looks.
+    other.beat().await;
+    world.until("the worker is lost", |state| state.load_of(&worker("v")) == 0).await;
+    assert!(lost.ended().await.is_some(), "a session without heartbeats is closed");
+    world.advance_ms(5_000);
+    let second = other.assigned_while_beating().await;
+    assert_eq!((second.build.clone(), second.attempt.0), (build, 2));
+    let mut again = Agent::connect(&leader, hello("v", 1)).await;
+    again.finish(succeeded(&first)).await;
+    // Its log is wanted still, then nothing is.
+    assert_eq!(again.forgotten().await, first);
+    other.finish(succeeded(&second)).await;
+    assert_eq!(other.forgotten().await, second);
+}
+
+#[tokio::test]
+async fn a_late_heartbeat_stops_new_work_and_the_next_one_brings_it_back() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    world.advance_ms(5_000);
+    let late = async {
+        loop {
+            let live = leader.snapshot().await.unwrap();
+            if live.workers[&worker("w")].session == helix_core::SessionState::Late {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(super::world::PATIENCE, late).await.unwrap();
+    world.submit("b");
+    agent.beat().await;
+    agent.assigned().await;
+}
+
+#[tokio::test]
+async fn cancelled_attempts_are_stopped_and_their_proof_ends_the_build() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    let build = world.submit("b");
+    let key = agent.assigned().await;
+    world.cancel(&build);
+    assert_eq!(agent.stopped().await, key);
+    let stopped = helix_proto::agent::Finished { outcome: "stopped".to_owned(), ..succeeded(&key) };
+    agent.finish(stopped).await;
+    assert_eq!(agent.forgotten().await, key);
+    world.until_finished(&build).await;
+    assert!(world.refused().iter().all(|(_, reply)| !matches!(reply, Reply::Done)));
+}
