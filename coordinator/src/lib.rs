@@ -1,10 +1,12 @@
 //! A coordinator: the replicated registry, the leader's decisions, bytes, and the services in front of them.
 
+pub mod blobs;
 pub mod clock;
 pub mod config;
 pub mod disk;
 pub mod leader;
 pub mod node_dir;
 pub mod peers;
+pub mod plane;
 pub mod registry;
 pub mod rpc;

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod answer;
+pub mod blob;
 pub mod changes;
 pub mod roles;
 

@@ -1,0 +1,256 @@
+//! Blobs: immutable bytes named by their sha256, held by several coordinators.
+//!
+//! [`store`] keeps this coordinator's own; here they become the cluster's: a put is replicated to the first reachable peers
+//! in rendezvous order, a get goes to whoever holds it, and what no build names any more is collected.
+//! Which builds name what is the registry's to say; how the bytes come over the wire is `rpc::blob`'s.
+//! Invariant: a node is reported as a holder only after it fsynced the bytes and checked their digest.
+
+mod collect;
+mod frame;
+mod get;
+mod large;
+mod leases;
+mod put;
+mod segments;
+pub mod store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use helix_model::limits::MESSAGE_BYTES_MAX;
+use helix_model::{Digest, NodeId};
+use helix_proto::v1;
+use helix_proto::v1::blob_service_client::BlobServiceClient;
+use tokio::sync::{Semaphore, mpsc};
+use tonic::Status;
+use tonic::transport::Channel;
+
+pub use self::collect::{Collection, Schedule};
+pub use self::get::{Reach, Reading};
+pub use self::leases::LEASE;
+pub use self::put::Announce;
+use self::store::{BlobStore, Room};
+use crate::plane::Plane;
+
+/// How long a peer may take to answer a small question.
+const PEER_ANSWER: Duration = Duration::from_secs(3);
+
+/// How long a peer, client or agent may let a transfer stand still.
+pub(crate) const STALL: Duration = Duration::from_secs(60);
+
+/// Uploads of large blobs at a time, and as many copies that peers bring: each holds about a megabyte of memory.
+const UPLOADS_MAX: usize = 64;
+
+/// Damaged blobs that wait to be fetched again.
+const REPAIRS_MAX: usize = 256;
+
+/// The cluster's blobs, as this coordinator serves them.
+pub struct Blobs {
+    store: Arc<BlobStore>,
+    plane: Arc<dyn Plane>,
+    uploads: Semaphore,
+    copies: Semaphore,
+    repairs: mpsc::Sender<Digest>,
+}
+
+/// Who holds a blob.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Presence {
+    /// Its size; 0 when nobody holds it.
+    pub size: u64,
+    /// Coordinators that hold it, fsynced, and leased it.
+    pub holders: BTreeSet<NodeId>,
+}
+
+/// Why a blob could not be stored or read.
+#[derive(thiserror::Error, Debug)]
+pub enum BlobError {
+    /// Larger than policy allows.
+    #[error("the blob has {size} bytes, and policy allows {max}")]
+    TooLarge {
+        /// Announced.
+        size: u64,
+        /// Allowed.
+        max: u64,
+    },
+    /// The disk would fall below its reserve.
+    #[error("the disk has {free} bytes free, and {reserve} stay in reserve")]
+    DiskReserve {
+        /// Free.
+        free: u64,
+        /// To stay free.
+        reserve: u64,
+    },
+    /// The bytes have another digest.
+    #[error("the bytes have the digest {actual}, not {announced}; upload it again from the start")]
+    Digest {
+        /// Promised.
+        announced: Digest,
+        /// Found.
+        actual: Digest,
+        /// Part of them came with an earlier upload.
+        resumed: bool,
+    },
+    /// More or fewer bytes than announced.
+    #[error("{sent} bytes were sent of a blob of {announced}")]
+    Size {
+        /// Promised.
+        announced: u64,
+        /// Found.
+        sent: u64,
+    },
+    /// The upload cannot go on there.
+    #[error("the upload cannot go on there: {have} bytes are here")]
+    Offset {
+        /// Bytes that are here.
+        have: u64,
+    },
+    /// Another upload went on with the same blob.
+    #[error("another upload of the same blob took over")]
+    TakenOver,
+    /// Nobody reachable holds it.
+    #[error("no reachable coordinator holds blob {0}")]
+    Absent(Digest),
+    /// It was here and is damaged.
+    #[error("blob {0} is damaged here")]
+    Damaged(Digest),
+    /// The other side stood still for too long.
+    #[error("the transfer stood still for {} s", STALL.as_secs())]
+    Stalled,
+    /// As many uploads as may be.
+    #[error("too many uploads at a time; retry")]
+    Busy,
+    /// The sender's stream failed.
+    #[error("the sender's stream failed: {0}")]
+    Source(Box<Status>),
+    /// A peer failed.
+    #[error("peer: {0}")]
+    Peer(Box<Status>),
+    /// The disk failed.
+    #[error("disk: {0}")]
+    Io(#[from] io::Error),
+    /// The store is closed.
+    #[error("the blob store is closed")]
+    Closed,
+}
+
+impl BlobError {
+    /// The same error once more, for another caller who shares its fate.
+    fn again(&self) -> Self {
+        match self {
+            Self::Io(error) => Self::Io(io::Error::new(error.kind(), error.to_string())),
+            _ => Self::Closed,
+        }
+    }
+}
+
+/// What is served, and what has to be run beside it.
+pub struct Opened {
+    /// The blobs.
+    pub blobs: Arc<Blobs>,
+    /// Collection and repair: to be run until shutdown.
+    pub collection: Collection,
+}
+
+impl Blobs {
+    /// Opens the store beneath `root`. Blocks while it reads what is there.
+    ///
+    /// # Errors
+    /// When the directory cannot be read or written.
+    pub fn open(root: &Path, plane: Arc<dyn Plane>) -> io::Result<Opened> {
+        Self::open_with(root, plane, LEASE)
+    }
+
+    fn open_with(root: &Path, plane: Arc<dyn Plane>, lease: Duration) -> io::Result<Opened> {
+        let (store, damaged) = BlobStore::open(root, lease)?;
+        let (repairs, wanted) = mpsc::channel(REPAIRS_MAX);
+        for digest in damaged {
+            // More than fit are found again when somebody asks for them, here or elsewhere.
+            let _ = repairs.try_send(digest);
+        }
+        let blobs = Arc::new(Self {
+            store,
+            plane,
+            uploads: Semaphore::new(UPLOADS_MAX),
+            copies: Semaphore::new(UPLOADS_MAX),
+            repairs,
+        });
+        Ok(Opened { collection: Collection::new(Arc::clone(&blobs), wanted), blobs })
+    }
+
+    /// This coordinator's own blobs.
+    #[must_use]
+    pub fn store(&self) -> &Arc<BlobStore> {
+        &self.store
+    }
+
+    /// Who holds these blobs. Each holder leases what it holds. Peers that do not answer in time count as holding nothing.
+    pub async fn head(&self, digests: &[Digest]) -> Vec<Presence> {
+        let mut found = self.head_local(digests);
+        let asked = digests.iter().map(|digest| digest.0.to_vec().into()).collect();
+        let request = v1::HeadBlobsRequest { sha256: asked, local: true };
+        let answers = self.others().into_iter().map(|node| {
+            let request = request.clone();
+            async move { (node, self.ask_head(node, request).await) }
+        });
+        for (node, answer) in futures::future::join_all(answers).await {
+            match answer {
+                Ok(answer) => {
+                    for (presence, blob) in found.iter_mut().zip(answer.blobs).filter(|(_, blob)| blob.present) {
+                        presence.size = blob.size;
+                        presence.holders.insert(node);
+                    }
+                }
+                Err(error) => tracing::debug!(%node, %error, "a peer does not say which blobs it holds"),
+            }
+        }
+        found
+    }
+
+    /// As [`Self::head`], for this coordinator alone.
+    #[must_use]
+    pub fn head_local(&self, digests: &[Digest]) -> Vec<Presence> {
+        let one = |digest| match self.store.lease(digest) {
+            Some(size) => Presence { size, holders: BTreeSet::from([self.plane.node()]) },
+            None => Presence::default(),
+        };
+        digests.iter().map(one).collect()
+    }
+
+    async fn ask_head(&self, node: NodeId, request: v1::HeadBlobsRequest) -> Result<v1::HeadBlobsResponse, Status> {
+        let mut client = self.client(node)?;
+        let answer = tokio::time::timeout(PEER_ANSWER, client.head_blobs(request)).await;
+        Ok(answer.map_err(|_| Status::deadline_exceeded("the peer does not answer"))??.into_inner())
+    }
+
+    fn others(&self) -> Vec<NodeId> {
+        let own = self.plane.node();
+        self.plane.nodes().into_iter().filter(|node| *node != own).collect()
+    }
+
+    // A status is what every caller handles here; boxing it would only be undone.
+    #[allow(clippy::result_large_err)]
+    fn client(&self, node: NodeId) -> Result<BlobServiceClient<Channel>, Status> {
+        let channel = self.plane.bulk(node).ok_or_else(|| Status::unavailable(format!("node {node} is not known")))?;
+        Ok(BlobServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX + 64 * 1024))
+    }
+
+    fn room(&self) -> Room {
+        let policy = self.plane.policy();
+        Room { blob_bytes_max: policy.blob_bytes_max, disk_reserve_bytes: policy.disk_reserve_bytes }
+    }
+
+    fn repair(&self, digest: Digest) {
+        // A full queue loses nothing: it is damaged or absent still when somebody asks again.
+        let _ = self.repairs.try_send(digest);
+    }
+}
+
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,508 @@
+//! Small blobs: append-only segment files, one thread that writes them, an index in memory.
+//!
+//! Whatever many callers put while the disk is busy is written and fsynced once (group commit). A blob is in the index
+//! only when it is durable. Segments that are mostly dead are copied together in small steps between commits.
+//! A removal that a crash or a compaction forgets brings back a blob that is collected again later: harmless, since
+//! its name is its contents.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use bytes::Bytes;
+use helix_model::Digest;
+use tokio::sync::{mpsc, oneshot};
+
+use super::frame::{FRAME_HEADER_BYTES, Found, FrameHeader, Kind, SEGMENT_HEADER, scan};
+use super::leases::Leases;
+use super::{BlobError, now_s};
+use helix_common::files::sync_directory;
+
+/// A segment is closed when it has grown to this: small enough to be read whole at start and copied when half dead.
+const SEGMENT_BYTES: u64 = 32 << 20;
+
+/// Bytes and jobs in one commit, at most: bounds memory and the wait of the first.
+const COMMIT_BYTES_MAX: usize = 4 << 20;
+const COMMIT_JOBS_MAX: usize = 1024;
+
+/// Bytes that one step of compaction copies: what a put may have to wait for.
+const COMPACTION_STEP_BYTES: usize = 1 << 20;
+
+/// The store of small blobs. Dropping it waits for its thread.
+pub(super) struct Segments {
+    shared: Arc<Shared>,
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+struct Shared {
+    index: RwLock<Index>,
+    syncs: AtomicU64,
+}
+
+#[derive(Default)]
+struct Index {
+    entries: HashMap<Digest, Entry>,
+    segments: BTreeMap<u32, Segment>,
+}
+
+struct Segment {
+    file: Arc<File>,
+    path: PathBuf,
+    /// Bytes of all frames, and of those that the index points to.
+    total: u64,
+    live: u64,
+}
+
+/// Where a blob lies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Entry {
+    segment: u32,
+    data_at: u64,
+    len: u32,
+    crc: u32,
+    stored_at_s: u64,
+}
+
+impl Entry {
+    fn frame_bytes(&self) -> u64 {
+        FRAME_HEADER_BYTES as u64 + u64::from(self.len)
+    }
+}
+
+enum Job {
+    Put { digest: Digest, data: Bytes, done: oneshot::Sender<Result<(), BlobError>> },
+    Remove { digest: Digest, done: oneshot::Sender<Result<(), BlobError>> },
+}
+
+impl Segments {
+    /// Opens the segments in `directory`, reads them all, cuts a torn end. Returns the digests of damaged blobs too.
+    /// Blocks.
+    pub(super) fn open(directory: &Path, leases: Arc<Leases>) -> io::Result<(Self, Vec<Digest>)> {
+        std::fs::create_dir_all(directory)?;
+        let mut index = Index::default();
+        let mut damaged = Vec::new();
+        let numbers = numbers_in(directory)?;
+        for &number in &numbers {
+            let path = path_of(directory, number);
+            index.load(number, &path, numbers.last() == Some(&number), &mut damaged)?;
+        }
+        damaged.retain(|digest| !index.entries.contains_key(digest));
+        let shared = Arc::new(Shared { index: RwLock::new(index), syncs: AtomicU64::new(0) });
+        let (tx, rx) = mpsc::channel(COMMIT_JOBS_MAX);
+        let next = numbers.last().map_or(1, |last| last + 1);
+        let committer = Committer {
+            shared: Arc::clone(&shared),
+            leases,
+            directory: directory.to_owned(),
+            active: None,
+            next,
+            compaction: None,
+            broken: false,
+        };
+        let thread = std::thread::Builder::new().name("blob-segments".to_owned()).spawn(move || committer.run(rx))?;
+        Ok((Self { shared, jobs: Some(tx), thread: Some(thread) }, damaged))
+    }
+
+    /// Stores a blob whose digest was checked. Answers when it is durable.
+    pub(super) async fn put(&self, digest: Digest, data: Bytes) -> Result<(), BlobError> {
+        if self.size(&digest).is_some() {
+            return Ok(());
+        }
+        self.submit(|done| Job::Put { digest, data, done }).await
+    }
+
+    /// Removes a blob unless somebody leased it meanwhile.
+    pub(super) async fn remove(&self, digest: Digest) -> Result<(), BlobError> {
+        self.submit(|done| Job::Remove { digest, done }).await
+    }
+
+    /// The size of a blob that is here.
+    pub(super) fn size(&self, digest: &Digest) -> Option<u64> {
+        self.shared.read().entries.get(digest).map(|entry| u64::from(entry.len))
+    }
+
+    /// A blob's bytes; `None` if it is not here. Damaged bytes are an error, and the blob is forgotten. Blocks.
+    pub(super) fn read(&self, digest: &Digest) -> Result<Option<Bytes>, BlobError> {
+        let found = {
+            let index = self.shared.read();
+            let entry = index.entries.get(digest).copied();
+            entry.and_then(|entry| Some((entry, Arc::clone(&index.segments.get(&entry.segment)?.file))))
+        };
+        let Some((entry, file)) = found else { return Ok(None) };
+        match read_checked(&file, &entry) {
+            Ok(data) => Ok(Some(data.into())),
+            Err(error) => {
+                self.shared.write().forget(digest, Some(entry));
+                tracing::error!(%digest, %error, "a small blob is damaged and no longer served from here");
+                Err(BlobError::Damaged(*digest))
+            }
+        }
+    }
+
+    /// Blobs stored at or before `before_s` (Unix seconds).
+    pub(super) fn stored_before(&self, before_s: u64) -> Vec<Digest> {
+        let index = self.shared.read();
+        let old = index.entries.iter().filter(|(_, entry)| entry.stored_at_s <= before_s);
+        old.map(|(digest, _)| *digest).collect()
+    }
+
+    /// Blobs and their bytes.
+    pub(super) fn totals(&self) -> (u64, u64) {
+        let index = self.shared.read();
+        (index.entries.len() as u64, index.entries.values().map(|entry| u64::from(entry.len)).sum())
+    }
+
+    /// How many fsyncs commits have cost.
+    pub(super) fn syncs(&self) -> u64 {
+        self.shared.syncs.load(Ordering::Relaxed)
+    }
+
+    async fn submit(&self, job: impl FnOnce(oneshot::Sender<Result<(), BlobError>>) -> Job) -> Result<(), BlobError> {
+        let (done, answer) = oneshot::channel();
+        let jobs = self.jobs.as_ref().ok_or(BlobError::Closed)?;
+        jobs.send(job(done)).await.map_err(|_| BlobError::Closed)?;
+        answer.await.map_err(|_| BlobError::Closed)?
+    }
+}
+
+impl Drop for Segments {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread of the blob segments panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn read(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Index {
+    fn load(&mut self, number: u32, path: &Path, last: bool, damaged: &mut Vec<Digest>) -> io::Result<()> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let bytes = std::fs::read(path)?;
+        let mut torn = None;
+        let mut frames = Vec::new();
+        scan(&bytes, |found| match found {
+            Found::Frame { header, data_at } => frames.push((header, data_at)),
+            Found::Damaged { digest, at } => {
+                tracing::error!(%digest, at, path = %path.display(), "a small blob is damaged");
+                damaged.push(digest);
+            }
+            Found::Garbage { from, to } => {
+                tracing::error!(from, to, path = %path.display(), "part of a blob segment is damaged");
+            }
+            Found::Torn { at } => torn = Some(at),
+        });
+        if let Some(at) = torn {
+            tracing::warn!(at, bytes = bytes.len(), path = %path.display(), "a blob segment ends in an incomplete write, which is cut off");
+            file.set_len(at)?;
+        }
+        if last {
+            // What a crash left in the page cache must be durable before it is called held.
+            file.sync_all()?;
+        }
+        let segment = Segment { file: Arc::new(file), path: path.to_owned(), total: 0, live: 0 };
+        self.segments.insert(number, segment);
+        for (header, data_at) in frames {
+            match header.kind {
+                Kind::Put => {
+                    let FrameHeader { len, data_crc: crc, stored_at_s, digest, .. } = header;
+                    self.insert(digest, Entry { segment: number, data_at, len, crc, stored_at_s });
+                }
+                Kind::Remove => {
+                    self.forget(&header.digest, None);
+                    self.count_dead(number, FRAME_HEADER_BYTES as u64);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, digest: Digest, entry: Entry) {
+        self.forget(&digest, None);
+        if let Some(segment) = self.segments.get_mut(&entry.segment) {
+            segment.total += entry.frame_bytes();
+            segment.live += entry.frame_bytes();
+        }
+        self.entries.insert(digest, entry);
+    }
+
+    /// Forgets a blob; with `only`, only while it lies there.
+    fn forget(&mut self, digest: &Digest, only: Option<Entry>) {
+        if only.is_some_and(|only| self.entries.get(digest) != Some(&only)) {
+            return;
+        }
+        if let Some(entry) = self.entries.remove(digest)
+            && let Some(segment) = self.segments.get_mut(&entry.segment)
+        {
+            segment.live -= entry.frame_bytes();
+        }
+    }
+
+    fn count_dead(&mut self, segment: u32, bytes: u64) {
+        if let Some(segment) = self.segments.get_mut(&segment) {
+            segment.total += bytes;
+        }
+    }
+}
+
+/// The one writer.
+struct Committer {
+    shared: Arc<Shared>,
+    leases: Arc<Leases>,
+    directory: PathBuf,
+    active: Option<Active>,
+    next: u32,
+    compaction: Option<Compaction>,
+    /// What was written could neither be made durable nor taken back: nothing more is accepted.
+    broken: bool,
+}
+
+struct Active {
+    number: u32,
+    file: Arc<File>,
+    len: u64,
+}
+
+struct Compaction {
+    segment: u32,
+    remaining: Vec<Digest>,
+}
+
+/// Frames to be written together.
+#[derive(Default)]
+struct Batch {
+    bytes: Vec<u8>,
+    /// Digest, place of its data in `bytes`, and its header.
+    puts: Vec<(FrameHeader, usize)>,
+    removals: u64,
+}
+
+impl Batch {
+    fn put(&mut self, digest: Digest, data: &[u8], stored_at_s: u64) {
+        let header = FrameHeader::put(digest, data, stored_at_s);
+        header.encode(&mut self.bytes);
+        self.puts.push((header, self.bytes.len()));
+        self.bytes.extend_from_slice(data);
+    }
+}
+
+impl Committer {
+    fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        while let Some(first) = jobs.blocking_recv() {
+            let mut bytes = first.bytes();
+            let mut together = vec![first];
+            while bytes < COMMIT_BYTES_MAX
+                && together.len() < COMMIT_JOBS_MAX
+                && let Ok(job) = jobs.try_recv()
+            {
+                bytes += job.bytes();
+                together.push(job);
+            }
+            self.commit(together);
+            self.compact_step();
+            while jobs.is_empty() && self.compact_step() {}
+        }
+    }
+
+    fn commit(&mut self, jobs: Vec<Job>) {
+        let now = now_s();
+        let mut batch = Batch::default();
+        // Removals first: a put beside one then finds the blob gone and writes it again.
+        for job in &jobs {
+            if let Job::Remove { digest, .. } = job
+                && self.forget_unless_leased(digest)
+            {
+                FrameHeader::remove(*digest, now).encode(&mut batch.bytes);
+                batch.removals += 1;
+            }
+        }
+        let mut seen = HashSet::new();
+        for job in &jobs {
+            if let Job::Put { digest, data, .. } = job
+                && !self.shared.read().entries.contains_key(digest)
+                && seen.insert(*digest)
+            {
+                batch.put(*digest, data, now);
+            }
+        }
+        let outcome = self.write(&batch);
+        for job in jobs {
+            let (Job::Put { done, .. } | Job::Remove { done, .. }) = job;
+            // A caller that went away does not mind.
+            let _ = done.send(outcome.as_ref().map_err(BlobError::again).copied());
+        }
+    }
+
+    /// The lease is looked at under the lock: whoever leases and then finds the blob in the index can rely on it.
+    fn forget_unless_leased(&self, digest: &Digest) -> bool {
+        let mut index = self.shared.write();
+        if self.leases.holds(digest) || !index.entries.contains_key(digest) {
+            return false;
+        }
+        index.forget(digest, None);
+        true
+    }
+
+    /// Writes the frames, makes them durable, and only then puts them in the index.
+    fn write(&mut self, batch: &Batch) -> Result<(), BlobError> {
+        if batch.bytes.is_empty() {
+            return Ok(());
+        }
+        if self.broken {
+            return Err(BlobError::Closed);
+        }
+        let (number, file, at) = self.active()?;
+        let written = file.write_all_at(&batch.bytes, at).and_then(|()| {
+            if batch.puts.is_empty() {
+                return Ok(());
+            }
+            self.shared.syncs.fetch_add(1, Ordering::Relaxed);
+            file.sync_data()
+        });
+        if let Err(error) = written {
+            // After a failed fsync the bytes may be readable and yet not durable: they are taken back, and the
+            // segment is never written again.
+            self.active = None;
+            if let Err(worse) = file.set_len(at) {
+                self.broken = true;
+                tracing::error!(%worse, "a blob segment cannot be cut back; no more small blobs are accepted");
+            }
+            tracing::error!(%error, segment = number, "a blob segment cannot be written");
+            return Err(error.into());
+        }
+        let mut index = self.shared.write();
+        for (header, data_at) in &batch.puts {
+            let FrameHeader { len, data_crc: crc, stored_at_s, digest, .. } = *header;
+            index.insert(digest, Entry { segment: number, data_at: at + *data_at as u64, len, crc, stored_at_s });
+        }
+        index.count_dead(number, batch.removals * FRAME_HEADER_BYTES as u64);
+        drop(index);
+        let len = at + batch.bytes.len() as u64;
+        self.active = (len < SEGMENT_BYTES).then_some(Active { number, file, len });
+        Ok(())
+    }
+
+    /// The segment that is written, made if there is none.
+    fn active(&mut self) -> Result<(u32, Arc<File>, u64), BlobError> {
+        if let Some(Active { number, file, len }) = &self.active {
+            return Ok((*number, Arc::clone(file), *len));
+        }
+        let number = self.next;
+        self.next += 1;
+        let path = path_of(&self.directory, number);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        file.write_all_at(SEGMENT_HEADER, 0)?;
+        file.sync_all()?;
+        sync_directory(&self.directory)?;
+        let file = Arc::new(file);
+        let segment = Segment { file: Arc::clone(&file), path, total: 0, live: 0 };
+        self.shared.write().segments.insert(number, segment);
+        let len = SEGMENT_HEADER.len() as u64;
+        self.active = Some(Active { number, file: Arc::clone(&file), len });
+        Ok((number, file, len))
+    }
+
+    /// Does a little of what compaction has to do; whether there was anything.
+    fn compact_step(&mut self) -> bool {
+        let Some(mut compaction) = self.compaction.take().or_else(|| self.choose()) else { return false };
+        let mut batch = Batch::default();
+        let mut moved = Vec::new();
+        while batch.bytes.len() < COMPACTION_STEP_BYTES
+            && let Some(digest) = compaction.remaining.pop()
+        {
+            let found = {
+                let index = self.shared.read();
+                let entry = index.entries.get(&digest).copied().filter(|entry| entry.segment == compaction.segment);
+                entry.and_then(|entry| Some((entry, Arc::clone(&index.segments.get(&entry.segment)?.file))))
+            };
+            let Some((entry, file)) = found else { continue };
+            match read_checked(&file, &entry) {
+                Ok(data) => {
+                    batch.put(digest, &data, entry.stored_at_s);
+                    moved.push(digest);
+                }
+                Err(error) => {
+                    tracing::error!(%digest, %error, "a small blob is damaged and no longer served from here");
+                    self.shared.write().forget(&digest, Some(entry));
+                }
+            }
+        }
+        if self.write(&batch).is_err() {
+            // They stay where they are; another choice will be made when the disk is well.
+            return false;
+        }
+        if compaction.remaining.is_empty() {
+            self.drop_segment(compaction.segment);
+        } else {
+            self.compaction = Some(compaction);
+        }
+        true
+    }
+
+    fn choose(&self) -> Option<Compaction> {
+        let index = self.shared.read();
+        let active = self.active.as_ref().map(|active| active.number);
+        let mostly_dead = |segment: &Segment| segment.live * 2 < segment.total || segment.total == 0;
+        let (&number, _) =
+            index.segments.iter().find(|(number, segment)| Some(**number) != active && mostly_dead(segment))?;
+        let inside = index.entries.iter().filter(|(_, entry)| entry.segment == number);
+        Some(Compaction { segment: number, remaining: inside.map(|(digest, _)| *digest).collect() })
+    }
+
+    fn drop_segment(&self, number: u32) {
+        let Some(segment) = self.shared.write().segments.remove(&number) else { return };
+        if let Err(error) = std::fs::remove_file(&segment.path) {
+            tracing::warn!(%error, path = %segment.path.display(), "an empty blob segment cannot be removed");
+        }
+    }
+}
+
+impl Job {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Put { data, .. } => data.len() + FRAME_HEADER_BYTES,
+            Self::Remove { .. } => FRAME_HEADER_BYTES,
+        }
+    }
+}
+
+fn read_checked(file: &File, entry: &Entry) -> io::Result<Vec<u8>> {
+    let mut data = vec![0; entry.len as usize];
+    file.read_exact_at(&mut data, entry.data_at)?;
+    if crc32fast::hash(&data) == entry.crc {
+        Ok(data)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the bytes do not match their checksum"))
+    }
+}
+
+fn path_of(directory: &Path, number: u32) -> PathBuf {
+    directory.join(format!("{number:08}.seg"))
+}
+
+fn numbers_in(directory: &Path) -> io::Result<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let name = entry?.file_name();
+        let stem = name.to_str().and_then(|name| name.strip_suffix(".seg"));
+        numbers.extend(stem.and_then(|stem| stem.parse::<u32>().ok()));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
