@@ -1,0 +1,97 @@
+//! Rules of the project that a compiler does not check: who may depend on whom, what files look like.
+
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// Each crate, and the crates of ours that it may see. Whoever is not listed may be seen by nobody.
+const MAY_SEE: &[(&str, &[&str])] = &[
+    ("helix-model", &[]),
+    ("helix-core", &["helix-model"]),
+    ("helix-agent-core", &["helix-model"]),
+    ("helix-runner", &["helix-model"]),
+    ("helix-proto", &["helix-model"]),
+    ("helix-common", &["helix-model"]),
+    ("helix-coordinator", &["helix-model", "helix-common", "helix-proto", "helix-core"]),
+    ("helix-agent", &["helix-model", "helix-common", "helix-proto", "helix-agent-core", "helix-runner"]),
+    ("helix-cli", &["helix-model", "helix-common", "helix-proto"]),
+];
+
+/// Crates that decide and do nothing else: only the vocabulary is visible from there, no library.
+const PURE: &[&str] = &["helix-model", "helix-core", "helix-agent-core"];
+
+#[test]
+fn dependencies_point_the_right_way() {
+    let output = Command::new(env!("CARGO"))
+        .current_dir(root())
+        .args(["metadata", "--no-deps", "--format-version", "1", "--locked"])
+        .output()
+        .unwrap();
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rules: BTreeMap<&str, &[&str]> = MAY_SEE.iter().copied().collect();
+    let mut checked = 0;
+    for package in metadata["packages"].as_array().unwrap() {
+        let name = package["name"].as_str().unwrap();
+        let normal =
+            package["dependencies"].as_array().unwrap().iter().filter(|dependency| dependency["kind"].is_null());
+        let seen: BTreeSet<&str> = normal.map(|dependency| dependency["name"].as_str().unwrap()).collect();
+        assert!(!seen.contains("helix-tests"), "{name} depends on the tests");
+        let Some(allowed) = rules.get(name) else {
+            assert_eq!(name, "helix-tests", "a crate without a rule: add it to MAY_SEE");
+            continue;
+        };
+        checked += 1;
+        let ours: Vec<&&str> = seen.iter().filter(|seen| seen.starts_with("helix-")).collect();
+        assert!(ours.iter().all(|seen| allowed.contains(seen)), "{name} sees {ours:?}, may see {allowed:?}");
+        if PURE.contains(&name) {
+            assert_eq!(seen.len(), ours.len(), "{name} is pure and sees {seen:?}");
+        }
+    }
+    assert_eq!(checked, MAY_SEE.len(), "a crate of the rules is gone");
+}
+
+/// Every Rust file of the tree.
+fn rust_files(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).unwrap().flatten() {
+        let path = entry.path();
+        let name = entry.file_name();
+        if path.is_dir() {
+            if name != "target" && !name.to_string_lossy().starts_with('.') {
+                rust_files(&path, found);
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn files_say_what_they_are_and_are_called_after_it() {
+    let mut files = Vec::new();
+    rust_files(&root(), &mut files);
+    assert!(files.len() > 50, "the tree was found");
+    for path in files {
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("//! ") && text.len() > 20, "{} does not say what is in it", path.display());
+        let stem = path.file_stem().unwrap().to_string_lossy().into_owned();
+        let banned = ["mod", "utils", "util", "helpers", "manager", "misc"];
+        assert!(!banned.contains(&stem.as_str()), "{}: name the file after what is in it", path.display());
+    }
+}
+
+#[test]
+fn the_tls_provider_is_one() {
+    let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    for banned in ["aws-lc-rs", "openssl-sys", "native-tls"] {
+        assert!(!lock.contains(&format!("name = \"{banned}\"")), "{banned} is in the tree");
+    }
+}
