@@ -40,8 +40,8 @@ pub enum Event {
     LogSealed(AttemptKey, SealedLog),
     /// The bytes of an ended attempt were stored once more; the report names the new holders.
     StoredAgain(AttemptKey, Box<Report>),
-    /// Nothing of an attempt is left on this host.
-    AttemptRemoved(AttemptKey),
+    /// Nothing of an attempt is left on this host, as far as can be seen.
+    AttemptRemoved(AttemptKey, Death),
     /// The operator wants the agent to take no more work, and to go when what it has is done.
     DrainAsked,
     /// The operator cannot wait: everything is stopped.
@@ -71,6 +71,15 @@ pub enum Order {
     StoreAgain(AttemptKey),
     /// The detach is known.
     DetachAck,
+}
+
+/// How sure it is that no process of an attempt is left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Death {
+    /// The kernel said so.
+    Proven,
+    /// None was found, after its runner had died.
+    Unproven,
 }
 
 /// How the process ends.
@@ -167,7 +176,7 @@ impl Agent {
             Event::AttemptEnded(key, report) => self.attempt_ended(now_ms, key, *report, out),
             Event::LogSealed(key, log) => self.log_sealed(now_ms, &key, log, out),
             Event::StoredAgain(key, report) => self.stored_again(now_ms, &key, *report, out),
-            Event::AttemptRemoved(key) => self.attempt_removed(key, out),
+            Event::AttemptRemoved(key, death) => self.attempt_removed(key, death, out),
             Event::DrainAsked => self.drain_asked(out),
             Event::StopAllAsked => self.stop_all_asked(out),
             Event::DetachAsked => self.detach_asked(out),
@@ -332,11 +341,11 @@ impl Agent {
         }
     }
 
-    fn attempt_removed(&mut self, key: AttemptKey, out: &mut Vec<Command>) {
+    fn attempt_removed(&mut self, key: AttemptKey, death: Death, out: &mut Vec<Command>) {
         let Some(attempt) = self.attempts.get(&key) else { return };
         if let Phase::Removing { owes_proof } = attempt.phase {
             self.attempts.remove(&key);
-            if owes_proof && self.session.is_some() {
+            if owes_proof && death == Death::Proven && self.session.is_some() {
                 out.push(Command::Send(Message::ProvenDead { key }));
             }
         }

@@ -90,7 +90,7 @@ fn a_build_with_a_ref_waits_for_its_commit_and_reports_until_forgotten() {
         .then(Event::Ticked, &[finished(1, failed())])
         .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
         .said(Order::Forget(key(1)), &[])
-        .then(Event::AttemptRemoved(key(1)), &[])
+        .then(Event::AttemptRemoved(key(1), Death::Proven), &[])
         .said(Order::Forget(key(1)), &[]);
 }
 
@@ -121,7 +121,7 @@ fn a_later_attempt_replaces_an_earlier_one_silently_and_never_the_other_way() {
         .said(Order::Assign(assignment(2)), &[Command::Remove(key(1)), Command::Start(assignment(2))])
         .then(Event::AttemptEnded(key(1), Box::new(failed())), &[])
         .said(Order::Assign(assignment(1)), &[])
-        .then(Event::AttemptRemoved(key(1)), &[])
+        .then(Event::AttemptRemoved(key(1), Death::Proven), &[])
         .said(Order::Assign(assignment(1)), &[]);
 }
 
@@ -145,7 +145,12 @@ fn a_stop_of_what_is_not_here_is_proof_and_of_what_goes_is_proof_when_gone() {
         .assigned(1)
         .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
         .said(Order::Stop(key(1), Reason::Cancelled), &[])
-        .then(Event::AttemptRemoved(key(1)), &[proof]);
+        .then(Event::AttemptRemoved(key(1), Death::Proven), &[proof]);
+    Story::connected()
+        .assigned(1)
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
+        .said(Order::Stop(key(1), Reason::Cancelled), &[])
+        .then(Event::AttemptRemoved(key(1), Death::Unproven), &[]);
 }
 
 #[test]
@@ -208,7 +213,7 @@ fn an_agent_that_leaves_finishes_first() {
         .then(Event::DrainAsked, &[])
         .ended(1)
         .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
-        .then(Event::AttemptRemoved(key(1)), &[Command::Exit(ExitKind::Done)])
+        .then(Event::AttemptRemoved(key(1), Death::Proven), &[Command::Exit(ExitKind::Done)])
         .then(Event::Ticked, &[]);
 }
 
@@ -250,7 +255,7 @@ fn late_facts_about_attempts_that_are_gone_change_nothing() {
         Event::AttemptEnded(key(1), Box::new(failed())),
         Event::LogSealed(key(1), log(1)),
         Event::StoredAgain(key(1), Box::new(failed())),
-        Event::AttemptRemoved(key(1)),
+        Event::AttemptRemoved(key(1), Death::Proven),
         Event::Said(FIRST, Order::Commit(key(1), "c".to_owned())),
         Event::Said(FIRST, Order::StoreAgain(key(1))),
     ];

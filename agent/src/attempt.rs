@@ -1,0 +1,338 @@
+//! One attempt: a task that takes it from its assignment, or from what an earlier agent left of it, to its removal.
+//!
+//! Order that matters, and why: the assignment is on disk before anything happens (a new agent can go on); the report is
+//! on disk before the workdir goes (a new agent can repeat it); the workdir is gone before the report is said (nobody
+//! sees a terminal state and a workdir). Every await may be the last: a wish to remove drops the task's life
+//! wherever it is, and [`Attempt::remove`] then finds out from the disk what there is to kill.
+
+pub mod environment;
+mod finish;
+mod follow;
+pub mod outputs;
+mod prepare;
+pub mod record;
+mod seal;
+pub mod workdir;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use helix_agent_core::{Assignment, Death, Event, Found, Report, StopCause, Verdict};
+use helix_model::{AttemptKey, Reason};
+use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep};
+use tokio::sync::{mpsc, watch};
+use tokio_util::task::AbortOnDropHandle;
+
+use self::workdir::{Workdir, remove_tree};
+use crate::blocking::blocking;
+use crate::host::unix_ms;
+use crate::services::Services;
+use crate::stores::live::Progress;
+
+/// How long processes of a dead runner may take to die before they are looked for again.
+const SWEEP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Between two tries of what must succeed in the end.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the agent wants of an attempt; only ever more.
+#[derive(Clone, Default, Debug)]
+pub struct Wishes {
+    /// The commit to build.
+    pub commit: Option<String>,
+    /// It is to end.
+    pub stop: Option<StopCause>,
+    /// Nothing of it is wanted any more.
+    pub remove: bool,
+}
+
+/// From where an attempt is taken on.
+#[derive(Debug)]
+pub enum Begin {
+    /// From its assignment.
+    Fresh(Box<Assignment>),
+    /// From its directory.
+    Found,
+}
+
+/// An attempt's task, as the agent holds it.
+#[derive(Debug)]
+pub struct Handle {
+    /// What is wanted.
+    pub wishes: watch::Sender<Wishes>,
+    /// When it last printed something, in Unix milliseconds.
+    pub last_output_ms: Arc<AtomicU64>,
+    task: AbortOnDropHandle<()>,
+}
+
+impl Handle {
+    /// Whether the task is over, as it should be only after a removal.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.task.is_finished()
+    }
+}
+
+/// Starts an attempt's task. It says what happens on `events`.
+#[must_use]
+pub fn start(services: Arc<Services>, key: AttemptKey, begin: Begin, events: mpsc::Sender<Event>) -> Handle {
+    let (wishes, wished) = watch::channel(Wishes::default());
+    let last_output_ms = Arc::new(AtomicU64::new(unix_ms()));
+    let attempt = Attempt {
+        dir: services.data.attempt(&key),
+        workdir: Workdir::new(&services.work_root, &key),
+        services,
+        key,
+        wished,
+        events,
+        progress: watch::Sender::new(Progress::default()),
+        last_output_ms: Arc::clone(&last_output_ms),
+        push: None,
+    };
+    Handle { wishes, last_output_ms, task: AbortOnDropHandle::new(tokio::spawn(attempt.run(begin))) }
+}
+
+/// What lies in an attempt's directory: `None` when nothing was promised of it yet. Blocks.
+///
+/// # Errors
+/// Those of the file system.
+pub fn classify(dir: &AttemptDir) -> io::Result<Option<Found>> {
+    if let Some(report) = record::read_report(dir)? {
+        return Ok(Some(Found::Reported(Box::new(report))));
+    }
+    if record::read_assignment(dir)?.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(if dir.order().exists() { Found::Started } else { Found::Unstarted }))
+}
+
+/// How the part of an attempt that needs processes came to its end.
+#[derive(Debug)]
+enum Ending {
+    /// Before any command ran.
+    NotRun(Verdict),
+    /// With the runner's result.
+    Ran(Outcome),
+    /// With a runner that died.
+    RunnerLost(Death),
+}
+
+struct Attempt {
+    services: Arc<Services>,
+    key: AttemptKey,
+    dir: AttemptDir,
+    workdir: Workdir,
+    wished: watch::Receiver<Wishes>,
+    events: mpsc::Sender<Event>,
+    progress: watch::Sender<Progress>,
+    last_output_ms: Arc<AtomicU64>,
+    /// Pushes the live log; ends with this task.
+    push: Option<AbortOnDropHandle<()>>,
+}
+
+impl Attempt {
+    async fn run(mut self, begin: Begin) {
+        let mut wished = self.wished.clone();
+        tokio::select! {
+            () = self.live(begin) => {
+                // Its report is repeated by the agent until nothing of it is wanted.
+                let _ = wished.wait_for(|wishes| wishes.remove).await;
+            }
+            removal = async { wished.wait_for(|wishes| wishes.remove).await.is_ok() } => {
+                if !removal {
+                    return;
+                }
+            }
+        }
+        self.push = None;
+        let death = self.remove().await;
+        self.say(Event::AttemptRemoved(self.key.clone(), death)).await;
+    }
+
+    async fn live(&mut self, begin: Begin) {
+        let assignment = match begin {
+            Begin::Fresh(assignment) => match self.write_assignment(&assignment).await {
+                Ok(()) => *assignment,
+                Err(error) => return self.end_without_spool(&error).await,
+            },
+            Begin::Found => match self.read_back().await {
+                Ok(Some(assignment)) => assignment,
+                Ok(None) => return,
+                Err(error) => return self.end_without_spool(&error).await,
+            },
+        };
+        let ending = match self.process(&assignment).await {
+            Ok(ending) => ending,
+            Err(error) => {
+                let reason = crate::source::reason_of(&error);
+                Ending::NotRun(Verdict::Failed { reason, message: format!("the agent cannot run it: {error}") })
+            }
+        };
+        self.finish(&assignment, ending).await;
+    }
+
+    /// Goes as far as the end of all processes, from wherever the attempt stands.
+    async fn process(&mut self, assignment: &Assignment) -> io::Result<Ending> {
+        if !self.dir.order().exists() {
+            match self.prepare(assignment).await {
+                Ok(()) => {}
+                Err(verdict) => return Ok(Ending::NotRun(verdict)),
+            }
+        } else {
+            self.start_push();
+        }
+        self.say(Event::CommandStarted(self.key.clone())).await;
+        self.follow().await
+    }
+
+    async fn write_assignment(&self, assignment: &Assignment) -> io::Result<()> {
+        let (dir, assignment) = (self.dir.clone(), assignment.clone());
+        blocking(move || {
+            crate::data_dir::make_private(dir.root())?;
+            record::write_assignment(&dir, &assignment)
+        })
+        .await
+    }
+
+    /// Reads the assignment of an attempt that was found; `None` when its report was made already, and all that is left
+    /// was done here.
+    async fn read_back(&mut self) -> io::Result<Option<Assignment>> {
+        let dir = self.dir.clone();
+        let (assignment, report) =
+            blocking(move || Ok((record::read_assignment(&dir)?, record::read_report(&dir)?))).await?;
+        if let Some(report) = report {
+            self.remove_workdir().await;
+            self.start_push();
+            self.seal_behind(report).await;
+            return Ok(None);
+        }
+        assignment.map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "its assignment is gone"))
+    }
+
+    /// The directory of the attempt cannot be written: nothing ran, and there is no log.
+    async fn end_without_spool(&mut self, error: &io::Error) {
+        tracing::error!(attempt = %self.key, %error, "an attempt's directory cannot be used");
+        let message = format!("the agent cannot use its spool: {error}");
+        let verdict = Verdict::Failed { reason: crate::source::reason_of(error), message };
+        let report = Report { verdict, exit_code: None, signal: None, artifacts: Vec::new(), log: None };
+        self.say(Event::AttemptEnded(self.key.clone(), Box::new(report))).await;
+    }
+
+    async fn say(&self, event: Event) {
+        // The agent is ending when nobody listens; the next one finds out from the disk.
+        let _ = self.events.send(event).await;
+    }
+
+    /// Adds a line of our own to the log. Only while no runner writes it.
+    async fn log_line(&self, text: impl Into<String>) {
+        let (dir, text) = (self.dir.clone(), text.into());
+        let log_bytes_max = self.services.stores.nodes().settings().await.log_bytes_max;
+        let written = blocking(move || {
+            let mut writer = SpoolWriter::open(&dir, log_bytes_max)?;
+            for line in text.lines() {
+                writer.append(unix_ms(), Stream::System, line.as_bytes());
+            }
+            writer.flush()
+        });
+        if let Err(error) = written.await {
+            tracing::warn!(attempt = %self.key, %error, "a line of the log could not be written");
+        }
+        self.progress.send_modify(|progress| progress.grown += 1);
+    }
+
+    fn start_push(&mut self) {
+        if self.push.is_none() {
+            let live = self.services.live.clone();
+            let push = live.push(self.key.clone(), self.dir.clone(), self.progress.subscribe());
+            self.push = Some(AbortOnDropHandle::new(tokio::spawn(push)));
+        }
+    }
+
+    fn note_output(&self) {
+        self.last_output_ms.store(unix_ms(), Ordering::Relaxed);
+        self.progress.send_modify(|progress| progress.grown += 1);
+    }
+
+    async fn stop_wished(&self) -> StopCause {
+        let mut wished = self.wished.clone();
+        loop {
+            if let Some(cause) = wished.borrow_and_update().stop {
+                return cause;
+            }
+            if wished.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Removes the workdir, whatever it takes.
+    async fn remove_workdir(&self) {
+        loop {
+            let workdir = self.workdir.clone();
+            match blocking(move || workdir.remove()).await {
+                Ok(()) => return,
+                Err(error) => {
+                    tracing::error!(attempt = %self.key, %error, "the workdir cannot be removed; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Kills what runs and removes all there is.
+    async fn remove(&self) -> Death {
+        let mut death = Death::Proven;
+        loop {
+            match self.kill().await {
+                Ok(seen) => {
+                    death = seen;
+                    break;
+                }
+                Err(error) => {
+                    tracing::error!(attempt = %self.key, %error, "an attempt cannot be killed; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+        self.remove_workdir().await;
+        loop {
+            let root: PathBuf = self.dir.root().to_owned();
+            match blocking(move || remove_tree(&root)).await {
+                Ok(()) => return death,
+                Err(error) => {
+                    tracing::error!(attempt = %self.key, %error, "an attempt's directory cannot be removed; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Sees to it that no process of the attempt is left.
+    async fn kill(&self) -> io::Result<Death> {
+        loop {
+            let dir = self.dir.clone();
+            match blocking(move || helix_runner::inspect(&dir)).await? {
+                // An order that nobody took must not be taken any more.
+                AttemptState::NotStarted => match std::fs::remove_file(self.dir.order()) {
+                    Ok(()) => tokio::time::sleep(Duration::from_millis(20)).await,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Death::Proven),
+                    Err(error) => return Err(error),
+                },
+                AttemptState::Ended(_) => return Ok(Death::Proven),
+                AttemptState::Running { .. } => follow::stop_and_wait(&self.dir, Reason::Cancelled, 0).await?,
+                AttemptState::RunnerDied => return self.sweep().await,
+            }
+        }
+    }
+
+    async fn sweep(&self) -> io::Result<Death> {
+        let dir = self.dir.clone();
+        match blocking(move || helix_runner::sweep(&dir, SWEEP_PATIENCE)).await? {
+            Sweep::Proven { .. } => Ok(Death::Proven),
+            Sweep::Unproven { .. } => Ok(Death::Unproven),
+        }
+    }
+}

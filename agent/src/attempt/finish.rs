@@ -1,0 +1,308 @@
+//! From the end of all processes to a report that is said: the verdict, the outputs, the log, the workdir's end.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use helix_agent_core::{Artifact, Assignment, Death, Event, Report, SealedLog, StopCause, Verdict};
+use helix_model::{Outputs, Reason};
+use helix_runner::{End, MemoryKill, Outcome};
+
+use super::outputs::{self, Output, Unusable, Why};
+use super::{Attempt, Ending, record, seal};
+use crate::blocking::blocking;
+use crate::host::unix_ms;
+use crate::stores::StoreError;
+use crate::stores::body::{Body, Source};
+
+/// Outputs of one attempt that are stored at once.
+const UPLOADS_MAX: usize = 4;
+
+/// A failure: why, and in words.
+type Failure = (Reason, String);
+
+impl Attempt {
+    /// Makes the report, clears up, says it, and sees to the log.
+    pub(super) async fn finish(&mut self, assignment: &Assignment, ending: Ending) {
+        let (mut report, ran_well) = self.judge(ending);
+        if ran_well {
+            self.say(Event::CommandEnded(self.key.clone())).await;
+            match self.store_all(assignment).await {
+                Ok((artifacts, log)) => {
+                    let image_tag = artifacts.first().map_or_else(String::new, |first| {
+                        format!("helix/{}@sha256:{}", self.key.build, first.blob.digest)
+                    });
+                    report.verdict = Verdict::Succeeded { image_tag };
+                    (report.artifacts, report.log) = (artifacts, Some(log));
+                }
+                Err(verdict) => report.verdict = verdict,
+            }
+        }
+        if report.log.is_none() {
+            self.log_line(last_words(&report.verdict)).await;
+        }
+        self.progress.send_modify(|progress| progress.ended = true);
+        self.write_report(&report).await;
+        self.clear_workdir(assignment, &report.verdict).await;
+        self.say(Event::AttemptEnded(self.key.clone(), Box::new(report.clone()))).await;
+        self.seal_behind(report).await;
+    }
+
+    /// What follows from how the processes ended; whether the outputs are to be looked at.
+    fn judge(&self, ending: Ending) -> (Report, bool) {
+        let stop = self.wished.borrow().stop;
+        let bare = |verdict| Report { verdict, exit_code: None, signal: None, artifacts: Vec::new(), log: None };
+        match ending {
+            Ending::NotRun(verdict) => (bare(verdict), false),
+            Ending::RunnerLost(Death::Proven) if matches!(stop, Some(StopCause::Registry(_))) => {
+                (bare(Verdict::Stopped), false)
+            }
+            Ending::RunnerLost(death) => {
+                let proof = match death {
+                    Death::Proven => "all its processes are dead",
+                    Death::Unproven => "no process of it was found",
+                };
+                let message = format!("the runner died; {proof}");
+                (bare(Verdict::Failed { reason: Reason::Internal, message }), false)
+            }
+            Ending::Ran(outcome) => {
+                let (exit_code, signal) = codes(&outcome.end);
+                let verdict = verdict(&outcome, stop);
+                let ran_well = verdict.is_none();
+                // Replaced once the outputs are stored.
+                let verdict = verdict.unwrap_or(Verdict::Stopped);
+                (Report { exit_code, signal, ..bare(verdict) }, ran_well)
+            }
+        }
+    }
+
+    /// Stores outputs and log of a command that ended well, within the time that the policy gives.
+    async fn store_all(&self, assignment: &Assignment) -> Result<(Vec<Artifact>, SealedLog), Verdict> {
+        let deadline = self.services.stores.nodes().settings().await.store_deadline;
+        let store = async { tokio::try_join!(self.store_outputs(assignment), self.store_log()) };
+        let stored = tokio::select! {
+            cause = self.stop_wished() => return Err(super::prepare::stopped(cause)),
+            stored = tokio::time::timeout(deadline, store) => stored,
+        };
+        let late = || (Reason::Artifact, format!("outputs and log could not be stored within {deadline:?}"));
+        let failed = |(reason, message)| Verdict::Failed { reason, message };
+        stored.map_err(|_| failed(late()))?.map_err(failed)
+    }
+
+    async fn store_outputs(&self, assignment: &Assignment) -> Result<Vec<Artifact>, Failure> {
+        let names = match &assignment.spec.outputs {
+            Outputs::Default => vec![self.services.config.exec.output_name.clone()],
+            Outputs::Named(names) => names.clone(),
+            Outputs::None => return Ok(Vec::new()),
+        };
+        let limit = self.services.stores.nodes().settings().await.blob_bytes_max;
+        // All of them are found before the first is sent: a missing one fails the build at once.
+        let work = self.workdir.work();
+        let opened = blocking(move || {
+            let open = |name: String| Ok((outputs::open(&work, &name)?, name));
+            let opened: Result<Vec<_>, Unusable> = names.into_iter().map(open).collect();
+            let checked = opened.and_then(|opened| {
+                for (output, name) in &opened {
+                    check_output(&work, output, name, limit)?;
+                }
+                Ok(opened)
+            });
+            Ok(checked)
+        });
+        let internal = |error: io::Error| (Reason::Internal, format!("cannot look for the outputs: {error}"));
+        let opened = opened.await.map_err(internal)?.map_err(missing)?;
+        let uploads = opened.into_iter().map(|(output, name)| self.store_output(output, name, limit));
+        stream::iter(uploads).buffered(UPLOADS_MAX).try_collect().await
+    }
+
+    async fn store_output(&self, output: Output, name: String, limit: u64) -> Result<Artifact, Failure> {
+        let source = match output {
+            Output::File { fd, .. } => Source::File(Arc::new(fd.into())),
+            Output::Directory(fd) => Source::Tree(Arc::new(fd)),
+        };
+        let body = blocking(move || Body::measure(source, limit)).await.map_err(|error| match error.kind() {
+            io::ErrorKind::FileTooLarge => missing(Unusable { path: name.clone(), why: Why::TooLarge(limit) }),
+            _ => missing(Unusable { path: name.clone(), why: Why::System(error.to_string()) }),
+        })?;
+        match self.services.stores.put(&body).await {
+            Ok(blob) => Ok(Artifact { name, blob }),
+            Err(error @ StoreError::Refused(_)) => Err((Reason::Policy, format!("the output {name:?}: {error}"))),
+            Err(StoreError::Changed(_)) => Err(missing(Unusable { path: name, why: Why::Changed })),
+            Err(error) => Err((Reason::Artifact, format!("the output {name:?}: {error}"))),
+        }
+    }
+
+    async fn store_log(&self) -> Result<SealedLog, Failure> {
+        let dir = self.dir.clone();
+        let sealed = blocking(move || seal::seal(&dir)).await;
+        let (body, lines) = sealed
+            .map_err(|error| (crate::source::reason_of(&error), format!("the log cannot be sealed: {error}")))?;
+        let stored = self.services.stores.put(&body).await;
+        stored
+            .map(|blob| SealedLog { blob, lines })
+            .map_err(|error| (Reason::Artifact, format!("the log cannot be stored: {error}")))
+    }
+
+    async fn write_report(&self, report: &Report) {
+        let (dir, key, copy) = (self.dir.clone(), self.key.clone(), report.clone());
+        if let Err(error) = blocking(move || record::write_report(&dir, &key, &copy)).await {
+            // It is still said now; only an agent that starts again would judge anew, without the workdir.
+            tracing::error!(attempt = %self.key, %error, "the report cannot be written to the spool");
+        }
+    }
+
+    async fn clear_workdir(&self, assignment: &Assignment, verdict: &Verdict) {
+        let keep_ms = assignment.spec.keep_workdir_ms;
+        if keep_ms > 0 && matches!(verdict, Verdict::Failed { .. }) {
+            let (workdir, root) = (self.workdir.clone(), self.services.work_root.clone());
+            let until_ms = unix_ms().saturating_add(keep_ms);
+            match blocking(move || workdir.keep(&root, until_ms)).await {
+                Ok(kept) => tracing::info!(attempt = %self.key, path = %kept.display(), "the workdir is kept for a while"),
+                Err(error) => tracing::warn!(attempt = %self.key, %error, "the workdir cannot be kept"),
+            }
+        }
+        self.remove_workdir().await;
+    }
+
+    /// Seals the log of an attempt whose report went without it, for as long as that takes.
+    pub(super) async fn seal_behind(&self, mut report: Report) {
+        self.progress.send_modify(|progress| progress.ended = true);
+        if report.log.is_some() {
+            return;
+        }
+        let mut wait = Duration::from_secs(1);
+        loop {
+            match self.store_log().await {
+                Ok(log) => {
+                    report.log = Some(log.clone());
+                    self.write_report(&report).await;
+                    return self.say(Event::LogSealed(self.key.clone(), log)).await;
+                }
+                Err((_, message)) => tracing::warn!(attempt = %self.key, message, "trying again"),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(Duration::from_secs(60));
+        }
+    }
+}
+
+fn check_output(work: &std::path::Path, output: &Output, name: &str, limit: u64) -> Result<(), Unusable> {
+    let unusable = |why| Unusable { path: name.to_owned(), why };
+    match output {
+        Output::File { size, .. } if *size > limit => Err(unusable(Why::TooLarge(limit))),
+        Output::File { .. } => Ok(()),
+        Output::Directory(fd) => outputs::check_links(work, fd).map_err(unusable),
+    }
+}
+
+fn missing(unusable: Unusable) -> Failure {
+    let reason = if matches!(unusable.why, Why::TooLarge(_)) { Reason::Policy } else { Reason::ArtifactMissing };
+    (reason, unusable.to_string())
+}
+
+fn codes(end: &End) -> (Option<i32>, Option<i32>) {
+    match end {
+        End::Exited(code) => (Some(i32::from(*code)), None),
+        End::Signaled(signal) => (None, Some(*signal)),
+        End::NotStarted { errno, .. } => (shell_code(*errno), None),
+    }
+}
+
+/// The code a shell ends with when it cannot start a program.
+fn shell_code(errno: i32) -> Option<i32> {
+    match errno {
+        libc::ENOENT | libc::ENOTDIR => Some(127),
+        libc::EACCES | libc::ENOEXEC | libc::EISDIR => Some(126),
+        _ => None,
+    }
+}
+
+/// The verdict on a result; `None` when the command ended well and nobody wanted otherwise.
+fn verdict(outcome: &Outcome, stop: Option<StopCause>) -> Option<Verdict> {
+    let failed = |reason, message: String| Some(Verdict::Failed { reason, message });
+    match (outcome.stopped, stop) {
+        (Some(Reason::Timeout), None) => return failed(Reason::Timeout, "the time limit was reached".to_owned()),
+        (Some(Reason::Silence), None) => {
+            return failed(Reason::Silence, "nothing was printed for longer than the silence limit".to_owned());
+        }
+        (_, Some(StopCause::Registry(_))) => return Some(Verdict::Stopped),
+        (Some(Reason::Drained), _) | (_, Some(StopCause::Drained)) => {
+            return failed(Reason::Drained, "the agent had to go".to_owned());
+        }
+        (Some(_), None) => return Some(Verdict::Stopped),
+        (None, None) => {}
+    }
+    match &outcome.end {
+        End::Exited(0) => None,
+        _ if outcome.memory_kill == MemoryKill::Counted => failed(Reason::Oom, "memory ran out".to_owned()),
+        End::Exited(code) => failed(Reason::Exit, format!("the command ended with exit code {code}")),
+        End::Signaled(signal) => failed(Reason::Signal, format!("the command was killed by signal {signal}")),
+        End::NotStarted { errno, error } => {
+            let reason = if shell_code(*errno).is_some() { Reason::Exit } else { Reason::Internal };
+            failed(reason, format!("the command could not be started: {error}"))
+        }
+    }
+}
+
+/// The log's last line where a build did not succeed.
+fn last_words(verdict: &Verdict) -> String {
+    match verdict {
+        Verdict::Failed { reason, message } => format!("failed ({reason}): {message}"),
+        Verdict::Stopped => "stopped: all processes are dead".to_owned(),
+        Verdict::Succeeded { .. } => "succeeded".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use helix_runner::LogTotals;
+
+    fn outcome(end: End, stopped: Option<Reason>) -> Outcome {
+        Outcome {
+            started_at_ms: 1,
+            ended_at_ms: 2,
+            end,
+            stopped,
+            leftovers_killed: 0,
+            memory_kill: MemoryKill::NotSeen,
+            log: LogTotals::default(),
+        }
+    }
+
+    #[test]
+    fn verdicts() {
+        let reason = |outcome: &Outcome, stop| match verdict(outcome, stop) {
+            None => "well".to_owned(),
+            Some(Verdict::Stopped) => "stopped".to_owned(),
+            Some(Verdict::Failed { reason, .. }) => reason.to_string(),
+            Some(Verdict::Succeeded { .. }) => panic!(),
+        };
+        let registry = Some(StopCause::Registry(Reason::Cancelled));
+        let drained = Some(StopCause::Drained);
+        let not_started = |errno| End::NotStarted { errno, error: "x".to_owned() };
+        let killed = Some(Reason::Cancelled);
+        for (end, stopped, stop, expected) in [
+            (End::Exited(0), None, None, "well"),
+            (End::Exited(3), None, None, "exit"),
+            (End::Signaled(11), None, None, "signal"),
+            (not_started(libc::ENOENT), None, None, "exit"),
+            (not_started(libc::ENOMEM), None, None, "internal"),
+            (End::Signaled(15), Some(Reason::Timeout), None, "timeout"),
+            (End::Signaled(15), Some(Reason::Silence), None, "silence"),
+            (End::Signaled(15), killed, registry, "stopped"),
+            (End::Signaled(15), killed, None, "stopped"),
+            (End::Exited(0), None, registry, "stopped"),
+            (End::Exited(0), None, drained, "drained"),
+            (End::Signaled(9), Some(Reason::Drained), None, "drained"),
+            (End::Signaled(15), Some(Reason::Timeout), registry, "stopped"),
+        ] {
+            assert_eq!(reason(&outcome(end.clone(), stopped), stop), expected, "{end:?} {stopped:?} {stop:?}");
+        }
+        let oom = Outcome { memory_kill: MemoryKill::Counted, ..outcome(End::Exited(137), None) };
+        assert_eq!(reason(&oom, None), "oom");
+        assert_eq!(codes(&not_started(libc::ENOENT)), (Some(127), None));
+        assert_eq!(codes(&End::Signaled(9)), (None, Some(9)));
+    }
+}

@@ -1,0 +1,202 @@
+//! From an assignment to a runner that has the order: policy, source, workdir, environment.
+
+use std::ffi::OsString;
+use std::io;
+use std::time::Duration;
+
+use helix_agent_core::{Assignment, Event, StopCause, Verdict};
+use helix_model::{Command, Executor, Reason};
+use helix_runner::{Order, Privileges};
+use tokio_stream::StreamExt as _;
+use tokio_util::io::{StreamReader, SyncIoBridge};
+
+use super::environment::environment;
+use super::Attempt;
+use crate::blocking::blocking;
+use crate::config::Config;
+use crate::source::archive::{Limits, unpack};
+use crate::source::git::Resolved;
+use crate::source::{SourceError, reason_of};
+
+/// How long processes may take to end after SIGTERM when a limit of the build's is reached.
+pub(super) const GRACE_MS: u64 = 5_000;
+
+/// How long what a command leaves behind may go on.
+const LEFTOVER_MS: u64 = 1_000;
+
+/// How long unpacking may wait for bytes in all.
+const FETCH_LIMIT: Duration = Duration::from_secs(1800);
+
+/// The verdict on an attempt that was stopped while nothing of it ran.
+pub(super) fn stopped(cause: StopCause) -> Verdict {
+    match cause {
+        StopCause::Registry(_) => Verdict::Stopped,
+        StopCause::Drained => {
+            Verdict::Failed { reason: Reason::Drained, message: "the agent had to go".to_owned() }
+        }
+    }
+}
+
+impl Attempt {
+    /// Prepares an attempt and starts its runner. A stop that is wished meanwhile ends it, before any command ran.
+    pub(super) async fn prepare(&mut self, assignment: &Assignment) -> Result<(), Verdict> {
+        let argv = check_policy(&self.services.config, assignment)
+            .map_err(|(reason, message)| Verdict::Failed { reason, message })?;
+        let spec = &assignment.spec;
+        if !spec.repo_url.is_empty() || spec.source.is_some() {
+            self.start_push();
+        }
+        let made = tokio::select! {
+            cause = self.stop_wished() => return Err(stopped(cause)),
+            made = self.make_source(assignment) => made,
+        };
+        let commit_time_s = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
+        self.start_push();
+        let settings = self.services.stores.nodes().settings().await;
+        let ms = |value: u64| (value > 0).then_some(value);
+        let order = Order {
+            argv,
+            environment: environment(&self.services.config, assignment, &self.workdir, commit_time_s),
+            workdir: self.workdir.work(),
+            user: None,
+            privileges: Privileges::NeverMore,
+            cgroup: self.services.cgroup(&self.key),
+            wall_ms: ms(spec.timeout_ms).or(ms(settings.timeout_default_ms)),
+            silence_ms: ms(spec.silence_timeout_ms),
+            grace_ms: GRACE_MS,
+            leftover_ms: LEFTOVER_MS,
+            log_bytes_max: settings.log_bytes_max,
+        };
+        let dir = self.dir.clone();
+        let host = |what: &str, error: &io::Error| {
+            Verdict::Failed { reason: reason_of(error), message: format!("{what}: {error}") }
+        };
+        blocking(move || order.write(&dir)).await.map_err(|error| host("cannot write the order", &error))?;
+        // From here on a runner may have it: whatever fails now, the directory tells.
+        if let Err(error) = self.services.starter.start(self.dir.clone()).await {
+            let _ = std::fs::remove_file(self.dir.order());
+            return Err(host("cannot start a runner", &error));
+        }
+        Ok(())
+    }
+
+    /// Makes the workdir with the source in it. Gives the commit's time, if there is one.
+    async fn make_source(&self, assignment: &Assignment) -> Result<Option<i64>, SourceError> {
+        let workdir = self.workdir.clone();
+        let made = blocking(move || workdir.create()).await;
+        made.map_err(|error| SourceError::host("cannot make the workdir", &error))?;
+        let spec = &assignment.spec;
+        if !spec.repo_url.is_empty() {
+            let resolved = self.resolve(assignment).await?;
+            self.log_line(format!("checking out {}", resolved.commit)).await;
+            let index = self.dir.root().join("index");
+            self.services.mirrors.check_out(&spec.repo_url, &resolved, &self.workdir.work(), &index).await?;
+            return Ok(Some(resolved.time_s));
+        }
+        if let Some(source) = &spec.source {
+            self.log_line(format!("unpacking the uploaded source {}", source.digest)).await;
+            self.unpack_source(&source.digest).await?;
+        }
+        Ok(None)
+    }
+
+    /// The commit to build. Where the build has none yet, the first one resolved is agreed on with the registry.
+    async fn resolve(&self, assignment: &Assignment) -> Result<Resolved, SourceError> {
+        let (url, mirrors) = (&assignment.spec.repo_url, &self.services.mirrors);
+        if let Some(commit) = &assignment.commit {
+            return mirrors.resolve(url, commit).await;
+        }
+        let shown = if assignment.spec.git_ref.is_empty() { "HEAD" } else { &assignment.spec.git_ref };
+        self.log_line(format!("fetching {shown} of {url}")).await;
+        let resolved = mirrors.resolve(url, &assignment.spec.git_ref).await?;
+        self.say(Event::SourceResolved(self.key.clone(), resolved.commit.clone())).await;
+        let mut wished = self.wished.clone();
+        let commit = match wished.wait_for(|wishes| wishes.commit.is_some()).await {
+            Ok(wishes) => wishes.commit.clone().unwrap_or_default(),
+            // The agent is ending.
+            Err(_) => std::future::pending().await,
+        };
+        if commit == resolved.commit { Ok(resolved) } else { mirrors.resolve(url, &commit).await }
+    }
+
+    async fn unpack_source(&self, digest: &helix_model::Digest) -> Result<(), SourceError> {
+        let (digest, into) = (*digest, self.workdir.work());
+        let fetch = async {
+            let parts = self.services.stores.get(&digest).await;
+            let parts = parts.map_err(|error| SourceError::source(format!("cannot fetch the uploaded source: {error}")))?;
+            let bytes = parts.map(|part| part.map(|part| part.data).map_err(io::Error::other));
+            let bridge = SyncIoBridge::new(StreamReader::new(bytes));
+            let unpacked = blocking(move || Ok(unpack(bridge, &digest, &into, Limits::default())));
+            unpacked.await.map_err(|error| SourceError::host("cannot unpack the uploaded source", &error))?
+        };
+        let limit = || SourceError::source(format!("fetching the uploaded source took longer than {FETCH_LIMIT:?}"));
+        tokio::time::timeout(FETCH_LIMIT, fetch).await.map_err(|_| limit())?
+    }
+}
+
+/// What will run, if the agent's owner allows it.
+fn check_policy(config: &Config, assignment: &Assignment) -> Result<Vec<OsString>, (Reason, String)> {
+    let spec = &assignment.spec;
+    if spec.executor == Some(Executor::Podman) {
+        return Err((Reason::Policy, "this agent runs no podman builds".to_owned()));
+    }
+    if let Some(secret) = spec.secrets.first() {
+        return Err((Reason::Policy, format!("the secret {secret:?} is not configured on this agent")));
+    }
+    if spec.repo_url.starts_with("file://") && !config.source.allow_file_urls {
+        let message = "file:// URLs are not allowed on this agent (source.allow_file_urls)";
+        return Err((Reason::Policy, message.to_owned()));
+    }
+    let shell = |line: &str| vec![config.exec.shell.clone().into(), "-c".into(), line.into()];
+    match &spec.command {
+        Some(_) if !config.exec.allow_job_commands => {
+            let message = "builds may not bring a command to this agent (exec.allow_job_commands)";
+            Err((Reason::Policy, message.to_owned()))
+        }
+        Some(Command::Shell(line)) if line.trim().is_empty() => Err(nothing_to_run()),
+        Some(Command::Argv(words)) if words.first().is_none_or(String::is_empty) => Err(nothing_to_run()),
+        Some(Command::Shell(line)) => Ok(shell(line)),
+        Some(Command::Argv(words)) => Ok(words.iter().map(OsString::from).collect()),
+        None if config.exec.command.trim().is_empty() => Err(nothing_to_run()),
+        None => Ok(shell(&config.exec.command)),
+    }
+}
+
+fn nothing_to_run() -> (Reason, String) {
+    let message = "there is no command: the build brings none, and this agent has none of its own (exec.command)";
+    (Reason::NoCommand, message.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use helix_model::BuildSpec;
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    #[test]
+    fn policy_comes_first() {
+        let mut config = crate::testing::config(Path::new("/data"));
+        let check = |config: &Config, spec: BuildSpec| {
+            let (key, previous) = ("b.0.1".parse().unwrap(), String::new());
+            check_policy(config, &Assignment { key, spec, commit: None, platform: None, previous })
+        };
+        let with = |command: Option<Command>| BuildSpec { command, ..BuildSpec::default() };
+        let line = |text: &str| Some(Command::Shell(text.to_owned()));
+        config.exec.allow_job_commands = false;
+        assert_eq!(check(&config, with(line("true"))).unwrap_err().0, Reason::Policy);
+        assert_eq!(check(&config, with(None)).unwrap_err().0, Reason::NoCommand);
+        config.exec.command = "make".to_owned();
+        assert_eq!(check(&config, with(None)).unwrap(), ["sh", "-c", "make"]);
+        config.exec.allow_job_commands = true;
+        assert_eq!(check(&config, with(line("x y"))).unwrap(), ["sh", "-c", "x y"]);
+        let argv = Command::Argv(vec!["a".to_owned(), "b c".to_owned()]);
+        assert_eq!(check(&config, with(Some(argv))).unwrap(), ["a", "b c"]);
+        assert_eq!(check(&config, with(line(" "))).unwrap_err().0, Reason::NoCommand);
+        let spec = BuildSpec { secrets: BTreeSet::from(["s".to_owned()]), ..with(line("x")) };
+        assert_eq!(check(&config, spec).unwrap_err().0, Reason::Policy);
+        let spec = BuildSpec { repo_url: "file:///r".to_owned(), ..with(line("x")) };
+        config.source.allow_file_urls = false;
+        assert_eq!(check(&config, spec).unwrap_err().0, Reason::Policy);
+    }
+}

@@ -1,0 +1,123 @@
+//! The program from its checked configuration to its exit.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use helix_agent_core::ExitKind;
+use helix_common::endpoints::Endpoints;
+use helix_common::shutdown::Shutdown;
+use helix_common::telemetry;
+use helix_common::tls::TlsStore;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::agent::{self, Ended, Inputs};
+use crate::config::Config;
+use crate::control;
+use crate::data_dir::{DataDir, make_private};
+use crate::services::Services;
+use crate::session;
+use crate::settings::Settings;
+use crate::source::git::Mirrors;
+use crate::starter::Starter;
+use crate::stores::live::LiveLogs;
+use crate::stores::{Nodes, Stores};
+
+/// Messages of the session that wait for the loop.
+const SESSION_EVENTS_MAX: usize = 1024;
+
+/// How long the last messages may take to leave.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+
+/// Runs the agent until it is told to go.
+///
+/// # Errors
+/// When it cannot start, or the cluster refuses it for good.
+pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result<()> {
+    let (shutdown, _listener) = Shutdown::install().context("cannot listen to signals")?;
+    let tls = TlsStore::load(config.tls.clone())?;
+    let own = tls.own_identity();
+    if own.worker().is_none_or(|worker| worker.as_str() != config.name) {
+        bail!("the certificate is {own}, and `name` is {:?}: they have to be spiffe://CLUSTER/agent/NAME and NAME", config.name);
+    }
+    let data = DataDir::open(&config.data_dir)?;
+    let endpoints = Endpoints::new(&config.coordinators, Arc::clone(&tls))?;
+    let _reloads = AbortOnDropHandle::new(reload(&shutdown, Arc::clone(&tls), telemetry, config.log.filter.clone()));
+    let (settings_tx, settings) = watch::channel(None);
+    let services = Arc::new(services(config, data, tls, settings.clone())?);
+    let listener = control::listen(services.data.root()).context("cannot make the control socket")?;
+    let (detach_tx, detach) = mpsc::channel(4);
+    let _control = AbortOnDropHandle::new(tokio::spawn(control::serve(listener, detach_tx)));
+    let found = {
+        let services = Arc::clone(&services);
+        tokio::task::spawn_blocking(move || agent::recover(&services)).await?.context("cannot read the spool")?
+    };
+    let (session_tx, session_rx) = mpsc::channel(SESSION_EVENTS_MAX);
+    let session = tokio::spawn(session::keep(endpoints, session_tx, settings_tx));
+    tracing::info!(name = services.config.name, instance = %services.data.instance(), "the agent runs");
+    let inputs = Inputs { session: session_rx, detach, shutdown, settings };
+    let ended = agent::run(Arc::clone(&services), found, inputs).await;
+    farewell(session).await;
+    match ended {
+        Ended::Exit(kind, requests) => {
+            let word = match kind {
+                ExitKind::Done => "the agent has ended",
+                ExitKind::Detached => "detached",
+            };
+            tracing::info!("{word}");
+            for request in requests {
+                request.answer(word).await;
+            }
+            Ok(())
+        }
+        Ended::Refused(why) => bail!("the cluster refuses this agent: {why}"),
+    }
+}
+
+fn services(
+    config: Config,
+    data: DataDir,
+    tls: Arc<TlsStore>,
+    settings: watch::Receiver<Option<Arc<Settings>>>,
+) -> anyhow::Result<Services> {
+    let starter = Starter::new(&config.runner_path)
+        .with_context(|| format!("cannot start {} (`runner_path`)", config.runner_path.display()))?;
+    // Agents may share a base directory; each has its own place in it, named after its data directory's life.
+    let id: String = data.instance().as_str().chars().take(8).collect();
+    let work_root = config.exec.base_dir.join(id);
+    make_private(&work_root).with_context(|| format!("cannot make {}", work_root.display()))?;
+    let mirrors = Mirrors::new(&data.mirrors(), &config.source).context("cannot prepare git")?;
+    let nodes = Nodes::new(tls, settings);
+    let (stores, live) = (Stores::new(nodes.clone()), LiveLogs::new(nodes));
+    let cgroup_base = helix_runner::cgroup::base();
+    if cgroup_base.is_none() {
+        tracing::info!("no writable cgroup v2: runners go without");
+    }
+    Ok(Services { config, data, work_root, cgroup_base, starter, mirrors, stores, live })
+}
+
+/// Certificates and the log filter, whenever asked.
+fn reload(shutdown: &Shutdown, tls: Arc<TlsStore>, telemetry: telemetry::Handle, filter: String) -> JoinHandle<()> {
+    let mut reloads = shutdown.reloads();
+    tokio::spawn(async move {
+        while reloads.changed().await.is_ok() {
+            match tls.reload() {
+                Ok(closed) => tracing::info!(closed, "certificates were read again"),
+                Err(error) => tracing::error!(%error, "certificates cannot be read again; the old ones stay"),
+            }
+            let filter = Some(filter.as_str()).filter(|filter| !filter.is_empty());
+            if let Err(error) = telemetry.reload(filter) {
+                tracing::error!(%error, "the log filter cannot be changed");
+            }
+        }
+    })
+}
+
+/// Lets the session's last messages out: the loop has gone, its outbox is closed, and the stream ends by itself.
+async fn farewell(mut session: JoinHandle<()>) {
+    if tokio::time::timeout(FAREWELL_LIMIT, &mut session).await.is_err() {
+        session.abort();
+    }
+}
