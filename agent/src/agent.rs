@@ -227,7 +227,7 @@ impl Loop {
                 }
                 self.take(Event::SessionClosed(session));
             }
-            SessionEvent::Said(session, message) => self.said(session, message),
+            SessionEvent::Said(session, message) => self.said(session, *message),
             SessionEvent::Refused(why) => self.ended = Some(Ended::Refused(why)),
         }
     }
@@ -341,7 +341,9 @@ fn log_end(key: &AttemptKey, report: &Report) {
     let (build_id, attempt) = (&key.build, key.attempt);
     match &report.verdict {
         Verdict::Succeeded { .. } => tracing::debug!(%build_id, %attempt, "reporting success"),
-        Verdict::Failed { reason, message } => tracing::debug!(%build_id, %attempt, %reason, message, "reporting failure"),
+        Verdict::Failed { reason, message } => {
+            tracing::debug!(%build_id, %attempt, %reason, message, "reporting failure")
+        }
         Verdict::Stopped => tracing::debug!(%build_id, %attempt, "reporting a stop"),
     }
 }

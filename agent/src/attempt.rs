@@ -284,19 +284,15 @@ impl Attempt {
 
     /// Kills what runs and removes all there is.
     async fn remove(&self) -> Death {
-        let mut death = Death::Proven;
-        loop {
+        let death = loop {
             match self.kill().await {
-                Ok(seen) => {
-                    death = seen;
-                    break;
-                }
+                Ok(death) => break death,
                 Err(error) => {
                     tracing::error!(attempt = %self.key, %error, "an attempt cannot be killed; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
             }
-        }
+        };
         self.remove_workdir().await;
         loop {
             let root: PathBuf = self.dir.root().to_owned();

@@ -189,7 +189,8 @@ impl Config {
             canonical_endpoint(endpoint)
                 .map_err(|error| ConfigWrong { key: "coordinators", why: error.to_string() })?;
         }
-        let spec = BuildSpec { labels: self.labels.clone(), repo_url: "https://h/p".to_owned(), ..BuildSpec::default() };
+        let spec =
+            BuildSpec { labels: self.labels.clone(), repo_url: "https://h/p".to_owned(), ..BuildSpec::default() };
         spec.validate().map_err(|invalid| ConfigWrong { key: "labels", why: invalid.why })
     }
 
@@ -219,8 +220,10 @@ impl Config {
             *path = directory.join(&*path);
         }
         if self.runner_path.as_os_str().is_empty() {
-            let own = std::env::current_exe()
-                .map_err(|error| ConfigWrong { key: "runner_path", why: format!("cannot find this program: {error}") })?;
+            let own = std::env::current_exe().map_err(|error| ConfigWrong {
+                key: "runner_path",
+                why: format!("cannot find this program: {error}"),
+            })?;
             self.runner_path = own.with_file_name("helix-runner");
         } else {
             self.runner_path = directory.join(&self.runner_path);
@@ -288,7 +291,12 @@ mod tests {
 
     #[test]
     fn flags_reach_every_table() {
-        let flags = [("exec.allow_job_commands", "true"), ("capacity", "8"), ("labels.zone", "eu"), ("source.allow_file_urls", "true")];
+        let flags = [
+            ("exec.allow_job_commands", "true"),
+            ("capacity", "8"),
+            ("labels.zone", "eu"),
+            ("source.allow_file_urls", "true"),
+        ];
         let config = load(GOOD, &flags).unwrap();
         assert!(config.exec.allow_job_commands && config.source.allow_file_urls);
         assert_eq!((config.capacity, config.labels["zone"].as_str()), (8, "eu"));

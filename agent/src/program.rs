@@ -40,7 +40,10 @@ pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result
     let tls = TlsStore::load(config.tls.clone())?;
     let own = tls.own_identity();
     if own.worker().is_none_or(|worker| worker.as_str() != config.name) {
-        bail!("the certificate is {own}, and `name` is {:?}: they have to be spiffe://CLUSTER/agent/NAME and NAME", config.name);
+        bail!(
+            "the certificate is {own}, and `name` is {:?}: they have to be spiffe://CLUSTER/agent/NAME and NAME",
+            config.name
+        );
     }
     let data = DataDir::open(&config.data_dir)?;
     let endpoints = Endpoints::new(&config.coordinators, Arc::clone(&tls))?;

@@ -41,7 +41,7 @@ pub enum SessionEvent {
     /// A leader welcomed us; what goes into the outbox reaches it.
     Opened(SessionNumber, mpsc::Sender<AgentMessage>),
     /// The leader said something that concerns attempts.
-    Said(SessionNumber, FromLeader),
+    Said(SessionNumber, Box<FromLeader>),
     /// The session is over.
     Closed(SessionNumber),
     /// We are not wanted, and trying again would not help.
@@ -182,11 +182,10 @@ async fn listen(
             }
             Some(FromLeader::Moved(moved)) => return Why::Moved(moved.leader),
             Some(FromLeader::Refused(refused)) => return Why::Refused(refused),
-            Some(other) => {
-                if agent.send(SessionEvent::Said(session, other)).await.is_err() {
-                    return Why::Broken(Status::cancelled("the agent is ending"));
-                }
-            }
+            Some(other) => match agent.send(SessionEvent::Said(session, Box::new(other))).await {
+                Ok(()) => {}
+                Err(_) => return Why::Broken(Status::cancelled("the agent is ending")),
+            },
             // Of a later version: it has to be harmless to us, or the leader would not say it.
             None => {}
         }

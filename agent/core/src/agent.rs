@@ -288,11 +288,11 @@ impl Agent {
 
     fn store_again(&mut self, key: &AttemptKey, out: &mut Vec<Command>) {
         let Some(attempt) = self.attempts.get_mut(key) else { return };
-        if let Phase::Ended { report, storing_again, .. } = &mut attempt.phase {
-            if !*storing_again {
-                *storing_again = true;
-                out.push(Command::StoreAgain(key.clone(), Arc::clone(report)));
-            }
+        if let Phase::Ended { report, storing_again, .. } = &mut attempt.phase
+            && !*storing_again
+        {
+            *storing_again = true;
+            out.push(Command::StoreAgain(key.clone(), Arc::clone(report)));
         }
     }
 

@@ -41,10 +41,10 @@ pub fn environment(
     put("HELIX_WORKDIR", workdir.work().into());
     put("HELIX_OUTPUT", workdir.work().join(first_output(config, &spec.outputs)).into());
     put("HELIX_WORKER", config.name.clone().into());
-    let platform = assignment.platform.as_ref().map_or_else(
-        || config.platforms.first().cloned().unwrap_or_default(),
-        |platform| platform.as_str().to_owned(),
-    );
+    let platform = assignment
+        .platform
+        .as_ref()
+        .map_or_else(|| config.platforms.first().cloned().unwrap_or_default(), |platform| platform.as_str().to_owned());
     put("HELIX_PLATFORM", platform.into());
     variables.into_iter().map(|(name, value)| (name.into(), value)).collect()
 }

@@ -136,8 +136,8 @@ impl Attempt {
     async fn store_log(&self) -> Result<SealedLog, Failure> {
         let dir = self.dir.clone();
         let sealed = blocking(move || seal::seal(&dir)).await;
-        let (body, lines) = sealed
-            .map_err(|error| (crate::source::reason_of(&error), format!("the log cannot be sealed: {error}")))?;
+        let (body, lines) =
+            sealed.map_err(|error| (crate::source::reason_of(&error), format!("the log cannot be sealed: {error}")))?;
         let stored = self.services.stores.put(&body).await;
         stored
             .map(|blob| SealedLog { blob, lines })
@@ -158,7 +158,9 @@ impl Attempt {
             let (workdir, root) = (self.workdir.clone(), self.services.work_root.clone());
             let until_ms = unix_ms().saturating_add(keep_ms);
             match blocking(move || workdir.keep(&root, until_ms)).await {
-                Ok(kept) => tracing::info!(attempt = %self.key, path = %kept.display(), "the workdir is kept for a while"),
+                Ok(kept) => {
+                    tracing::info!(attempt = %self.key, path = %kept.display(), "the workdir is kept for a while")
+                }
                 Err(error) => tracing::warn!(attempt = %self.key, %error, "the workdir cannot be kept"),
             }
         }

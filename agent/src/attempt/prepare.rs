@@ -10,8 +10,8 @@ use helix_runner::{Order, Privileges};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use super::environment::environment;
 use super::Attempt;
+use super::environment::environment;
 use crate::blocking::blocking;
 use crate::config::Config;
 use crate::source::archive::{Limits, unpack};
@@ -31,9 +31,7 @@ const FETCH_LIMIT: Duration = Duration::from_secs(1800);
 pub(super) fn stopped(cause: StopCause) -> Verdict {
     match cause {
         StopCause::Registry(_) => Verdict::Stopped,
-        StopCause::Drained => {
-            Verdict::Failed { reason: Reason::Drained, message: "the agent had to go".to_owned() }
-        }
+        StopCause::Drained => Verdict::Failed { reason: Reason::Drained, message: "the agent had to go".to_owned() },
     }
 }
 
@@ -68,8 +66,9 @@ impl Attempt {
             log_bytes_max: settings.log_bytes_max,
         };
         let dir = self.dir.clone();
-        let host = |what: &str, error: &io::Error| {
-            Verdict::Failed { reason: reason_of(error), message: format!("{what}: {error}") }
+        let host = |what: &str, error: &io::Error| Verdict::Failed {
+            reason: reason_of(error),
+            message: format!("{what}: {error}"),
         };
         blocking(move || order.write(&dir)).await.map_err(|error| host("cannot write the order", &error))?;
         // From here on a runner may have it: whatever fails now, the directory tells.
@@ -111,11 +110,10 @@ impl Attempt {
         let resolved = mirrors.resolve(url, &assignment.spec.git_ref).await?;
         self.say(Event::SourceResolved(self.key.clone(), resolved.commit.clone())).await;
         let mut wished = self.wished.clone();
-        let commit = match wished.wait_for(|wishes| wishes.commit.is_some()).await {
-            Ok(wishes) => wishes.commit.clone().unwrap_or_default(),
-            // The agent is ending.
-            Err(_) => std::future::pending().await,
-        };
+        let given =
+            wished.wait_for(|wishes| wishes.commit.is_some()).await.ok().and_then(|wishes| wishes.commit.clone());
+        // None: the agent is ending.
+        let Some(commit) = given else { return std::future::pending().await };
         if commit == resolved.commit { Ok(resolved) } else { mirrors.resolve(url, &commit).await }
     }
 
@@ -123,7 +121,8 @@ impl Attempt {
         let (digest, into) = (*digest, self.workdir.work());
         let fetch = async {
             let parts = self.services.stores.get(&digest).await;
-            let parts = parts.map_err(|error| SourceError::source(format!("cannot fetch the uploaded source: {error}")))?;
+            let parts =
+                parts.map_err(|error| SourceError::source(format!("cannot fetch the uploaded source: {error}")))?;
             let bytes = parts.map(|part| part.map(|part| part.data).map_err(io::Error::other));
             let bridge = SyncIoBridge::new(StreamReader::new(bytes));
             let unpacked = blocking(move || Ok(unpack(bridge, &digest, &into, Limits::default())));

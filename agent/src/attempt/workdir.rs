@@ -153,7 +153,9 @@ struct Moved {
 fn empty(dir: &OwnedFd, top: &OwnedFd, moved: &mut Moved) -> io::Result<()> {
     loop {
         // Read anew until nothing is left: entries must not move under a directory stream.
-        let names = entries(dir, &moved.names)?;
+        // What was moved lies in the top; the same names elsewhere are the build's.
+        let moved_here = std::ptr::eq(dir, top).then_some(&moved.names);
+        let names = entries(dir, moved_here)?;
         if names.is_empty() {
             return Ok(());
         }
@@ -194,13 +196,13 @@ impl Moved {
 }
 
 /// What is in a directory, apart from what was moved there.
-fn entries(dir: &OwnedFd, moved: &HashSet<CString>) -> io::Result<Vec<(CString, FileType)>> {
+fn entries(dir: &OwnedFd, moved: Option<&HashSet<CString>>) -> io::Result<Vec<(CString, FileType)>> {
     const AT_ONCE_MAX: usize = 4096;
     let mut names = Vec::new();
     for entry in Dir::read_from(dir)? {
         let entry = entry?;
         let name = entry.file_name();
-        if name == c"." || name == c".." || moved.contains(name) {
+        if name == c"." || name == c".." || moved.is_some_and(|moved| moved.contains(name)) {
             continue;
         }
         names.push((name.to_owned(), entry.file_type()));
@@ -253,8 +255,8 @@ mod tests {
         fs::create_dir(dir.work().join(".helix-removing-1")).unwrap();
         fs::write(dir.work().join(".helix-removing-1/f"), "x").unwrap();
         rustix::fs::mknodat(CWD, dir.work().join("fifo"), FileType::Fifo, Mode::RWXU, 0).unwrap();
-        fs::set_permissions(&locked, fs::Permissions::from_mode(0)).unwrap();
-        fs::set_permissions(dir.work(), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&locked, fs::Permissions::from_mode(0o000)).unwrap();
+        fs::set_permissions(dir.work(), fs::Permissions::from_mode(0o000)).unwrap();
         dir.remove().unwrap();
         assert!(outside.join("precious").exists() && !dir.root.exists());
     }

@@ -117,10 +117,8 @@ impl Mirrors {
         let mirror = self.mirror(url);
         self.ensure(&mirror).await?;
         let full_commit = is_hex(git_ref) && matches!(git_ref.len(), 40 | 64);
-        if full_commit {
-            if let Some(found) = self.look_up(&mirror, git_ref).await? {
-                return Ok(found);
-            }
+        if full_commit && let Some(found) = self.look_up(&mirror, git_ref).await? {
+            return Ok(found);
         }
         self.fetch(&mirror, url, refspecs(git_ref), asked).await?;
         for candidate in candidates(git_ref) {
@@ -131,13 +129,17 @@ impl Mirrors {
         if full_commit {
             // Not on any branch: some servers give it when asked for it by name.
             let by_name = self.fetch(&mirror, url, vec![git_ref.to_owned()], asked).await;
-            if by_name.is_ok() {
-                if let Some(found) = self.look_up(&mirror, git_ref).await? {
-                    return Ok(found);
-                }
+            if by_name.is_ok()
+                && let Some(found) = self.look_up(&mirror, git_ref).await?
+            {
+                return Ok(found);
             }
         }
-        let what = if git_ref.is_empty() { "a default branch".to_owned() } else { format!("branch, tag or commit {git_ref:?}") };
+        let what = if git_ref.is_empty() {
+            "a default branch".to_owned()
+        } else {
+            format!("branch, tag or commit {git_ref:?}")
+        };
         Err(SourceError::source(format!("{url} has no {what}")))
     }
 
@@ -145,7 +147,13 @@ impl Mirrors {
     ///
     /// # Errors
     /// When git or the disk refuses.
-    pub async fn check_out(&self, url: &str, resolved: &Resolved, work: &Path, index: &Path) -> Result<(), SourceError> {
+    pub async fn check_out(
+        &self,
+        url: &str,
+        resolved: &Resolved,
+        work: &Path,
+        index: &Path,
+    ) -> Result<(), SourceError> {
         let mirror = self.mirror(url);
         let _alive = mirror.alive.read().await;
         let mut environment = self.environment.clone();
@@ -202,7 +210,8 @@ impl Mirrors {
         }
         let began = Instant::now();
         let lock = self.lock(mirror).await?;
-        let mut args = git_args(mirror, &["fetch", "--quiet", "--force", "--prune", "--no-tags", "--no-write-fetch-head"]);
+        let mut args =
+            git_args(mirror, &["fetch", "--quiet", "--force", "--prune", "--no-tags", "--no-write-fetch-head"]);
         args.extend(["--no-recurse-submodules", "--no-auto-maintenance", "--"].map(OsString::from));
         args.push(url.into());
         args.extend(refspecs.iter().map(OsString::from));
@@ -328,12 +337,16 @@ fn git_configuration(config: &SourceConfig) -> String {
 
 /// How git calls ssh: without prompts, with the configured key and host keys alone.
 fn ssh_command(config: &SourceConfig) -> String {
-    let mut command = "ssh -oBatchMode=yes -oStrictHostKeyChecking=yes -oConnectTimeout=20 -oForwardAgent=no".to_owned();
+    let mut command =
+        "ssh -oBatchMode=yes -oStrictHostKeyChecking=yes -oConnectTimeout=20 -oForwardAgent=no".to_owned();
     if let Some(key) = &config.ssh_key {
         command.push_str(&format!(" -oIdentitiesOnly=yes -i '{}'", key.display()));
     }
     if let Some(known_hosts) = &config.known_hosts {
-        command.push_str(&format!(" '-oUserKnownHostsFile=\"{}\"' -oGlobalKnownHostsFile=/dev/null", known_hosts.display()));
+        command.push_str(&format!(
+            " '-oUserKnownHostsFile=\"{}\"' -oGlobalKnownHostsFile=/dev/null",
+            known_hosts.display()
+        ));
     }
     command
 }

@@ -64,7 +64,9 @@ fn an_honest_archive_unpacks() {
     let (base, result) = try_unpack(archive, Limits::default());
     result.unwrap();
     let work = base.path().join("work");
-    for (path, text) in [("dir/a", "one"), ("deep/er/b", "two"), ("link", "one"), ("hard", "one"), ("dir/a2", "replaced")] {
+    for (path, text) in
+        [("dir/a", "one"), ("deep/er/b", "two"), ("link", "one"), ("hard", "one"), ("dir/a2", "replaced")]
+    {
         assert_eq!(fs::read_to_string(work.join(path)).unwrap(), text, "{path}");
     }
     assert_eq!(fs::metadata(work.join("dir/a")).unwrap().permissions().mode() & 0o7000, 0);
@@ -78,7 +80,10 @@ fn nothing_leaves_the_directory() {
         Archive::new().file("a/../../outside", "x"),
         Archive::new().file("/tmp/helix-archive-test", "x"),
         Archive::new().put("up", EntryType::Symlink, "..", "").file("up/outside", "x"),
-        Archive::new().put("up", EntryType::Symlink, "..", "").put("up", EntryType::Directory, "", "").file("up/outside", "x"),
+        Archive::new()
+            .put("up", EntryType::Symlink, "..", "")
+            .put("up", EntryType::Directory, "", "")
+            .file("up/outside", "x"),
         Archive::new().put("abs", EntryType::Symlink, "/", "").file("abs/tmp/helix-archive-test", "x"),
         Archive::new().put("steal", EntryType::Link, "../outside", ""),
         Archive::new().put("up", EntryType::Symlink, "..", "").put("steal", EntryType::Link, "up/outside", ""),
