@@ -2,11 +2,13 @@
 
 pub mod blobs;
 pub mod clock;
+pub mod codec;
 pub mod config;
 pub mod disk;
 pub mod leader;
 pub mod node_dir;
 pub mod peers;
 pub mod plane;
+pub mod raft;
 pub mod registry;
 pub mod rpc;

@@ -12,8 +12,11 @@ use helix_core::record::{BuildRecord, NodeRecord};
 use helix_core::state::{Known, State};
 use helix_core::{Command, Effect, Policy, Reply};
 use helix_model::{BuildId, Digest, LogTime, NodeId};
+use helix_proto::store;
+use prost::Message;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
+use crate::codec::command_to_wire;
 use crate::node_dir::NodeIdentity;
 
 mod counters;
@@ -24,6 +27,9 @@ pub use shared::{Applied, Shared};
 
 /// The highest command format this program understands.
 pub const COMMAND_FORMAT: u32 = 1;
+
+/// Bytes of commands in one log entry: above this nothing more is added.
+pub(crate) const ENTRY_BYTES: usize = 256 << 10;
 
 /// Ids in one [`Registry::finished_page`] call, at most; more are cut.
 pub const PAGE_IDS_MAX: usize = 256;
@@ -51,6 +57,10 @@ pub(crate) struct Ports {
 /// Commands on their way into the log, in order.
 pub(crate) struct Proposal {
     pub(crate) commands: Vec<Command>,
+    /// The same in their durable form, made once.
+    pub(crate) wire: Vec<store::Command>,
+    /// Their size in that form.
+    pub(crate) bytes: usize,
     /// Came from another coordinator: it is not sent on a second time.
     pub(crate) forwarded: bool,
     pub(crate) reply: oneshot::Sender<Result<Vec<Reply>, ProposeError>>,
@@ -240,14 +250,26 @@ impl Registry {
     }
 
     async fn enqueue(&self, commands: Vec<Command>, forwarded: bool) -> Result<Vec<Reply>, ProposeError> {
-        if commands.is_empty() {
-            return Ok(Vec::new());
+        let mut answers = Vec::new();
+        for (proposal, answer) in proposals(commands, forwarded) {
+            if self.inner.proposals.send(proposal).await.is_err() {
+                // Of those before nobody knows.
+                let error = if answers.is_empty() { ProposeError::ShuttingDown } else { ProposeError::OutcomeUnknown };
+                return Err(error);
+            }
+            answers.push(answer);
         }
-        let (reply, answer) = oneshot::channel();
-        let proposal = Proposal { commands, forwarded, reply };
-        self.inner.proposals.send(proposal).await.map_err(|_| ProposeError::ShuttingDown)?;
-        // The proposer answers everything it took; if it died with this in hand, nobody knows.
-        answer.await.unwrap_or(Err(ProposeError::OutcomeUnknown))
+        let mut replies = Vec::new();
+        let mut failure = None;
+        for answer in answers {
+            // The proposer answers everything it took; if it died with this in hand, nobody knows.
+            match answer.await.unwrap_or(Err(ProposeError::OutcomeUnknown)) {
+                Ok(more) => replies.extend(more),
+                Err(ProposeError::OutcomeUnknown) => failure = Some(ProposeError::OutcomeUnknown),
+                Err(error) => drop(failure.get_or_insert(error)),
+            }
+        }
+        failure.map_or(Ok(replies), Err)
     }
 
     /// After `Ok`, what is read here is at least as new as everything acknowledged anywhere before the call.
@@ -426,4 +448,26 @@ impl Registry {
     async fn control(&self, request: Control) -> Result<(), ()> {
         self.inner.control.send(request).await.map_err(|_| ())
     }
+}
+
+type Answer = oneshot::Receiver<Result<Vec<Reply>, ProposeError>>;
+
+/// Commands in pieces that each fit into an entry.
+fn proposals(commands: Vec<Command>, forwarded: bool) -> Vec<(Proposal, Answer)> {
+    let mut out: Vec<(Proposal, Answer)> = Vec::new();
+    for command in commands {
+        let wire = command_to_wire(&command);
+        let bytes = wire.encoded_len();
+        let fits = |proposal: &Proposal| proposal.bytes + bytes <= ENTRY_BYTES && proposal.commands.len() < 1_024;
+        if !out.last().is_some_and(|(proposal, _)| fits(proposal)) {
+            let (reply, answer) = oneshot::channel();
+            out.push((Proposal { commands: Vec::new(), wire: Vec::new(), bytes: 0, forwarded, reply }, answer));
+        }
+        if let Some((proposal, _)) = out.last_mut() {
+            proposal.commands.push(command);
+            proposal.wire.push(wire);
+            proposal.bytes += bytes;
+        }
+    }
+    out
 }

@@ -41,14 +41,14 @@ pub struct Shared {
 impl Shared {
     /// Shares a state that is loaded up to `applied`.
     #[must_use]
-    pub fn new(own: NodeId, state: State, applied: Applied) -> Self {
+    pub fn new(own: NodeId, state: State, applied: Applied, counters: Arc<Counters>) -> Self {
         Self {
             state: RwLock::new(state),
             applied: watch::Sender::new(applied),
             effects: broadcast::Sender::new(EFFECTS_BEHIND_MAX),
             members: RwLock::new(BTreeMap::new()),
             clock: Clock::new(own),
-            counters: Arc::new(Counters::default()),
+            counters,
         }
     }
 

@@ -1,0 +1,265 @@
+//! Commands to and from their durable form.
+
+use helix_core::Command;
+use helix_core::command::{
+    AssignTask, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones, FinishAttempt,
+    LoseWorker, Outcome, PinBuild, PinSource, PurgeBuilds, RegisterArtifact, RegisterNode, RegisterWorker, ReleaseHold,
+    RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
+};
+use helix_core::record::{DrainedBy, Pinned};
+use helix_model::{LogTime, NodeId};
+use helix_proto::store;
+use helix_proto::store::command::Kind;
+use helix_proto::store::finish_attempt;
+
+use super::CodecError;
+use super::parts::{
+    artifact, artifact_wire, artifacts, authority, authority_wire, builds, digest, digest_to_wire, drained_by, key,
+    key_wire, log, log_wire, need, offer, offer_wire, parse, parse_some, pinned, spec, spec_wire,
+};
+use super::row::{policy, policy_wire};
+use crate::registry::COMMAND_FORMAT;
+
+/// A command in its durable form.
+#[must_use]
+pub fn command_to_wire(command: &Command) -> store::Command {
+    store::Command { kind: Some(kind(command)) }
+}
+
+fn kind(command: &Command) -> Kind {
+    match command {
+        Command::SubmitBuild(it) => Kind::SubmitBuild(store::SubmitBuild {
+            build: it.build.to_string(),
+            spec: spec_wire(&it.spec),
+            spec_digest: digest_to_wire(&it.spec_digest),
+            submitted_by: it.submitted_by.clone(),
+            retry_of: it.retry_of.as_ref().map(ToString::to_string),
+        }),
+        Command::CancelBuild(it) => Kind::CancelBuild(store::CancelBuild {
+            build: it.build.to_string(),
+            authority: authority_wire(&it.authority),
+            reason: it.reason.clone(),
+        }),
+        Command::AssignTask(it) => Kind::AssignTask(store::AssignTask {
+            key: Some(key_wire(&it.key)),
+            worker: it.worker.to_string(),
+            instance: it.instance.to_string(),
+        }),
+        Command::PinSource(it) => Kind::PinSource(store::PinSource {
+            key: Some(key_wire(&it.key)),
+            worker: it.worker.to_string(),
+            commit: it.commit.clone(),
+        }),
+        Command::FinishAttempt(it) => Kind::FinishAttempt(finish_wire(it)),
+        Command::SealLog(it) => Kind::SealLog(store::SealLog {
+            key: Some(key_wire(&it.key)),
+            worker: it.worker.to_string(),
+            log: Some(log_wire(&it.log)),
+        }),
+        Command::ExpireAttempt(it) => Kind::ExpireAttempt(store::ExpireAttempt {
+            key: Some(key_wire(&it.key)),
+            reason: it.reason.as_str().to_owned(),
+        }),
+        Command::EndUnverified(it) => Kind::EndUnverified(key_wire(&it.key)),
+        Command::RegisterArtifact(it) => Kind::RegisterArtifact(store::RegisterArtifact {
+            build: it.build.to_string(),
+            authority: authority_wire(&it.authority),
+            artifact: Some(artifact_wire(&it.artifact)),
+        }),
+        Command::PurgeBuilds(it) => Kind::PurgeBuilds(store::PurgeBuilds {
+            builds: it.builds.iter().map(ToString::to_string).collect(),
+            cutoff_ms: it.cutoff.0,
+        }),
+        Command::ExpireTombstones(it) => {
+            Kind::ExpireTombstones(store::BuildIds { builds: it.builds.iter().map(ToString::to_string).collect() })
+        }
+        Command::PinBuild(it) => Kind::PinBuild(store::PinBuild {
+            build: it.build.to_string(),
+            authority: authority_wire(&it.authority),
+            pinned: it.pinned == Pinned::Yes,
+        }),
+        Command::SetPolicy(it) => Kind::SetPolicy(policy_wire(&it.policy)),
+        Command::RegisterNode(it) => Kind::RegisterNode(store::Node {
+            id: it.node.0,
+            epoch: it.epoch,
+            grpc: it.grpc.clone(),
+            version: it.version.clone(),
+            format: it.format,
+        }),
+        Command::ReleaseHold(_)
+        | Command::RegisterWorker(_)
+        | Command::DetachWorker(_)
+        | Command::LoseWorker(_)
+        | Command::DrainWorker(_)
+        | Command::UndrainWorker(_)
+        | Command::RemoveWorker(_) => worker_kind(command),
+    }
+}
+
+fn worker_kind(command: &Command) -> Kind {
+    match command {
+        Command::ReleaseHold(it) => Kind::ReleaseHold(store::ReleaseHold {
+            worker: it.worker.to_string(),
+            instance: it.instance.to_string(),
+            key: Some(key_wire(&it.key)),
+        }),
+        Command::RegisterWorker(it) => Kind::RegisterWorker(store::RegisterWorker {
+            worker: it.worker.to_string(),
+            instance: it.instance.to_string(),
+            offer: offer_wire(&it.offer),
+        }),
+        Command::DetachWorker(it) => {
+            Kind::DetachWorker(store::WorkerLife { worker: it.worker.to_string(), instance: it.instance.to_string() })
+        }
+        Command::LoseWorker(it) => {
+            Kind::LoseWorker(store::WorkerLife { worker: it.worker.to_string(), instance: it.instance.to_string() })
+        }
+        Command::DrainWorker(it) => Kind::DrainWorker(store::DrainWorker {
+            worker: it.worker.to_string(),
+            deadline_ms: it.deadline.map(|time| time.0),
+            by_agent: it.by == DrainedBy::Agent,
+        }),
+        Command::UndrainWorker(it) => Kind::UndrainWorker(it.worker.to_string()),
+        Command::RemoveWorker(it) => Kind::RemoveWorker(it.worker.to_string()),
+        other => kind(other),
+    }
+}
+
+fn finish_wire(it: &FinishAttempt) -> store::FinishAttempt {
+    let outcome = match &it.outcome {
+        Outcome::Succeeded { digest, size, image_tag } => finish_attempt::Outcome::Succeeded(store::Success {
+            digest: digest.as_ref().map(digest_to_wire),
+            size: *size,
+            image_tag: image_tag.clone(),
+        }),
+        Outcome::Failed { reason, message } => finish_attempt::Outcome::Failed(store::Failure {
+            reason: reason.as_str().to_owned(),
+            message: message.clone(),
+        }),
+        Outcome::Stopped => finish_attempt::Outcome::Stopped(store::Stopped {}),
+    };
+    store::FinishAttempt {
+        key: Some(key_wire(&it.key)),
+        worker: it.worker.to_string(),
+        instance: it.instance.to_string(),
+        outcome: Some(outcome),
+        exit_code: it.exit_code,
+        signal: it.signal,
+        artifacts: it.artifacts.iter().map(artifact_wire).collect(),
+        log: it.log.as_ref().map(log_wire),
+    }
+}
+
+/// Reads a command.
+///
+/// # Errors
+/// [`CodecError`]; a kind that is unknown here is `Newer`.
+pub fn command_from_wire(wire: store::Command) -> Result<Command, CodecError> {
+    let unknown = CodecError::Newer { what: "a command", needed: COMMAND_FORMAT + 1, known: COMMAND_FORMAT };
+    Ok(match wire.kind.ok_or(unknown)? {
+        Kind::SubmitBuild(it) => Command::SubmitBuild(SubmitBuild {
+            build: parse(&it.build)?,
+            spec: spec(it.spec)?,
+            spec_digest: digest(&it.spec_digest)?,
+            submitted_by: it.submitted_by,
+            retry_of: parse_some(it.retry_of)?,
+        }),
+        Kind::CancelBuild(it) => Command::CancelBuild(CancelBuild {
+            build: parse(&it.build)?,
+            authority: authority(it.authority)?,
+            reason: it.reason,
+        }),
+        Kind::AssignTask(it) => Command::AssignTask(AssignTask {
+            key: key(it.key)?,
+            worker: parse(&it.worker)?,
+            instance: parse(&it.instance)?,
+        }),
+        Kind::PinSource(it) => {
+            Command::PinSource(PinSource { key: key(it.key)?, worker: parse(&it.worker)?, commit: it.commit })
+        }
+        Kind::FinishAttempt(it) => Command::FinishAttempt(finish(it)?),
+        Kind::SealLog(it) => {
+            Command::SealLog(SealLog { key: key(it.key)?, worker: parse(&it.worker)?, log: log(need("log", it.log)?)? })
+        }
+        Kind::ExpireAttempt(it) => {
+            Command::ExpireAttempt(ExpireAttempt { key: key(it.key)?, reason: parse(&it.reason)? })
+        }
+        Kind::EndUnverified(it) => Command::EndUnverified(EndUnverified { key: key(Some(it))? }),
+        Kind::RegisterArtifact(it) => Command::RegisterArtifact(RegisterArtifact {
+            build: parse(&it.build)?,
+            authority: authority(it.authority)?,
+            artifact: artifact(need("artifact", it.artifact)?)?,
+        }),
+        Kind::PurgeBuilds(it) => {
+            Command::PurgeBuilds(PurgeBuilds { builds: builds(&it.builds)?, cutoff: LogTime(it.cutoff_ms) })
+        }
+        Kind::ExpireTombstones(it) => Command::ExpireTombstones(ExpireTombstones { builds: builds(&it.builds)? }),
+        Kind::PinBuild(it) => Command::PinBuild(PinBuild {
+            build: parse(&it.build)?,
+            authority: authority(it.authority)?,
+            pinned: pinned(it.pinned),
+        }),
+        Kind::SetPolicy(it) => Command::SetPolicy(SetPolicy { policy: policy(&it) }),
+        Kind::RegisterNode(it) => Command::RegisterNode(RegisterNode {
+            node: NodeId(it.id),
+            epoch: it.epoch,
+            grpc: it.grpc,
+            version: it.version,
+            format: it.format,
+        }),
+        other => return worker_command(other),
+    })
+}
+
+fn worker_command(kind: Kind) -> Result<Command, CodecError> {
+    Ok(match kind {
+        Kind::ReleaseHold(it) => Command::ReleaseHold(ReleaseHold {
+            worker: parse(&it.worker)?,
+            instance: parse(&it.instance)?,
+            key: key(it.key)?,
+        }),
+        Kind::RegisterWorker(it) => Command::RegisterWorker(RegisterWorker {
+            worker: parse(&it.worker)?,
+            instance: parse(&it.instance)?,
+            offer: offer(it.offer)?,
+        }),
+        Kind::DetachWorker(it) => {
+            Command::DetachWorker(DetachWorker { worker: parse(&it.worker)?, instance: parse(&it.instance)? })
+        }
+        Kind::LoseWorker(it) => {
+            Command::LoseWorker(LoseWorker { worker: parse(&it.worker)?, instance: parse(&it.instance)? })
+        }
+        Kind::DrainWorker(it) => Command::DrainWorker(DrainWorker {
+            worker: parse(&it.worker)?,
+            deadline: it.deadline_ms.map(LogTime),
+            by: drained_by(it.by_agent),
+        }),
+        Kind::UndrainWorker(worker) => Command::UndrainWorker(UndrainWorker { worker: parse(&worker)? }),
+        Kind::RemoveWorker(worker) => Command::RemoveWorker(RemoveWorker { worker: parse(&worker)? }),
+        other => return command_from_wire(store::Command { kind: Some(other) }),
+    })
+}
+
+fn finish(it: store::FinishAttempt) -> Result<FinishAttempt, CodecError> {
+    let outcome = match need("outcome", it.outcome)? {
+        finish_attempt::Outcome::Succeeded(success) => Outcome::Succeeded {
+            digest: success.digest.map(|bytes| digest(&bytes)).transpose()?,
+            size: success.size,
+            image_tag: success.image_tag,
+        },
+        finish_attempt::Outcome::Failed(failure) => {
+            Outcome::Failed { reason: parse(&failure.reason)?, message: failure.message }
+        }
+        finish_attempt::Outcome::Stopped(store::Stopped {}) => Outcome::Stopped,
+    };
+    Ok(FinishAttempt {
+        key: key(it.key)?,
+        worker: parse(&it.worker)?,
+        instance: parse(&it.instance)?,
+        outcome,
+        exit_code: it.exit_code,
+        signal: it.signal,
+        artifacts: artifacts(it.artifacts)?,
+        log: it.log.map(log).transpose()?,
+    })
+}

@@ -1,0 +1,319 @@
+//! Rows to and from their durable form.
+
+use std::sync::Arc;
+
+use helix_core::Row;
+use helix_core::record::{
+    Addendum, AttemptEnd, AttemptRecord, BuildRecord, CancelRequest, Counters, Drain, DrainedBy, NodeRecord, Pinned,
+    Policy, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, WorkerRecord,
+};
+use helix_model::{AttemptNumber, LogTime, NodeId};
+use helix_proto::store;
+use helix_proto::store::{addendum, row, task, worker};
+use prost::Message;
+
+use super::parts::{
+    artifact, artifact_wire, artifacts, digest, digest_to_wire, drained_by, key, key_wire, log, log_wire, need, offer,
+    offer_wire, parse, parse_some, pinned, reason, reason_wire, spec, spec_wire,
+};
+use super::{CodecError, check_format};
+
+/// The highest form of rows this program understands.
+pub const ROW_FORMAT: u32 = 1;
+
+/// A row's bytes.
+#[must_use]
+pub fn encode_row(row: &Row) -> Vec<u8> {
+    let kind = match row {
+        Row::Counters(it) => row::Kind::Counters(store::Counters {
+            next_sequence: it.next_sequence,
+            last_at_ms: it.last_at.0,
+            voters: it.voters.iter().map(|node| node.0).collect(),
+        }),
+        Row::Policy(it) => row::Kind::Policy(policy_wire(it)),
+        Row::Node(it) => row::Kind::Node(store::Node {
+            id: it.id.0,
+            epoch: it.epoch,
+            grpc: it.grpc.clone(),
+            version: it.version.clone(),
+            format: it.format,
+        }),
+        Row::Worker(it) => row::Kind::Worker(worker_wire(it)),
+        Row::Build(it) => row::Kind::Build(build_wire(it)),
+        Row::Addendum(attempt, it) => row::Kind::Addendum(store::Addendum {
+            key: Some(key_wire(attempt)),
+            kind: Some(match it {
+                Addendum::Log(it) => addendum::Kind::Log(log_wire(it)),
+                Addendum::Artifact(it) => addendum::Kind::Artifact(artifact_wire(it)),
+                Addendum::Pinned(it) => addendum::Kind::Pinned(*it == Pinned::Yes),
+            }),
+        }),
+        Row::Tombstone(it) => row::Kind::Tombstone(store::Tombstone {
+            id: it.id.to_string(),
+            spec_digest: digest_to_wire(&it.spec_digest),
+            state: it.state.as_str().to_owned(),
+            purged_at_ms: it.purged_at.0,
+        }),
+    };
+    store::Row { format: ROW_FORMAT, kind: Some(kind) }.encode_to_vec()
+}
+
+/// Reads a row.
+///
+/// # Errors
+/// [`CodecError`].
+pub fn decode_row(bytes: &[u8]) -> Result<Row, CodecError> {
+    let wire = store::Row::decode(bytes).map_err(|error| CodecError::bytes("a row", &error))?;
+    check_format("a row", wire.format, ROW_FORMAT)?;
+    Ok(match need("row", wire.kind)? {
+        row::Kind::Counters(it) => Row::Counters(Counters {
+            next_sequence: it.next_sequence,
+            last_at: LogTime(it.last_at_ms),
+            voters: it.voters.into_iter().map(NodeId).collect(),
+        }),
+        row::Kind::Policy(it) => Row::Policy(policy(&it)),
+        row::Kind::Node(it) => Row::Node(NodeRecord {
+            id: NodeId(it.id),
+            epoch: it.epoch,
+            grpc: it.grpc,
+            version: it.version,
+            format: it.format,
+        }),
+        row::Kind::Worker(it) => Row::Worker(Arc::new(worker_record(it)?)),
+        row::Kind::Build(it) => Row::Build(Arc::new(build_record(it)?)),
+        row::Kind::Addendum(it) => {
+            let addendum = match need("addendum", it.kind)? {
+                addendum::Kind::Log(it) => Addendum::Log(log(it)?),
+                addendum::Kind::Artifact(it) => Addendum::Artifact(artifact(it)?),
+                addendum::Kind::Pinned(it) => Addendum::Pinned(pinned(it)),
+            };
+            Row::Addendum(key(it.key)?, addendum)
+        }
+        row::Kind::Tombstone(it) => Row::Tombstone(Tombstone {
+            id: parse(&it.id)?,
+            spec_digest: digest(&it.spec_digest)?,
+            state: parse(&it.state)?,
+            purged_at: LogTime(it.purged_at_ms),
+        }),
+    })
+}
+
+pub(super) fn policy_wire(it: &Policy) -> store::Policy {
+    store::Policy {
+        worker_lease_ms: it.worker_lease_ms,
+        cancel_unverified_after_ms: it.cancel_unverified_after_ms,
+        detach_for_ms: it.detach_for_ms,
+        infra_retries: it.infra_retries,
+        retry_backoff_ms: it.retry_backoff_ms,
+        queue_max: it.queue_max,
+        copies: it.copies,
+        store_deadline_ms: it.store_deadline_ms,
+        timeout_default_ms: it.timeout_default_ms,
+        timeout_grace_ms: it.timeout_grace_ms,
+        retain_ms: it.retain_ms,
+        retain_builds: it.retain_builds,
+        tombstone_ms: it.tombstone_ms,
+        blob_bytes_max: it.blob_bytes_max,
+        log_bytes_max: it.log_bytes_max,
+        disk_reserve_bytes: it.disk_reserve_bytes,
+    }
+}
+
+pub(super) fn policy(it: &store::Policy) -> Policy {
+    Policy {
+        worker_lease_ms: it.worker_lease_ms,
+        cancel_unverified_after_ms: it.cancel_unverified_after_ms,
+        detach_for_ms: it.detach_for_ms,
+        infra_retries: it.infra_retries,
+        retry_backoff_ms: it.retry_backoff_ms,
+        queue_max: it.queue_max,
+        copies: it.copies,
+        store_deadline_ms: it.store_deadline_ms,
+        timeout_default_ms: it.timeout_default_ms,
+        timeout_grace_ms: it.timeout_grace_ms,
+        retain_ms: it.retain_ms,
+        retain_builds: it.retain_builds,
+        tombstone_ms: it.tombstone_ms,
+        blob_bytes_max: it.blob_bytes_max,
+        log_bytes_max: it.log_bytes_max,
+        disk_reserve_bytes: it.disk_reserve_bytes,
+    }
+}
+
+fn worker_wire(it: &WorkerRecord) -> store::Worker {
+    store::Worker {
+        name: it.name.to_string(),
+        instance: it.instance.to_string(),
+        offer: offer_wire(&it.offer),
+        standing: Some(match it.standing {
+            Standing::Present => worker::Standing::Present(store::Present {}),
+            Standing::Detached { until } => worker::Standing::DetachedUntilMs(until.0),
+            Standing::Lost => worker::Standing::Lost(store::Lost {}),
+        }),
+        drain: it.drain.map(|drain| store::Drain {
+            deadline_ms: drain.deadline.map(|time| time.0),
+            by_agent: drain.by == DrainedBy::Agent,
+        }),
+        held: it.held.iter().map(key_wire).collect(),
+        registered_at_ms: it.registered_at.0,
+    }
+}
+
+fn worker_record(it: store::Worker) -> Result<WorkerRecord, CodecError> {
+    Ok(WorkerRecord {
+        name: parse(&it.name)?,
+        instance: parse(&it.instance)?,
+        offer: offer(it.offer)?,
+        standing: match need("standing", it.standing)? {
+            worker::Standing::Present(store::Present {}) => Standing::Present,
+            worker::Standing::DetachedUntilMs(until) => Standing::Detached { until: LogTime(until) },
+            worker::Standing::Lost(store::Lost {}) => Standing::Lost,
+        },
+        drain: it.drain.map(|drain| Drain { deadline: drain.deadline_ms.map(LogTime), by: drained_by(drain.by_agent) }),
+        held: it.held.into_iter().map(|held| key(Some(held))).collect::<Result<_, _>>()?,
+        registered_at: LogTime(it.registered_at_ms),
+    })
+}
+
+fn build_wire(it: &BuildRecord) -> store::Build {
+    store::Build {
+        id: it.id.to_string(),
+        spec: spec_wire(&it.spec),
+        spec_digest: digest_to_wire(&it.spec_digest),
+        submitted_by: it.submitted_by.clone(),
+        retry_of: it.retry_of.as_ref().map(ToString::to_string),
+        sequence: it.sequence,
+        state: it.state.as_str().to_owned(),
+        created_at_ms: it.created_at.0,
+        started_at_ms: it.started_at.map(|time| time.0),
+        completed_at_ms: it.completed_at.map(|time| time.0),
+        commit: it.commit.clone(),
+        cancel: it.cancel.as_ref().map(|cancel| store::CancelRequest {
+            at_ms: cancel.at.0,
+            by: cancel.by.clone(),
+            reason: cancel.reason.clone(),
+        }),
+        reason: reason_wire(it.reason),
+        verified: it.verified,
+        tasks: it.tasks.iter().map(task_wire).collect(),
+        artifacts: it.artifacts.iter().map(artifact_wire).collect(),
+        pinned: it.pinned == Pinned::Yes,
+    }
+}
+
+fn build_record(it: store::Build) -> Result<BuildRecord, CodecError> {
+    Ok(BuildRecord {
+        id: parse(&it.id)?,
+        spec: spec(it.spec)?,
+        spec_digest: digest(&it.spec_digest)?,
+        submitted_by: it.submitted_by,
+        retry_of: parse_some(it.retry_of)?,
+        sequence: it.sequence,
+        state: parse(&it.state)?,
+        created_at: LogTime(it.created_at_ms),
+        started_at: it.started_at_ms.map(LogTime),
+        completed_at: it.completed_at_ms.map(LogTime),
+        commit: it.commit,
+        cancel: it.cancel.map(|cancel| CancelRequest {
+            at: LogTime(cancel.at_ms),
+            by: cancel.by,
+            reason: cancel.reason,
+        }),
+        reason: reason(it.reason)?,
+        verified: it.verified,
+        tasks: it.tasks.into_iter().map(task_record).collect::<Result<_, _>>()?,
+        artifacts: artifacts(it.artifacts)?,
+        pinned: pinned(it.pinned),
+    })
+}
+
+fn task_wire(it: &TaskRecord) -> store::Task {
+    store::Task {
+        platform: it.platform.as_ref().map(|platform| platform.as_str().to_owned()),
+        phase: Some(match &it.phase {
+            TaskPhase::Waiting { not_before } => task::Phase::WaitingUntilMs(not_before.0),
+            TaskPhase::Running => task::Phase::Running(store::Running {}),
+            TaskPhase::Ended { state, reason, at } => task::Phase::Ended(store::Ended {
+                state: state.as_str().to_owned(),
+                reason: reason_wire(*reason),
+                at_ms: at.0,
+            }),
+        }),
+        attempts: it.attempts.iter().map(attempt_wire).collect(),
+        user_retries: it.user_retries,
+        infra_retries: it.infra_retries,
+    }
+}
+
+fn task_record(it: store::Task) -> Result<TaskRecord, CodecError> {
+    Ok(TaskRecord {
+        platform: it.platform.map(|text| helix_model::Platform::new(&text)).transpose()?,
+        phase: match need("phase", it.phase)? {
+            task::Phase::WaitingUntilMs(until) => TaskPhase::Waiting { not_before: LogTime(until) },
+            task::Phase::Running(store::Running {}) => TaskPhase::Running,
+            task::Phase::Ended(ended) => TaskPhase::Ended {
+                state: parse(&ended.state)?,
+                reason: reason(ended.reason)?,
+                at: LogTime(ended.at_ms),
+            },
+        },
+        attempts: it.attempts.into_iter().map(attempt_record).collect::<Result<_, _>>()?,
+        user_retries: it.user_retries,
+        infra_retries: it.infra_retries,
+    })
+}
+
+fn attempt_wire(it: &AttemptRecord) -> store::Attempt {
+    store::Attempt {
+        number: it.number.0,
+        worker: it.worker.to_string(),
+        instance: it.instance.to_string(),
+        assigned_at_ms: it.assigned_at.0,
+        stop: it
+            .stop
+            .as_ref()
+            .map(|stop| store::StopRequest { reason: stop.reason.as_str().to_owned(), at_ms: stop.at.0 }),
+        end: it.end.as_ref().map(|end| store::AttemptEnd {
+            at_ms: end.at.0,
+            reason: reason_wire(end.reason),
+            message: end.message.clone(),
+            exit_code: end.exit_code,
+            signal: end.signal,
+            digest: end.digest.as_ref().map(digest_to_wire),
+            size: end.size,
+            image_tag: end.image_tag.clone(),
+            verified: end.verified,
+        }),
+        artifacts: it.artifacts.iter().map(artifact_wire).collect(),
+        log: it.log.as_ref().map(log_wire),
+    }
+}
+
+fn attempt_record(it: store::Attempt) -> Result<AttemptRecord, CodecError> {
+    let stop =
+        it.stop.map(|stop| Ok::<_, CodecError>(StopRequest { reason: parse(&stop.reason)?, at: LogTime(stop.at_ms) }));
+    Ok(AttemptRecord {
+        number: AttemptNumber(it.number),
+        worker: parse(&it.worker)?,
+        instance: parse(&it.instance)?,
+        assigned_at: LogTime(it.assigned_at_ms),
+        stop: stop.transpose()?,
+        end: it.end.map(attempt_end).transpose()?,
+        artifacts: artifacts(it.artifacts)?,
+        log: it.log.map(log).transpose()?,
+    })
+}
+
+fn attempt_end(it: store::AttemptEnd) -> Result<AttemptEnd, CodecError> {
+    Ok(AttemptEnd {
+        at: LogTime(it.at_ms),
+        reason: reason(it.reason)?,
+        message: it.message,
+        exit_code: it.exit_code,
+        signal: it.signal,
+        digest: it.digest.map(|bytes| digest(&bytes)).transpose()?,
+        size: it.size,
+        image_tag: it.image_tag,
+        verified: it.verified,
+    })
+}

@@ -1,0 +1,29 @@
+//! Consensus: openraft over our log, our store and our network. Nothing outside this folder names openraft, raft-log
+//! or sled.
+//!
+//! The log is the truth: fsynced on a majority before anything is acknowledged. Memory answers; sled is written
+//! behind it and can always be rebuilt from a snapshot file and the log.
+
+mod driver;
+mod log_codec;
+mod log_store;
+mod network;
+mod proposer;
+mod reader;
+mod rows;
+mod server;
+mod snapshot;
+mod state_machine;
+mod status;
+mod store;
+mod timing;
+mod types;
+mod wire;
+mod writer;
+
+pub use driver::{Options, StartError, Started, start};
+pub use server::{PeerHandler, RaftHandler};
+pub use timing::Timing;
+
+#[cfg(test)]
+mod tests;

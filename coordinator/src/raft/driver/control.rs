@@ -1,0 +1,246 @@
+//! The task that owns consensus: membership, snapshots, the log's tail, and the orderly end.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use helix_model::NodeId;
+use openraft::ChangeMembers;
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{ClientWriteError, RaftError};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::voters;
+use crate::node_dir::NodeDir;
+use crate::raft::types::{Member, Raft, TypeConfig};
+use crate::raft::writer::Writer;
+use crate::registry::{Control, Leadership, MembershipError, Shared, StoreError};
+
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
+const MEMBERSHIP_WAIT: Duration = Duration::from_secs(120);
+
+/// See the module.
+pub(super) struct Controller {
+    pub(super) raft: Raft,
+    pub(super) shared: Arc<Shared>,
+    pub(super) writer: Writer,
+    pub(super) leadership: watch::Receiver<Leadership>,
+    pub(super) queue: mpsc::Receiver<Control>,
+    pub(super) tasks: JoinSet<()>,
+    pub(super) stop: CancellationToken,
+    pub(super) snapshot_log_bytes: u64,
+    /// Kept locked until everything has ended.
+    pub(super) _dir: Arc<NodeDir>,
+}
+
+impl Controller {
+    pub(super) async fn run(mut self) {
+        let keeper = Keeper {
+            raft: self.raft.clone(),
+            shared: Arc::clone(&self.shared),
+            writer: self.writer.clone(),
+            threshold: self.snapshot_log_bytes,
+        };
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = keeper.run() => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        while let Some(request) = self.queue.recv().await {
+            match request {
+                Control::AddMember { node, address, reply } => {
+                    let change = add_member(self.raft.clone(), node, address);
+                    self.change_membership(change, reply);
+                }
+                Control::RemoveMember { node, reply } => {
+                    let change = remove_member(self.raft.clone(), node);
+                    self.change_membership(change, reply);
+                }
+                Control::Snapshot { reply } => {
+                    let (raft, shared, writer) = (self.raft.clone(), Arc::clone(&self.shared), self.writer.clone());
+                    self.tasks.spawn(async move {
+                        // Whoever went away does not want to know.
+                        drop(reply.send(snapshot_now(&raft, &shared, &writer).await));
+                    });
+                }
+                Control::Stop { deadline, reply } => {
+                    self.end(deadline).await;
+                    let _ = reply.send(());
+                    return;
+                }
+            }
+        }
+        self.end(Duration::ZERO).await;
+    }
+
+    fn change_membership(
+        &mut self,
+        change: impl Future<Output = Result<(), MembershipError>> + Send + 'static,
+        reply: oneshot::Sender<Result<(), MembershipError>>,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        self.tasks.spawn(async move {
+            let late = || MembershipError::Refused("membership did not change in time; look at its state".to_owned());
+            let result = tokio::time::timeout(MEMBERSHIP_WAIT, change).await.unwrap_or_else(|_| Err(late()));
+            let result = result.map_err(|error| match error {
+                MembershipError::NotLeader { hint } => {
+                    let leader = hint.and_then(|leader| leader.parse().ok()).map(NodeId);
+                    MembershipError::NotLeader { hint: leader.and_then(|leader| shared.grpc_of(leader)) }
+                }
+                other => other,
+            });
+            drop(reply.send(result));
+        });
+    }
+
+    async fn end(&mut self, deadline: Duration) {
+        let deadline = Instant::now() + deadline;
+        self.hand_over(deadline).await;
+        self.stop.cancel();
+        while let Some(ended) = self.tasks.join_next().await {
+            if let Err(error) = ended
+                && error.is_panic()
+            {
+                tracing::error!(%error, "a task of consensus panicked");
+            }
+        }
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::error!(%error, "consensus did not end well");
+        }
+        self.writer.stop().await;
+    }
+
+    /// Asks the most advanced other voter to lead, and waits until it does, a leader at most a few elections.
+    async fn hand_over(&mut self, deadline: Instant) {
+        let own = *self.raft.node_id();
+        while self.leadership.borrow_and_update().leader == Some(NodeId(own)) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Some(successor) = self.successor(own) else { return };
+            if left.is_zero() {
+                tracing::warn!(successor, "leadership was not handed over in time");
+                return;
+            }
+            if let Err(error) = self.raft.trigger().transfer_leader(successor).await {
+                tracing::warn!(%error, "leadership cannot be handed over");
+                return;
+            }
+            // It may refuse because it lags; then it is asked again.
+            let _ = tokio::time::timeout(left.min(Duration::from_secs(1)), self.leadership.changed()).await;
+        }
+    }
+
+    fn successor(&self, own: u64) -> Option<u64> {
+        let metrics = self.raft.metrics().borrow_watched().clone();
+        let matched = metrics.replication.unwrap_or_default();
+        let others = voters(&self.raft).into_iter().filter(|voter| *voter != own);
+        others.max_by_key(|voter| matched.get(voter).cloned().flatten())
+    }
+}
+
+type WriteError = RaftError<TypeConfig, ClientWriteError<TypeConfig>>;
+
+fn refused(error: WriteError) -> MembershipError {
+    match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
+            MembershipError::NotLeader { hint: to.leader_id.map(|leader| leader.to_string()) }
+        }
+        RaftError::APIError(error) => MembershipError::Refused(error.to_string()),
+        RaftError::Fatal(_) => MembershipError::ShuttingDown,
+    }
+}
+
+async fn add_member(raft: Raft, node: NodeId, address: String) -> Result<(), MembershipError> {
+    let known = raft.metrics().borrow_watched().membership_config.membership().get_node(&node.0).cloned();
+    let member = Member { address };
+    if known.as_ref().is_some_and(|known| *known != member) {
+        return Err(MembershipError::Refused(format!("node {node} is a member under another address")));
+    }
+    // First without a vote, until it has caught up: a voter that is behind would only weaken the majority.
+    raft.add_learner(node.0, member, true).await.map_err(refused)?;
+    let change = ChangeMembers::AddVoterIds(BTreeSet::from([node.0]));
+    raft.change_membership(change, true).await.map_err(refused)?;
+    Ok(())
+}
+
+async fn remove_member(raft: Raft, node: NodeId) -> Result<(), MembershipError> {
+    let all = voters(&raft);
+    if all.contains(&node.0) {
+        if all.len() == 1 {
+            return Err(MembershipError::Refused("the last voter stays".to_owned()));
+        }
+        let change = ChangeMembers::RemoveVoters(BTreeSet::from([node.0]));
+        raft.change_membership(change, false).await.map_err(refused)?;
+    } else {
+        raft.change_membership(ChangeMembers::RemoveNodes(BTreeSet::from([node.0])), false).await.map_err(refused)?;
+    }
+    Ok(())
+}
+
+async fn snapshot_now(raft: &Raft, shared: &Shared, writer: &Writer) -> Result<(), StoreError> {
+    let wanted = shared.applied().borrow().index;
+    let began = Instant::now();
+    loop {
+        raft.trigger().snapshot().await.map_err(|error| StoreError(error.to_string()))?;
+        for _ in 0..20 {
+            let newest = writer.snapshots().first().and_then(|(meta, _)| meta.last_log_id.clone());
+            let told = raft.metrics().borrow_watched().snapshot.clone();
+            if newest.as_ref().is_some_and(|newest| newest.index() >= wanted) && told >= newest {
+                purge(raft, writer).await;
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        if began.elapsed() > SNAPSHOT_WAIT {
+            return Err(StoreError("no snapshot was written in time".to_owned()));
+        }
+    }
+}
+
+/// Removes from the log what the older of two snapshots covers.
+async fn purge(raft: &Raft, writer: &Writer) {
+    let kept = writer.snapshots();
+    let [_, (older, _)] = &kept[..] else { return };
+    let Some(upto) = older.last_log_id.clone() else { return };
+    let (told, purged) = {
+        let metrics = raft.metrics();
+        let metrics = metrics.borrow_watched();
+        (metrics.snapshot.clone(), metrics.purged.clone())
+    };
+    if told >= Some(upto.clone())
+        && purged < Some(upto.clone())
+        && let Err(error) = raft.trigger().purge_log(upto.index()).await
+    {
+        tracing::debug!(%error, "the log is not purged");
+    }
+}
+
+/// Writes snapshots as the log grows.
+struct Keeper {
+    raft: Raft,
+    shared: Arc<Shared>,
+    writer: Writer,
+    threshold: u64,
+}
+
+impl Keeper {
+    async fn run(self) {
+        let mut mark = self.shared.counters.log_appended_bytes.get();
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let appended = self.shared.counters.log_appended_bytes.get();
+            if appended.saturating_sub(mark) >= self.threshold {
+                mark = appended;
+                if let Err(error) = self.raft.trigger().snapshot().await {
+                    tracing::debug!(%error, "no snapshot");
+                    return;
+                }
+            }
+            purge(&self.raft, &self.writer).await;
+        }
+    }
+}

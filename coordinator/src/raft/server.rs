@@ -1,0 +1,358 @@
+//! The coordinators' port: consensus, and what coordinators ask each other beside it.
+//!
+//! Nothing is believed before [`Peers::admit`] has looked at certificate, cluster, node and epoch.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
+use helix_common::auth;
+use helix_common::status::{not_leader, status};
+use helix_common::tls::PeerInfo;
+use helix_model::ErrorCode;
+use helix_model::limits::MESSAGE_BYTES_MAX;
+use helix_proto::peer::peer_service_server::{PeerService, PeerServiceServer};
+use helix_proto::raft::raft_service_server::{RaftService, RaftServiceServer};
+use helix_proto::{peer, raft};
+use openraft::errors::Fatal;
+use openraft::raft::{AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderRequest, VoteRequest};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::proposer::decode_commands;
+use super::reader::read_index;
+use super::snapshot::{self, SnapshotFile, meta_from_wire};
+use super::types::{Raft, Snapshot, TypeConfig};
+use super::wire::{entry, log_id, log_id_to_wire, vote, vote_to_wire};
+use crate::codec::{CodecError, reply_to_wire};
+use crate::peers::{LivenessSource, Peers};
+use crate::registry::{ProposeError, Registry, Shared};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// Handles `helix.raft.v1.RaftService`.
+#[derive(Clone)]
+pub struct RaftHandler {
+    raft: Raft,
+    peers: Peers,
+    shared: Arc<Shared>,
+    snapshots: PathBuf,
+}
+
+fn garbled(error: CodecError) -> Status {
+    match error {
+        CodecError::Newer { .. } => status(ErrorCode::VersionSkew, error.to_string()),
+        CodecError::Malformed { .. } => status(ErrorCode::InvalidField, error.to_string()),
+    }
+}
+
+fn stopped(error: impl std::fmt::Display) -> Status {
+    status(ErrorCode::ShuttingDown, format!("consensus does not run: {error}"))
+}
+
+impl RaftHandler {
+    pub(super) fn new(raft: Raft, peers: Peers, shared: Arc<Shared>, snapshots: PathBuf) -> Self {
+        Self { raft, peers, shared, snapshots }
+    }
+
+    /// The service to put on the coordinators' port.
+    #[must_use]
+    pub fn service(self) -> RaftServiceServer<Self> {
+        // An entry may be as large as a batch of the largest commands; a message as several entries.
+        RaftServiceServer::new(self).max_decoding_message_size(4 * MESSAGE_BYTES_MAX)
+    }
+
+    #[allow(clippy::result_large_err)]
+    fn admit(&self, info: &PeerInfo, envelope: Option<&raft::Envelope>) -> Result<u64, Status> {
+        let from = self.peers.admit(info, envelope)?;
+        self.shared.clock.observe(from, envelope.map_or(0, |envelope| envelope.clock_ms));
+        Ok(from.0)
+    }
+
+    fn envelope(&self, to: u64) -> Option<raft::Envelope> {
+        Some(self.peers.envelope(helix_model::NodeId(to)))
+    }
+
+    #[allow(clippy::result_large_err)]
+    fn append_request(
+        &self,
+        info: &PeerInfo,
+        request: raft::AppendRequest,
+    ) -> Result<(u64, AppendEntriesRequest<TypeConfig>), Status> {
+        let from = self.admit(info, request.envelope.as_ref())?;
+        let entries = request.entries.into_iter().map(entry).collect::<Result<_, _>>();
+        let entries = entries.map_err(|error| {
+            if matches!(error, CodecError::Newer { .. }) {
+                // Waiting would not help: this program can never apply it.
+                self.peers.fail(error.to_string());
+            }
+            garbled(error)
+        })?;
+        let request = AppendEntriesRequest {
+            vote: vote(request.vote).map_err(garbled)?,
+            prev_log_id: request.prev.map(log_id),
+            entries,
+            leader_commit: request.leader_commit.map(log_id),
+        };
+        Ok((from, request))
+    }
+
+    fn append_answer(&self, to: u64, result: StreamAppendResult<TypeConfig>) -> raft::AppendResponse {
+        use raft::append_response::Result as Wire;
+        let result = match result {
+            Ok(flushed) => Wire::Flushed(raft::Flushed { log_id: flushed.as_ref().map(log_id_to_wire) }),
+            Err(StreamAppendError::Conflict(at)) => Wire::Conflict(log_id_to_wire(&at)),
+            Err(StreamAppendError::HigherVote(higher)) => Wire::HigherVote(vote_to_wire(&higher)),
+        };
+        raft::AppendResponse { envelope: self.envelope(to), result: Some(result) }
+    }
+
+    fn append_stream(
+        self,
+        info: PeerInfo,
+        requests: Streaming<raft::AppendRequest>,
+    ) -> impl Stream<Item = Result<raft::AppendResponse, Status>> {
+        // What ended the stream of requests; told after the answers to those before.
+        let refusal: Arc<Mutex<Option<Status>>> = Arc::default();
+        let sender = info.identity.node().map_or(0, |node| node.0);
+        let input = {
+            let (handler, refusal) = (self.clone(), Arc::clone(&refusal));
+            futures::stream::unfold((requests, info), move |(mut requests, info)| {
+                let (handler, refusal) = (handler.clone(), Arc::clone(&refusal));
+                async move {
+                    let request = requests.message().await.and_then(|request| match request {
+                        Some(request) => handler.append_request(&info, request).map(|(_, request)| Some(request)),
+                        None => Ok(None),
+                    });
+                    let request = request.unwrap_or_else(|status| {
+                        *refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+                        None
+                    });
+                    Some((request?, (requests, info)))
+                }
+            })
+        };
+        let answers = owned_answers(self.raft.clone(), input).map(move |answer| match answer {
+            Ok(result) => Ok(self.append_answer(sender, result)),
+            Err(fatal) => Err(stopped(fatal)),
+        });
+        let last =
+            futures::stream::once(
+                async move { refusal.lock().unwrap_or_else(PoisonError::into_inner).take().map(Err) },
+            );
+        answers.chain(last.filter_map(|refusal| async move { refusal }))
+    }
+
+    async fn receive_snapshot(
+        &self,
+        info: &PeerInfo,
+        mut parts: Streaming<raft::SnapshotRequest>,
+    ) -> Result<(u64, super::types::Vote, Snapshot), Status> {
+        let invalid = |why: &str| status(ErrorCode::DigestMismatch, why.to_owned());
+        let Some(raft::SnapshotRequest { part: Some(raft::snapshot_request::Part::Header(header)) }) =
+            parts.message().await?
+        else {
+            return Err(invalid("a snapshot begins with its header"));
+        };
+        let from = self.admit(info, header.envelope.as_ref())?;
+        let vote = vote(header.vote).map_err(garbled)?;
+        let expected = header.bytes;
+        let meta = meta_from_wire(header).map_err(garbled)?;
+        let path = self.snapshots.join(format!("{}.{:016x}.incoming", snapshot::name_of(&meta), rand::random::<u64>()));
+        let broken = |error: std::io::Error| status(ErrorCode::Internal, format!("{}: {error}", path.display()));
+        std::fs::create_dir_all(&self.snapshots).map_err(broken)?;
+        let guard = Incoming(path.clone());
+        let mut file = std::fs::File::create(&path).map_err(broken)?;
+        let mut received = 0;
+        while let Some(part) = parts.message().await? {
+            let Some(raft::snapshot_request::Part::Chunk(chunk)) = part.part else {
+                return Err(invalid("a second header"));
+            };
+            if chunk.offset != received || crc32fast::hash(&chunk.data) != chunk.crc32 {
+                return Err(invalid("a chunk is damaged or out of place"));
+            }
+            received += chunk.data.len() as u64;
+            if received > expected {
+                return Err(invalid("more bytes than announced"));
+            }
+            file.write_all(&chunk.data).map_err(broken)?;
+        }
+        if received != expected {
+            return Err(invalid("bytes are missing"));
+        }
+        let syncing = path.clone();
+        let verified = tokio::task::spawn_blocking(move || {
+            file.sync_all()?;
+            snapshot::verify(&syncing)
+        });
+        let verified = verified.await.map_err(|error| status(ErrorCode::Internal, error.to_string()))?;
+        if verified.map_err(broken)? != meta {
+            return Err(invalid("the file is not what its header says"));
+        }
+        let snapshot = Snapshot { meta, snapshot: SnapshotFile::open(&path).map_err(broken)? };
+        // From here on the file is openraft's: installed under its own name, or swept at the next start.
+        std::mem::forget(guard);
+        Ok((from, vote, snapshot))
+    }
+}
+
+/// openraft's answers borrow its handle; here they own it. The task ends with the stream.
+fn owned_answers(
+    raft: Raft,
+    input: impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + 'static,
+) -> impl Stream<Item = Result<StreamAppendResult<TypeConfig>, Fatal<TypeConfig>>> + Send + 'static {
+    let (tx, rx) = mpsc::channel(64);
+    let mut task = JoinSet::new();
+    task.spawn(async move {
+        let mut answers = std::pin::pin!(raft.stream_append(input));
+        while let Some(answer) = answers.next().await {
+            if tx.send(answer).await.is_err() {
+                return;
+            }
+        }
+    });
+    futures::stream::unfold((rx, task), |(mut rx, task)| async move { Some((rx.recv().await?, (rx, task))) })
+}
+
+/// A file that goes when receiving it fails.
+struct Incoming(PathBuf);
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        // Best effort: what stays is swept at the next start.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[tonic::async_trait]
+impl RaftService for RaftHandler {
+    type AppendStream = BoxStream<'static, Result<raft::AppendResponse, Status>>;
+
+    async fn append(&self, request: Request<Streaming<raft::AppendRequest>>) -> Answer<Self::AppendStream> {
+        let info = auth::peer(&request)?;
+        Ok(Response::new(self.clone().append_stream(info, request.into_inner()).boxed()))
+    }
+
+    async fn heartbeat(&self, request: Request<raft::AppendRequest>) -> Answer<raft::AppendResponse> {
+        let info = auth::peer(&request)?;
+        let (from, request) = self.append_request(&info, request.into_inner())?;
+        let input = futures::stream::once(async move { request });
+        let mut answers = std::pin::pin!(self.raft.stream_append(input));
+        match answers.next().await {
+            Some(Ok(result)) => Ok(Response::new(self.append_answer(from, result))),
+            Some(Err(fatal)) => Err(stopped(fatal)),
+            None => Err(stopped("no answer")),
+        }
+    }
+
+    async fn vote(&self, request: Request<raft::VoteRequest>) -> Answer<raft::VoteResponse> {
+        let info = auth::peer(&request)?;
+        let request = request.into_inner();
+        let from = self.admit(&info, request.envelope.as_ref())?;
+        let mut rpc = VoteRequest::new(vote(request.vote).map_err(garbled)?, request.last_log_id.map(log_id));
+        rpc.leadership_transfer = request.leadership_transfer;
+        let answer = if request.pre { self.raft.pre_vote(rpc).await } else { self.raft.vote(rpc).await };
+        let answer = answer.map_err(stopped)?;
+        Ok(Response::new(raft::VoteResponse {
+            envelope: self.envelope(from),
+            vote: Some(vote_to_wire(&answer.vote)),
+            granted: answer.vote_granted,
+            last_log_id: answer.last_log_id.as_ref().map(log_id_to_wire),
+        }))
+    }
+
+    async fn install_snapshot(
+        &self,
+        request: Request<Streaming<raft::SnapshotRequest>>,
+    ) -> Answer<raft::SnapshotResponse> {
+        let info = auth::peer(&request)?;
+        let (from, leader, snapshot) = self.receive_snapshot(&info, request.into_inner()).await?;
+        let answer = self.raft.install_full_snapshot(leader, snapshot).await.map_err(stopped)?;
+        Ok(Response::new(raft::SnapshotResponse {
+            envelope: self.envelope(from),
+            vote: Some(vote_to_wire(&answer.vote)),
+        }))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<raft::TransferLeaderRequest>,
+    ) -> Answer<raft::TransferLeaderResponse> {
+        let info = auth::peer(&request)?;
+        let request = request.into_inner();
+        let from = self.admit(&info, request.envelope.as_ref())?;
+        let leader = vote(request.from_leader).map_err(garbled)?;
+        let rpc = TransferLeaderRequest::new(leader, request.to, request.last_log_id.map(log_id));
+        let answer = self.raft.handle_transfer_leader(rpc).await.map_err(stopped)?;
+        let refused = answer.err().map_or_else(String::new, |error| error.to_string());
+        Ok(Response::new(raft::TransferLeaderResponse { envelope: self.envelope(from), refused }))
+    }
+}
+
+/// Handles `helix.peer.v1.PeerService`.
+#[derive(Clone)]
+pub struct PeerHandler {
+    registry: Registry,
+    raft: Raft,
+    peers: Peers,
+    liveness: Arc<OnceLock<Arc<dyn LivenessSource>>>,
+}
+
+impl PeerHandler {
+    pub(super) fn new(registry: Registry, raft: Raft, peers: Peers) -> Self {
+        Self { registry, raft, peers, liveness: Arc::default() }
+    }
+
+    /// Says who answers for the workers' liveness; the first one stays.
+    pub fn set_liveness(&self, source: Arc<dyn LivenessSource>) {
+        let _ = self.liveness.set(source);
+    }
+
+    /// The service to put on the coordinators' port.
+    #[must_use]
+    pub fn service(self) -> PeerServiceServer<Self> {
+        PeerServiceServer::new(self).max_decoding_message_size(4 * MESSAGE_BYTES_MAX)
+    }
+
+    fn refusal(&self, error: &ProposeError) -> Status {
+        match error {
+            ProposeError::NoLeader { hint } => not_leader(hint.as_deref()),
+            ProposeError::OutcomeUnknown => status(ErrorCode::OutcomeUnknown, error.to_string()),
+            ProposeError::ShuttingDown => status(ErrorCode::ShuttingDown, error.to_string()),
+            ProposeError::Storage(_) => status(ErrorCode::Internal, error.to_string()),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl PeerService for PeerHandler {
+    async fn propose(&self, request: Request<peer::ProposeRequest>) -> Answer<peer::ProposeResponse> {
+        let info = auth::peer(&request)?;
+        let request = request.into_inner();
+        self.peers.admit_caller(&info, request.caller)?;
+        let commands = decode_commands(request.format, request.commands).map_err(garbled)?;
+        let replies = self.registry.propose_forwarded(commands).await.map_err(|error| self.refusal(&error))?;
+        Ok(Response::new(peer::ProposeResponse { replies: replies.iter().map(reply_to_wire).collect() }))
+    }
+
+    async fn read_index(&self, request: Request<peer::ReadIndexRequest>) -> Answer<peer::ReadIndexResponse> {
+        let info = auth::peer(&request)?;
+        self.peers.admit_caller(&info, request.into_inner().caller)?;
+        match read_index(&self.raft).await {
+            Some(index) => Ok(Response::new(peer::ReadIndexResponse { index })),
+            None => Err(not_leader(self.registry.leader_hint().as_deref())),
+        }
+    }
+
+    async fn liveness(&self, request: Request<peer::LivenessRequest>) -> Answer<peer::LivenessResponse> {
+        let info = auth::peer(&request)?;
+        self.peers.admit_caller(&info, request.into_inner().caller)?;
+        match self.liveness.get() {
+            Some(source) => source.liveness().await.map(Response::new),
+            None => Err(not_leader(None)),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Watches consensus and tells others: who leads, who is a member, whether this node is broken.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use helix_model::NodeId;
+use openraft::async_runtime::WatchReceiver;
+use openraft::{Instant as _, RaftMetrics, ServerState};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::types::{LogId, Raft, TypeConfig};
+use crate::peers::Peers;
+use crate::registry::{Applied, Leadership, MemberStatus, RaftStatus, Shared};
+
+/// The whole status is renewed this often; leadership at once.
+const RENEW_EVERY: Duration = Duration::from_millis(250);
+/// A member that the leader has not heard for so long is not healthy.
+const SILENT_AFTER: Duration = Duration::from_secs(1);
+
+/// The task that watches.
+pub(super) struct Watcher {
+    pub(super) raft: Raft,
+    pub(super) shared: Arc<Shared>,
+    pub(super) peers: Peers,
+    pub(super) leadership: watch::Sender<Leadership>,
+    pub(super) status: watch::Sender<RaftStatus>,
+    pub(super) stop: CancellationToken,
+}
+
+fn index(id: Option<&LogId>) -> u64 {
+    id.map_or(0, openraft::LogId::index)
+}
+
+impl Watcher {
+    pub(super) async fn run(self) {
+        let mut metrics = self.raft.metrics();
+        let mut applied = self.shared.applied();
+        let mut renewed: Option<Instant> = None;
+        loop {
+            let seen = metrics.borrow_watched().clone();
+            self.note_leadership(&seen, *applied.borrow_and_update());
+            if let Err(fatal) = &seen.running_state
+                && !self.stop.is_cancelled()
+            {
+                self.peers.fail(format!("consensus has stopped: {fatal}"));
+            }
+            if renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY) {
+                renewed = Some(Instant::now());
+                self.status.send_replace(self.look(&seen));
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => break,
+                changed = metrics.changed() => if changed.is_err() { break },
+                changed = applied.changed() => if changed.is_err() { break },
+                () = tokio::time::sleep(RENEW_EVERY) => {}
+            }
+        }
+        self.leadership.send_modify(|leadership| leadership.is_leader = false);
+    }
+
+    fn note_leadership(&self, seen: &RaftMetrics<TypeConfig>, applied: Applied) {
+        let leads = seen.state == ServerState::Leader && seen.current_leader == Some(seen.id);
+        let now = Leadership {
+            leader: seen.current_leader.map(NodeId),
+            term: seen.current_term,
+            // An entry of its own term is applied, so everything before it is.
+            is_leader: leads && applied.term == seen.current_term,
+        };
+        self.leadership.send_if_modified(|before| {
+            if *before == now {
+                return false;
+            }
+            tracing::info!(leader = ?now.leader, term = now.term, is_leader = now.is_leader, "leadership");
+            if now.is_leader && !before.is_leader {
+                self.shared.counters.elections_won.add(1);
+            }
+            *before = now;
+            true
+        });
+    }
+
+    fn look(&self, seen: &RaftMetrics<TypeConfig>) -> RaftStatus {
+        let mut warnings = Vec::new();
+        if seen.current_leader.is_none() {
+            warnings.push("no_leader");
+        }
+        if seen.state == ServerState::Leader && self.shared.clock.is_skewed() {
+            warnings.push("clock_skew");
+        }
+        let membership = seen.membership_config.membership();
+        RaftStatus {
+            leader: seen.current_leader.map(NodeId),
+            term: seen.current_term,
+            last_log_index: seen.last_log_index.unwrap_or(0),
+            applied_index: self.shared.counters.applied_index.get(),
+            snapshot_index: index(seen.snapshot.as_ref()),
+            purged_index: index(seen.purged.as_ref()),
+            members: membership.nodes().map(|(id, node)| member(*id, node.address.clone(), seen)).collect(),
+            warnings,
+        }
+    }
+}
+
+fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>) -> MemberStatus {
+    let voter = seen.membership_config.membership().voter_ids().any(|voter| voter == id);
+    let leads = seen.current_leader == Some(id);
+    let own = seen.id == id;
+    let role = match (leads, voter) {
+        (true, _) => "leader",
+        (false, false) => "learner",
+        (false, true) if own && seen.state == ServerState::Candidate => "candidate",
+        (false, true) => "follower",
+    };
+    if own {
+        let (last_log_index, applied_index) = (seen.last_log_index.unwrap_or(0), index(seen.last_applied.as_ref()));
+        return MemberStatus { id: NodeId(id), address, role, last_log_index, applied_index, healthy: true };
+    }
+    let matched = seen.replication.as_ref().and_then(|all| all.get(&id)).and_then(Option::as_ref);
+    let heard = seen.heartbeat.as_ref().and_then(|all| all.get(&id)).and_then(Option::as_ref);
+    let last_log_index = index(matched);
+    MemberStatus {
+        id: NodeId(id),
+        address,
+        role,
+        last_log_index,
+        applied_index: last_log_index.min(index(seen.last_applied.as_ref())),
+        healthy: leads || heard.is_some_and(|heard| heard.elapsed() < SILENT_AFTER),
+    }
+}

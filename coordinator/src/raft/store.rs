@@ -1,0 +1,325 @@
+//! The durable copy of the registry in sled: reading rows, writing batches, replacing everything, and rebuilding.
+//!
+//! All rows are in one tree, with how far they are. Everything here blocks. Invariant: a batch is applied whole or
+//! not at all, and carries the log id up to which its rows are true; so the tree is always a prefix of the log.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use helix_core::record::Addendum;
+use helix_core::state::State;
+use helix_core::{Row, RowKey};
+use helix_model::{BuildId, Digest};
+use helix_proto::raft;
+use prost::Message;
+
+use super::rows::{
+    META_KEY, ROWS_END, addenda_prefix, base_key, base_of, blobs_of, first_part, index_key, index_prefix, part_key,
+    split,
+};
+use super::snapshot;
+use super::types::SnapshotMeta;
+use crate::codec::decode_row;
+
+const POINTER: &[u8] = b"tree";
+const OPEN_RETRY: Duration = Duration::from_secs(2);
+/// Keys in one batch while everything is replaced: batches lock out readers.
+const IMPORT_KEYS: usize = 512;
+
+/// What is done to one row; `None` removes it.
+pub(super) type Changes = BTreeMap<Vec<u8>, Option<(Vec<u8>, Row)>>;
+
+/// The store.
+pub(crate) struct Store {
+    db: sled::Db,
+    tree: RwLock<sled::Tree>,
+    directory: PathBuf,
+}
+
+fn io_error(error: sled::Error) -> io::Error {
+    match error {
+        sled::Error::Io(error) => error,
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+impl Store {
+    /// Opens a store, or makes an empty one.
+    pub(crate) fn open(directory: &Path, cache_bytes: u64) -> io::Result<Self> {
+        let began = Instant::now();
+        let db = loop {
+            let config = sled::Config::new().path(directory).cache_capacity(cache_bytes).flush_every_ms(None);
+            match config.open() {
+                Ok(db) => break db,
+                // The former owner of sled's own lock may still be on its way out.
+                Err(error) if is_locked(&error) && began.elapsed() < OPEN_RETRY => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => return Err(io_error(error)),
+            }
+        };
+        let name = db.get(POINTER).map_err(io_error)?.unwrap_or_else(|| sled::IVec::from(b"rows-0".as_slice()));
+        for other in db.tree_names() {
+            // What an interrupted replacement left.
+            if other != name && other.starts_with(b"rows-") {
+                db.drop_tree(other).map_err(io_error)?;
+            }
+        }
+        let tree = db.open_tree(&name).map_err(io_error)?;
+        Ok(Self { db, tree: RwLock::new(tree), directory: directory.to_owned() })
+    }
+
+    fn tree(&self) -> sled::Tree {
+        self.tree.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How far the rows are.
+    pub(super) fn meta(&self) -> io::Result<SnapshotMeta> {
+        read_meta(&self.tree())
+    }
+
+    /// Loads all rows.
+    pub(crate) fn load(&self) -> io::Result<(State, SnapshotMeta)> {
+        let tree = self.tree();
+        let mut rows = Vec::new();
+        let mut cursor = Vec::new();
+        loop {
+            let step = walk(&tree, &cursor, usize::MAX, 4_096)?;
+            let Some((last, _)) = step.last() else { break };
+            cursor.clone_from(last);
+            for (_, bytes) in step {
+                rows.push(decode_row(&bytes)?);
+            }
+        }
+        let meta = read_meta(&tree)?;
+        let state =
+            State::load(rows).map_err(|error| io::Error::other(format!("rows contradict each other: {error:?}")))?;
+        Ok((state, meta))
+    }
+
+    /// Rows behind `cursor`, in order, up to about so many bytes and rows; empty at the end.
+    pub(super) fn walk(&self, cursor: &[u8], bytes_max: usize, rows_max: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        walk(&self.tree(), cursor, bytes_max, rows_max)
+    }
+
+    /// A row's bytes.
+    pub(super) fn row(&self, base: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        row_bytes(&self.tree(), base)
+    }
+
+    /// The keys of all addenda of a build.
+    pub(super) fn addenda_keys(&self, build: &BuildId) -> io::Result<Vec<Vec<u8>>> {
+        let mut found = Vec::new();
+        for key in self.tree().scan_prefix(addenda_prefix(build)).keys() {
+            if let Some(base) = base_of(&key.map_err(io_error)?) {
+                found.push(base.to_vec());
+            }
+        }
+        Ok(found)
+    }
+
+    /// A build's row and its addenda.
+    pub(super) fn build(&self, build: &BuildId) -> io::Result<(Option<Row>, Vec<Row>)> {
+        let record = self.row(&base_key(&RowKey::Build(build.clone())))?;
+        let record = record.map(|bytes| decode_row(&bytes)).transpose()?;
+        let mut addenda = Vec::new();
+        for base in self.addenda_keys(build)? {
+            if let Some(bytes) = self.row(&base)? {
+                addenda.push(decode_row(&bytes)?);
+            }
+        }
+        Ok((record, addenda))
+    }
+
+    /// Whether some stored build names the blob.
+    pub(super) fn names_blob(&self, digest: &Digest) -> io::Result<bool> {
+        self.tree().scan_prefix(index_prefix(digest)).next().transpose().map(|found| found.is_some()).map_err(io_error)
+    }
+
+    /// Applies changes and how far they go, in one step. Not synced.
+    pub(super) fn write(&self, changes: &Changes, meta: &SnapshotMeta) -> io::Result<()> {
+        let tree = self.tree();
+        let mut batch = sled::Batch::default();
+        for (base, change) in changes {
+            put_change(&tree, &mut batch, base, change.as_ref())?;
+        }
+        batch.insert(META_KEY, encode_meta(meta));
+        tree.apply_batch(batch).map_err(io_error)
+    }
+
+    /// Makes everything written so far survive a power cut.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.db.flush().map_err(io_error)?;
+        // sled's own flush is no fsync on Linux.
+        File::open(self.directory.join("db"))?.sync_data()
+    }
+
+    /// Bytes on disk.
+    pub(super) fn size(&self) -> u64 {
+        self.db.size_on_disk().unwrap_or(0)
+    }
+
+    /// Replaces all rows by a verified snapshot's: into a new tree, synced, then the pointer moves, then the old tree goes.
+    pub(super) fn replace(&self, path: &Path) -> io::Result<SnapshotMeta> {
+        let old = self.tree();
+        let name = format!("rows-{}", self.db.generate_id().map_err(io_error)?);
+        let tree = self.db.open_tree(&name).map_err(io_error)?;
+        let meta = import(&tree, path)?;
+        self.sync()?;
+        self.db.insert(POINTER, name.as_bytes()).map_err(io_error)?;
+        self.sync()?;
+        let old_name = old.name();
+        *self.tree.write().unwrap_or_else(PoisonError::into_inner) = tree;
+        drop(old);
+        self.db.drop_tree(old_name).map_err(io_error)?;
+        Ok(meta)
+    }
+}
+
+fn is_locked(error: &sled::Error) -> bool {
+    let text = error.to_string();
+    matches!(error, sled::Error::Io(_)) && (text.contains("lock") || text.contains("WouldBlock"))
+}
+
+fn encode_meta(meta: &SnapshotMeta) -> Vec<u8> {
+    let mut out = vec![1];
+    out.extend_from_slice(&snapshot::meta_to_wire(meta).encode_to_vec());
+    out
+}
+
+fn read_meta(tree: &sled::Tree) -> io::Result<SnapshotMeta> {
+    let damaged = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+    let Some(value) = tree.get(META_KEY).map_err(io_error)? else {
+        if tree.is_empty() {
+            return Ok(SnapshotMeta::default());
+        }
+        return Err(damaged("rows without a log id".to_owned()));
+    };
+    match value.split_first() {
+        Some((1, bytes)) => {
+            let wire = raft::SnapshotHeader::decode(bytes).map_err(|error| damaged(error.to_string()))?;
+            Ok(snapshot::meta_from_wire(wire)?)
+        }
+        _ => Err(damaged("the log id has an unknown form".to_owned())),
+    }
+}
+
+fn walk(tree: &sled::Tree, cursor: &[u8], bytes_max: usize, rows_max: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut out = Vec::new();
+    let mut bytes = 0;
+    // Behind all parts of the row at the cursor.
+    let from = if cursor.is_empty() { Vec::new() } else { part_key(cursor, u16::MAX) };
+    for entry in tree.range::<&[u8], _>(&from[..]..&[ROWS_END][..]) {
+        let (key, value) = entry.map_err(io_error)?;
+        let Some(base) = base_of(&key) else { continue };
+        let Some(row) = assemble(tree, base, &value)? else { continue };
+        bytes += row.len();
+        out.push((base.to_vec(), row));
+        if bytes >= bytes_max || out.len() >= rows_max {
+            break;
+        }
+    }
+    Ok(out)
+}
+
+fn row_bytes(tree: &sled::Tree, base: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    match tree.get(part_key(base, 0)).map_err(io_error)? {
+        Some(first) => assemble(tree, base, &first),
+        None => Ok(None),
+    }
+}
+
+fn assemble(tree: &sled::Tree, base: &[u8], first: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    let damaged = || io::Error::new(io::ErrorKind::InvalidData, "a row lacks a part");
+    let (count, rest) = first_part(first).ok_or_else(damaged)?;
+    let mut row = rest.to_vec();
+    for part in 1..count {
+        match tree.get(part_key(base, part)).map_err(io_error)? {
+            Some(more) => row.extend_from_slice(&more),
+            // Overwritten between the two reads: only a reader beside the writer sees that, and it reads again.
+            None if row_count(tree, base)? != Some(count) => return row_bytes(tree, base),
+            None => return Err(damaged()),
+        }
+    }
+    Ok(Some(row))
+}
+
+fn row_count(tree: &sled::Tree, base: &[u8]) -> io::Result<Option<u16>> {
+    let first = tree.get(part_key(base, 0)).map_err(io_error)?;
+    Ok(first.as_deref().and_then(first_part).map(|(count, _)| count))
+}
+
+fn put_change(
+    tree: &sled::Tree,
+    batch: &mut sled::Batch,
+    base: &[u8],
+    change: Option<&(Vec<u8>, Row)>,
+) -> io::Result<()> {
+    let parts_before = row_count(tree, base)?.unwrap_or(0);
+    let mut parts_now = 0;
+    if let Some((bytes, row)) = change {
+        for (part, value) in (0u16..).zip(split(bytes)) {
+            batch.insert(part_key(base, part), value);
+            parts_now = part + 1;
+        }
+        if let Some((build, digests)) = blobs_of(row) {
+            for digest in digests {
+                batch.insert(index_key(&digest, &build), &[] as &[u8]);
+            }
+        }
+    } else if let Some(bytes) = row_bytes(tree, base)?
+        && let Some((build, digests)) = blobs_of(&decode_row(&bytes)?)
+    {
+        for digest in digests {
+            batch.remove(index_key(&digest, &build));
+        }
+    }
+    for part in parts_now..parts_before {
+        batch.remove(part_key(base, part));
+    }
+    Ok(())
+}
+
+fn import(tree: &sled::Tree, path: &Path) -> io::Result<SnapshotMeta> {
+    let mut batch = sled::Batch::default();
+    let mut keys = 0;
+    let meta = snapshot::read(path, |bytes| {
+        let row = decode_row(&bytes)?;
+        put_change(tree, &mut batch, &base_key(&row.key()), Some(&(bytes, row)))?;
+        keys += 1;
+        if keys >= IMPORT_KEYS {
+            keys = 0;
+            tree.apply_batch(std::mem::take(&mut batch)).map_err(io_error)?;
+        }
+        Ok(())
+    })?;
+    // Last: a tree without it is not taken for whole.
+    batch.insert(META_KEY, encode_meta(&meta));
+    tree.apply_batch(batch).map_err(io_error)?;
+    Ok(meta)
+}
+
+/// Puts facts that arrived after a build's end into its record.
+pub(super) fn merge(record: &mut helix_core::record::BuildRecord, addenda: Vec<Row>) {
+    for row in addenda {
+        let Row::Addendum(key, addendum) = row else { continue };
+        match addendum {
+            Addendum::Log(log) => {
+                let task = record.tasks.get_mut(usize::from(key.task.0));
+                let mut attempts = task.into_iter().flat_map(|task| &mut task.attempts);
+                if let Some(attempt) = attempts.find(|attempt| attempt.number == key.attempt) {
+                    attempt.log = Some(log);
+                }
+            }
+            Addendum::Artifact(artifact) => {
+                record.artifacts.retain(|other| other.name != artifact.name);
+                record.artifacts.push(artifact);
+            }
+            Addendum::Pinned(pinned) => record.pinned = pinned,
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! How long to wait for a leader before standing for election: long enough that a slow disk is no dead leader.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Consensus's clockwork.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timing {
+    /// Between heartbeats.
+    pub heartbeat: Duration,
+    /// Least wait without a leader before an election; also bounds a leader's lease.
+    pub election_min: Duration,
+    /// Most wait.
+    pub election_max: Duration,
+}
+
+const HEARTBEAT: Duration = Duration::from_millis(30);
+const ELECTION_LEAST: Duration = Duration::from_millis(80);
+const ELECTION_MOST: Duration = Duration::from_millis(800);
+const PROBES: usize = 200;
+const PROBE_TIME_MAX: Duration = Duration::from_secs(1);
+
+impl Timing {
+    /// Timing for a disk whose slowest fsync took so long.
+    #[must_use]
+    pub fn for_fsync(slowest: Duration) -> Self {
+        let election_min = (slowest * 10).clamp(ELECTION_LEAST, ELECTION_MOST);
+        Self { heartbeat: HEARTBEAT, election_min, election_max: election_min * 15 / 8 }
+    }
+}
+
+/// The slowest of some two hundred fsyncs in a directory. Blocks for up to a second.
+///
+/// # Errors
+/// When the directory cannot be written.
+pub(super) fn slowest_fsync(directory: &Path) -> io::Result<Duration> {
+    let path = directory.join("fsync.probe");
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).open(&path)?;
+    let began = Instant::now();
+    let mut slowest = Duration::ZERO;
+    for _ in 0..PROBES {
+        file.write_all(&[0; 4096])?;
+        let probe = Instant::now();
+        file.sync_data()?;
+        slowest = slowest.max(probe.elapsed());
+        if began.elapsed() > PROBE_TIME_MAX {
+            break;
+        }
+    }
+    drop(file);
+    std::fs::remove_file(path)?;
+    Ok(slowest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_disk_waits_longer_and_bounds_hold() {
+        let ms = Duration::from_millis;
+        assert_eq!(Timing::for_fsync(ms(1)).election_min, ms(80));
+        assert_eq!(Timing::for_fsync(ms(20)).election_min, ms(200));
+        assert_eq!(Timing::for_fsync(ms(2_000)).election_min, ms(800));
+        assert_eq!(Timing::for_fsync(ms(1)).election_max, ms(150));
+    }
+}

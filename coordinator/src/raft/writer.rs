@@ -1,0 +1,536 @@
+//! The one thread that writes the store: merges what was applied, writes it in batches, walks snapshots between them.
+//!
+//! Rows wait here until they are written, and readers look here first. A snapshot is the rows as of the moment it began: a
+//! row that changes ahead of the walk is written to the file from its image before. Invariant: a row is dropped from
+//! here only after the store has it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use helix_core::record::BuildRecord;
+use helix_core::{Row, RowChange, RowKey};
+use helix_model::{BuildId, Digest};
+use tokio::sync::{Notify, oneshot, watch};
+
+use super::rows::{base_key, blobs_of};
+use super::snapshot::{self, SnapshotWriter};
+use super::store::{Changes, Store, merge};
+use super::types::SnapshotMeta;
+use crate::codec::encode_row;
+use crate::registry::{Counters, StoreError};
+
+/// Rows are written this long after the first of them was applied,
+const WRITE_AFTER: Duration = Duration::from_millis(100);
+/// or when this many wait.
+const WRITE_KEYS: usize = 2_048;
+/// `apply` waits when this many rows wait.
+const WAITING_KEYS_MAX: usize = 8_192;
+/// One step of a snapshot's walk: what is applied meanwhile waits for it.
+const STEP_BYTES: usize = 256 << 10;
+const STEP_ROWS: usize = 256;
+const SIZE_EVERY: Duration = Duration::from_secs(5);
+
+/// The queue in front of the thread. Clones share it.
+#[derive(Clone)]
+pub(crate) struct Writer {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    pending: Mutex<Pending>,
+    wake: Condvar,
+    room: Notify,
+    store: Arc<Store>,
+    snapshots: PathBuf,
+    current: watch::Sender<Vec<(SnapshotMeta, PathBuf)>>,
+    counters: Arc<Counters>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Pending {
+    rows: Rows,
+    meta: Option<SnapshotMeta>,
+    since: Option<Instant>,
+    writing: Option<Arc<Rows>>,
+    requests: Vec<Request>,
+    failed: Option<String>,
+    stopped: bool,
+}
+
+#[derive(Clone, Default)]
+struct Rows {
+    changes: BTreeMap<RowKey, Option<Row>>,
+    /// Builds whose addenda in the store go; those in `changes` are newer.
+    addenda_gone: BTreeSet<BuildId>,
+    /// Blobs named by what waits.
+    blobs: BTreeSet<Digest>,
+}
+
+enum Request {
+    Snapshot(oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>),
+    Install(PathBuf, oneshot::Sender<io::Result<SnapshotMeta>>),
+    Stop(oneshot::Sender<()>),
+}
+
+struct Walk {
+    meta: SnapshotMeta,
+    file: SnapshotWriter,
+    cursor: Vec<u8>,
+    /// Rows ahead of the cursor that are in the file already, or were not there when the walk began.
+    done_ahead: BTreeSet<Vec<u8>>,
+    replies: Vec<oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>>,
+}
+
+impl Rows {
+    fn take_in(&mut self, change: RowChange) {
+        match change {
+            RowChange::Put(row) => {
+                if let Some((_, blobs)) = blobs_of(&row) {
+                    self.blobs.extend(blobs);
+                }
+                self.changes.insert(row.key(), Some(row));
+            }
+            RowChange::Delete(key) => {
+                self.changes.insert(key, None);
+            }
+            RowChange::DeleteAddenda(build) => {
+                self.changes.retain(|key, _| !matches!(key, RowKey::Addendum(attempt, _) if attempt.build == build));
+                self.addenda_gone.insert(build);
+            }
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.changes.len() + self.addenda_gone.len()
+    }
+
+    /// Puts what waits here about a build over what is known of it so far.
+    fn overlay(&self, build: &BuildId, record: &mut Option<Row>, addenda: &mut BTreeMap<RowKey, Row>) {
+        if let Some(change) = self.changes.get(&RowKey::Build(build.clone())) {
+            record.clone_from(change);
+        }
+        if self.addenda_gone.contains(build) {
+            addenda.clear();
+        }
+        for (key, change) in &self.changes {
+            let RowKey::Addendum(attempt, _) = key else { continue };
+            if attempt.build == *build {
+                match change {
+                    Some(row) => drop(addenda.insert(key.clone(), row.clone())),
+                    None => drop(addenda.remove(key)),
+                }
+            }
+        }
+    }
+}
+
+impl Writer {
+    /// Starts the thread.
+    pub(crate) fn start(
+        store: Arc<Store>,
+        snapshots: PathBuf,
+        known: Vec<(SnapshotMeta, PathBuf)>,
+        counters: Arc<Counters>,
+    ) -> io::Result<Self> {
+        let inner = Arc::new(Inner {
+            pending: Mutex::new(Pending::default()),
+            wake: Condvar::new(),
+            room: Notify::new(),
+            store,
+            snapshots,
+            current: watch::Sender::new(known),
+            counters,
+            thread: Mutex::new(None),
+        });
+        let thread = {
+            let inner = Arc::clone(&inner);
+            std::thread::Builder::new().name("store-write".to_owned()).spawn(move || Run::new(inner).run())?
+        };
+        *inner.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(Self { inner })
+    }
+
+    /// Waits while too much waits.
+    pub(crate) async fn room(&self) -> io::Result<()> {
+        loop {
+            let room = self.inner.room.notified();
+            {
+                let pending = self.inner.pending();
+                if let Some(why) = &pending.failed {
+                    return Err(io::Error::other(why.clone()));
+                }
+                if pending.rows.len() < WAITING_KEYS_MAX {
+                    return Ok(());
+                }
+            }
+            // A timeout, because a wake-up between the look and the wait would be missed.
+            let _ = tokio::time::timeout(WRITE_AFTER, room).await;
+        }
+    }
+
+    /// Takes what an entry changed, in the order of the log.
+    pub(crate) fn push(&self, rows: Vec<RowChange>, meta: SnapshotMeta) {
+        let mut pending = self.inner.pending();
+        rows.into_iter().for_each(|change| pending.rows.take_in(change));
+        pending.meta = Some(meta);
+        let first = pending.since.is_none();
+        pending.since.get_or_insert_with(Instant::now);
+        self.inner.counters.store_pending.set(pending.rows.len() as u64);
+        if first || pending.rows.len() >= WRITE_KEYS {
+            self.inner.wake.notify_one();
+        }
+    }
+
+    /// Writes a snapshot of everything pushed so far.
+    pub(crate) async fn snapshot(&self) -> io::Result<(SnapshotMeta, PathBuf)> {
+        let (reply, answer) = oneshot::channel();
+        self.request(Request::Snapshot(reply))?;
+        answer.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    /// Replaces everything by a verified snapshot file, which becomes the newest.
+    pub(crate) async fn install(&self, file: PathBuf) -> io::Result<SnapshotMeta> {
+        let (reply, answer) = oneshot::channel();
+        self.request(Request::Install(file, reply))?;
+        answer.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    /// Writes out what waits, syncs, and ends the thread.
+    pub(crate) async fn stop(&self) {
+        let (reply, answer) = oneshot::channel();
+        if self.request(Request::Stop(reply)).is_ok() {
+            // An error means that it has ended already.
+            let _ = answer.await;
+        }
+        let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+            if !matches!(joined, Ok(Ok(()))) {
+                tracing::error!("the store's thread panicked");
+            }
+        }
+    }
+
+    /// The snapshots kept, newest first.
+    pub(crate) fn snapshots(&self) -> Vec<(SnapshotMeta, PathBuf)> {
+        self.inner.current.borrow().clone()
+    }
+
+    pub(crate) fn snapshots_directory(&self) -> &std::path::Path {
+        &self.inner.snapshots
+    }
+
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.inner.store
+    }
+
+    /// A finished build's record with everything known of it. Blocks.
+    pub(crate) fn record(&self, build: &BuildId) -> Result<Option<Arc<BuildRecord>>, StoreError> {
+        // The order matters: a row leaves here only after the store has it, so here first.
+        let (writing, changes) = {
+            let pending = self.inner.pending();
+            (pending.writing.clone(), pending.rows.overlay_of(build))
+        };
+        let broken = |error: io::Error| StoreError(error.to_string());
+        let (mut record, rows) = self.inner.store.build(build).map_err(broken)?;
+        let mut addenda: BTreeMap<RowKey, Row> = rows.into_iter().map(|row| (row.key(), row)).collect();
+        for layer in writing.as_deref().into_iter().chain([&changes]) {
+            layer.overlay(build, &mut record, &mut addenda);
+        }
+        let Some(Row::Build(record)) = record else { return Ok(None) };
+        if addenda.is_empty() {
+            return Ok(Some(record));
+        }
+        let mut record = BuildRecord::clone(&record);
+        merge(&mut record, addenda.into_values().collect());
+        Ok(Some(Arc::new(record)))
+    }
+
+    /// Whether a stored build, or one that waits to be stored, names the blob. Blocks.
+    pub(crate) fn names_blob(&self, digest: &Digest) -> bool {
+        {
+            let pending = self.inner.pending();
+            let writing = pending.writing.as_ref().is_some_and(|rows| rows.blobs.contains(digest));
+            if writing || pending.rows.blobs.contains(digest) {
+                return true;
+            }
+        }
+        self.inner.store.names_blob(digest).unwrap_or_else(|error| {
+            tracing::error!(%error, "the store cannot say who names a blob; it is kept");
+            true
+        })
+    }
+
+    fn request(&self, request: Request) -> io::Result<()> {
+        let mut pending = self.inner.pending();
+        if pending.stopped {
+            return Err(closed());
+        }
+        pending.requests.push(request);
+        self.inner.wake.notify_one();
+        Ok(())
+    }
+}
+
+impl Rows {
+    /// What waits here about one build.
+    fn overlay_of(&self, build: &BuildId) -> Self {
+        let about = |key: &RowKey| match key {
+            RowKey::Build(id) => id == build,
+            RowKey::Addendum(attempt, _) => attempt.build == *build,
+            RowKey::Counters | RowKey::Policy | RowKey::Node(_) | RowKey::Worker(_) | RowKey::Tombstone(_) => false,
+        };
+        let changes = self.changes.iter().filter(|(key, _)| about(key)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        let addenda_gone = self.addenda_gone.get(build).cloned().into_iter().collect();
+        Self { changes, addenda_gone, blobs: BTreeSet::new() }
+    }
+}
+
+fn closed() -> io::Error {
+    io::Error::other("the store is closed")
+}
+
+impl Inner {
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The thread's own state.
+struct Run {
+    inner: Arc<Inner>,
+    meta: SnapshotMeta,
+    walk: Option<Walk>,
+    measured: Option<Instant>,
+}
+
+struct Work {
+    rows: Option<(Arc<Rows>, SnapshotMeta)>,
+    requests: Vec<Request>,
+}
+
+impl Run {
+    fn new(inner: Arc<Inner>) -> Self {
+        Self { inner, meta: SnapshotMeta::default(), walk: None, measured: None }
+    }
+
+    fn run(mut self) {
+        let ended = self.inner.store.meta().and_then(|meta| {
+            self.meta = meta;
+            self.work()
+        });
+        let mut pending = self.inner.pending();
+        pending.stopped = true;
+        pending.requests.clear();
+        if let Err(error) = ended {
+            tracing::error!(%error, "the store cannot be written");
+            pending.failed = Some(format!("the store cannot be written: {error}"));
+        }
+        drop(pending);
+        self.inner.room.notify_waiters();
+    }
+
+    fn work(&mut self) -> io::Result<()> {
+        loop {
+            let Work { rows, requests } = self.next();
+            if let Some((rows, meta)) = rows {
+                self.write(&rows, meta)?;
+            }
+            let mut stop = Vec::new();
+            for request in requests {
+                match request {
+                    Request::Snapshot(reply) => self.begin_walk(reply),
+                    Request::Install(file, reply) => self.install(&file, reply)?,
+                    Request::Stop(reply) => stop.push(reply),
+                }
+            }
+            if !stop.is_empty() {
+                self.walk = None;
+                self.inner.store.sync()?;
+                for reply in stop {
+                    let _ = reply.send(());
+                }
+                return Ok(());
+            }
+            if self.walk.is_some() {
+                self.step();
+            }
+            self.measure();
+        }
+    }
+
+    /// Waits until there is something to do, and takes it.
+    fn next(&self) -> Work {
+        let mut pending = self.inner.pending();
+        loop {
+            let age = pending.since.map(|since| since.elapsed());
+            let due = age.is_some_and(|age| age >= WRITE_AFTER) || pending.rows.len() >= WRITE_KEYS;
+            if due || !pending.requests.is_empty() || self.walk.is_some() {
+                break;
+            }
+            let wait = age.map_or(SIZE_EVERY, |age| WRITE_AFTER.saturating_sub(age));
+            pending = self.inner.wake.wait_timeout(pending, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let requests = std::mem::take(&mut pending.requests);
+        let due = pending.since.is_some_and(|since| since.elapsed() >= WRITE_AFTER);
+        let take = due || pending.rows.len() >= WRITE_KEYS || !requests.is_empty();
+        let rows = match pending.meta.take_if(|_| take) {
+            Some(meta) => {
+                let rows = Arc::new(std::mem::take(&mut pending.rows));
+                pending.since = None;
+                pending.writing = Some(Arc::clone(&rows));
+                Some((rows, meta))
+            }
+            None => None,
+        };
+        Work { rows, requests }
+    }
+
+    fn write(&mut self, rows: &Rows, meta: SnapshotMeta) -> io::Result<()> {
+        let began = Instant::now();
+        let mut changes = Changes::new();
+        for build in &rows.addenda_gone {
+            changes.extend(self.inner.store.addenda_keys(build)?.into_iter().map(|key| (key, None)));
+        }
+        for (key, change) in &rows.changes {
+            changes.insert(base_key(key), change.as_ref().map(|row| (encode_row(row), row.clone())));
+        }
+        self.save_images(&changes)?;
+        self.inner.store.write(&changes, &meta)?;
+        self.inner.counters.store_write.record(began.elapsed());
+        self.inner.counters.stored_index.set(meta.last_log_id.as_ref().map_or(0, |id| id.index()));
+        self.meta = meta;
+        let mut pending = self.inner.pending();
+        pending.writing = None;
+        self.inner.counters.store_pending.set(pending.rows.len() as u64);
+        drop(pending);
+        self.inner.room.notify_waiters();
+        Ok(())
+    }
+
+    /// Before rows ahead of the walk change: writes them to the snapshot as they were.
+    fn save_images(&mut self, changes: &Changes) -> io::Result<()> {
+        let Some(walk) = &mut self.walk else { return Ok(()) };
+        for base in changes.keys() {
+            if *base > walk.cursor && !walk.done_ahead.contains(base) {
+                if let Some(before) = self.inner.store.row(base)? {
+                    walk.file.row(&before)?;
+                }
+                walk.done_ahead.insert(base.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_walk(&mut self, reply: oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>) {
+        if let Some(walk) = &mut self.walk {
+            walk.replies.push(reply);
+            return;
+        }
+        match SnapshotWriter::create(&self.inner.snapshots, &self.meta) {
+            Ok(file) => {
+                let meta = self.meta.clone();
+                let done_ahead = BTreeSet::new();
+                self.walk = Some(Walk { meta, file, cursor: Vec::new(), done_ahead, replies: vec![reply] });
+            }
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    fn step(&mut self) {
+        let Some(mut walk) = self.walk.take() else { return };
+        match advance(&self.inner.store, &mut walk) {
+            Ok(false) => self.walk = Some(walk),
+            Ok(true) => {
+                let Walk { meta, file, replies, .. } = walk;
+                let result = self.end_walk(&meta, file);
+                tell(replies, &result.map(|path| (meta, path)));
+            }
+            Err(error) => tell(walk.replies, &Err(error)),
+        }
+    }
+
+    fn end_walk(&self, meta: &SnapshotMeta, file: SnapshotWriter) -> io::Result<PathBuf> {
+        let path = file.finish()?;
+        // From here on the log may be purged up to the older snapshot: the store must be as far on disk.
+        self.inner.store.sync()?;
+        self.inner.counters.snapshots.add(1);
+        self.keep(meta.clone(), path.clone())?;
+        Ok(path)
+    }
+
+    fn keep(&self, meta: SnapshotMeta, path: PathBuf) -> io::Result<()> {
+        snapshot::retain(&self.inner.snapshots)?;
+        self.inner.current.send_modify(|kept| {
+            kept.retain(|(_, other)| *other != path);
+            kept.insert(0, (meta, path));
+            kept.sort_by(|a, b| b.1.cmp(&a.1));
+            kept.truncate(snapshot::KEPT);
+        });
+        Ok(())
+    }
+
+    fn install(&mut self, file: &std::path::Path, reply: oneshot::Sender<io::Result<SnapshotMeta>>) -> io::Result<()> {
+        // What waits is older than the snapshot, and was written before this request was looked at.
+        self.walk = None;
+        let name = snapshot::verify(file).and_then(|meta| {
+            let path = self.inner.snapshots.join(snapshot::name_of(&meta));
+            std::fs::rename(file, &path)?;
+            helix_common::files::sync_directory(&self.inner.snapshots)?;
+            Ok(path)
+        });
+        match name.and_then(|path| Ok((self.inner.store.replace(&path)?, path))) {
+            Ok((meta, path)) => {
+                self.meta = meta.clone();
+                self.inner.counters.snapshots_installed.add(1);
+                self.keep(meta.clone(), path)?;
+                drop(reply.send(Ok(meta)));
+                Ok(())
+            }
+            Err(error) => {
+                let again = io::Error::new(error.kind(), error.to_string());
+                drop(reply.send(Err(error)));
+                Err(again)
+            }
+        }
+    }
+
+    fn measure(&mut self) {
+        if self.measured.is_none_or(|at| at.elapsed() >= SIZE_EVERY) {
+            self.measured = Some(Instant::now());
+            self.inner.counters.store_bytes.set(self.inner.store.size());
+        }
+    }
+}
+
+/// One step of the walk; true at its end.
+fn advance(store: &Store, walk: &mut Walk) -> io::Result<bool> {
+    let rows = store.walk(&walk.cursor, STEP_BYTES, STEP_ROWS)?;
+    let Some((last, _)) = rows.last() else { return Ok(true) };
+    walk.cursor.clone_from(last);
+    for (base, row) in rows {
+        if !walk.done_ahead.remove(&base) {
+            walk.file.row(&row)?;
+        }
+    }
+    Ok(false)
+}
+
+fn tell(
+    replies: Vec<oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>>,
+    result: &io::Result<(SnapshotMeta, PathBuf)>,
+) {
+    for reply in replies {
+        let copy = match result {
+            Ok(found) => Ok(found.clone()),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
+        // Whoever went away does not want to know.
+        drop(reply.send(copy));
+    }
+}
