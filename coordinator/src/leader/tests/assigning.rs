@@ -2,12 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use helix_core::{Command, Reply};
+use helix_core::Command;
+use helix_core::record::Standing;
 use helix_model::BuildId;
 use helix_proto::agent::coordinator_message::Message;
+use helix_proto::agent::{Finished, Hello};
 use helix_proto::convert::attempt_from_wire;
 
-use super::agents::{Agent, hello, succeeded, worker};
+use super::agents::{Agent, hello, offered, succeeded, worker};
 use super::world::World;
 
 fn is_assignment(command: &Command) -> bool {
@@ -130,9 +132,70 @@ async fn cancelled_attempts_are_stopped_and_their_proof_ends_the_build() {
     let key = agent.assigned().await;
     world.cancel(&build);
     assert_eq!(agent.stopped().await, key);
-    let stopped = helix_proto::agent::Finished { outcome: "stopped".to_owned(), ..succeeded(&key) };
+    let stopped = Finished { outcome: "stopped".to_owned(), ..succeeded(&key) };
     agent.finish(stopped).await;
     assert_eq!(agent.forgotten().await, key);
     world.until_finished(&build).await;
-    assert!(world.refused().iter().all(|(_, reply)| !matches!(reply, Reply::Done)));
+}
+
+#[tokio::test]
+async fn a_worker_held_for_an_unproven_stop_gets_work_again_after_the_proof() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    let build = world.submit("b");
+    let key = agent.assigned().await;
+    drop(agent);
+    world.cancel(&build);
+    // The lease lapses, then the patience for a proof ends.
+    for ms in [20_000, 61_000] {
+        world.advance_ms(ms);
+        world
+            .until("something is due", |state| {
+                let row = state.worker(&worker("w")).unwrap();
+                if ms == 20_000 { row.standing == Standing::Lost } else { row.held.contains(&key) }
+            })
+            .await;
+    }
+    world.until_finished(&build).await;
+    let attempts = vec![offered(&key, false)];
+    let mut agent = Agent::connect(&leader, Hello { attempts, ..hello("w", 1) }).await;
+    assert_eq!(agent.stopped().await, key);
+    world.submit("c");
+    agent.finish(Finished { outcome: "stopped".to_owned(), ..succeeded(&key) }).await;
+    let mut seen = Vec::new();
+    while seen.len() < 2 {
+        match agent.next().await {
+            Message::Forget(forget) => seen.push(attempt_from_wire(forget.id).unwrap().to_string()),
+            Message::Assign(assign) => seen.push(attempt_from_wire(assign.id).unwrap().to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+    seen.sort();
+    assert_eq!(seen, [key.to_string(), "c.0.1".to_owned()]);
+}
+
+#[tokio::test]
+async fn a_rebooted_host_ends_what_it_ran_and_seals_what_it_printed() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    let build = world.submit("b");
+    let key = agent.assigned().await;
+    drop(agent);
+    let attempts = vec![offered(&key, false)];
+    let rebooted = Hello { instance: "data.boot2".to_owned(), attempts, ..hello("w", 1) };
+    let mut agent = loop {
+        let mut agent = Agent::dial(&leader, rebooted.clone()).await;
+        match agent.next().await {
+            Message::Welcome(_) => break agent,
+            // The end of the first session may not have been noticed yet.
+            Message::Refused(refused) => assert!(refused.retry),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(agent.stopped().await, key);
+    agent.finish(Finished { outcome: "stopped".to_owned(), ..succeeded(&key) }).await;
+    assert_eq!(agent.forgotten().await, key);
+    assert!(world.open(&build).tasks[0].attempts[0].log.is_some());
+    world.advance_ms(5_000);
+    assert_eq!(agent.assigned_while_beating().await.attempt.0, 2);
 }
