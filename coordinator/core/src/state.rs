@@ -250,9 +250,15 @@ impl BuildRecord {
             BuildState::Queued | BuildState::Running | BuildState::Succeeded | BuildState::Failed => reason,
         };
         self.completed_at = Some(at);
+        // A cancelled build claims that nothing of it is left, so every attempt counts; else what was stopped, and the last.
+        let cancelled = self.state == BuildState::Cancelled;
         self.verified = self.tasks.iter().all(|task| {
-            let stopped = task.attempts.iter().filter(|attempt| attempt.stop.is_some());
-            stopped.chain(task.attempts.last()).all(|attempt| attempt.end.as_ref().is_none_or(|end| end.verified))
+            let count = task.attempts.len();
+            let claims = |(place, attempt): (usize, &crate::record::AttemptRecord)| {
+                let counts = cancelled || attempt.stop.is_some() || place + 1 == count;
+                !counts || attempt.end.as_ref().is_none_or(|end| end.verified)
+            };
+            task.attempts.iter().enumerate().all(claims)
         });
     }
 
