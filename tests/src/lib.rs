@@ -3,3 +3,4 @@
 #![allow(clippy::expect_used, clippy::print_stderr, clippy::missing_panics_doc, clippy::must_use_candidate)]
 
 pub mod cluster;
+pub mod sim;

@@ -216,9 +216,8 @@ impl World {
         match message {
             Up::Hello { session, register, offered } => {
                 // A second life under one name is refused while the first one speaks.
-                let other = live.is_some_and(|live| {
-                    live.instance != register.instance && time.since_ms(live.last_seen) < 1_500
-                });
+                let other = live
+                    .is_some_and(|live| live.instance != register.instance && time.since_ms(live.last_seen) < 1_500);
                 if !other {
                     let origin = Origin::Hello { agent, session, offered };
                     self.propose(vec![(Command::RegisterWorker(register), origin)]);
@@ -279,8 +278,9 @@ impl World {
 
     fn carry_out(&mut self, agent: usize, effect: Effect) {
         match effect {
-            Effect::SendAssignment { key, instance, .. } if instance == self.instance(agent) => {
-                if !self.agents[agent].runs.contains_key(&key) {
+            Effect::SendAssignment { key, instance, .. } => {
+                let mine = instance == self.instance(agent);
+                if mine && !self.agents[agent].runs.contains_key(&key) {
                     self.start(agent, key);
                 }
             }
@@ -322,7 +322,8 @@ impl World {
         let dying = matches!(phase, Some(Phase::Killing(_)));
         self.agents[agent].runs.insert(key.clone(), (Phase::Killing(afterwards), 0));
         if lives && !dying {
-            let ms = if self.random.chance(5) { self.random.between(3_000, 9_000) } else { self.random.between(5, 300) };
+            let ms =
+                if self.random.chance(5) { self.random.between(3_000, 9_000) } else { self.random.between(5, 300) };
             let boot = self.hosts[agent].boot;
             self.after(ms, Event::Killed { host: agent, boot, key: key.clone() });
         }

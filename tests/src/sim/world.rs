@@ -363,7 +363,9 @@ fn brief(command: &Command) -> String {
     let text = match command {
         Command::SubmitBuild(c) => return format!("submit {}", c.build),
         Command::RegisterWorker(c) => return format!("register {} {}", c.worker, c.instance),
-        Command::FinishAttempt(c) => return format!("finish {} by {} {}: {:?}", c.key, c.worker, c.instance, c.outcome),
+        Command::FinishAttempt(c) => {
+            return format!("finish {} by {} {}: {:?}", c.key, c.worker, c.instance, c.outcome);
+        }
         command => format!("{command:?}"),
     };
     text.chars().take(160).collect()
