@@ -22,6 +22,18 @@ fn only_three_descriptors_exist() {
 }
 
 #[test]
+fn what_the_runner_inherited_is_not_passed_on() {
+    let attempt = Attempt::new("").with(|order| order.argv = ["ls", "/proc/self/fd"].map(Into::into).to_vec());
+    attempt.write_order();
+    let careless = std::process::Command::new("sh")
+        .args(["-c", "exec 7< /etc/passwd 8> /dev/null; trap '' USR1; exec \"$0\" \"$1\""])
+        .args([env!("CARGO_BIN_EXE_helix-runner").as_ref(), attempt.dir.root()])
+        .status();
+    assert!(careless.unwrap().success());
+    assert_eq!(text(&attempt.records(), Stream::Stdout), ["0", "1", "2", "3"]);
+}
+
+#[test]
 fn the_environment_is_exactly_the_ordered_one() {
     let mut attempt = Attempt::new("").with(|order| {
         order.argv = vec!["/usr/bin/env".into()];
