@@ -163,7 +163,13 @@ impl Drop for Attempt {
 }
 
 pub fn spawn(dir: &AttemptDir) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_helix-runner")).arg(dir.root()).stdin(Stdio::null()).spawn().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_helix-runner"))
+        .arg(dir.root())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 pub fn records(dir: &AttemptDir, growth: Growth) -> Vec<Record> {
