@@ -11,8 +11,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::world::{PATIENCE, World};
-use crate::leader::{Leader, Outgoing};
+use super::world::PATIENCE;
+use crate::leader::{Consensus, Leader, Outgoing};
 
 pub(crate) const INSTANCE: &str = "data.boot";
 
@@ -72,20 +72,20 @@ pub(crate) fn failed(key: &AttemptKey) -> agent::Finished {
 
 impl Agent {
     /// Opens a session and says hello.
-    pub(crate) async fn dial(leader: &Leader<World>, hello: agent::Hello) -> Self {
+    pub(crate) async fn dial<C: Consensus>(leader: &Leader<C>, hello: agent::Hello) -> Self {
         let mut agent = Self::silent(leader, &hello.name);
         agent.say(Said::Hello(hello)).await;
         agent
     }
 
-    pub(crate) fn silent(leader: &Leader<World>, name: &str) -> Self {
+    pub(crate) fn silent<C: Consensus>(leader: &Leader<C>, name: &str) -> Self {
         let (said, inbound) = mpsc::channel(16);
         let heard = leader.session(worker(name), ReceiverStream::new(inbound)).unwrap();
         Self { said, heard }
     }
 
     /// Opens a session and waits for the welcome.
-    pub(crate) async fn connect(leader: &Leader<World>, hello: agent::Hello) -> Self {
+    pub(crate) async fn connect<C: Consensus>(leader: &Leader<C>, hello: agent::Hello) -> Self {
         let mut agent = Self::dial(leader, hello).await;
         match agent.next().await {
             Message::Welcome(_) => agent,
