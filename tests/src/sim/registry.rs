@@ -148,8 +148,9 @@ impl Registry {
         self.term += 1;
     }
 
-    /// Applies the next entry on `node`; `None` when it has all.
-    pub(super) fn apply_next(&mut self, node: usize) -> Option<Result<(Vec<Reply>, Applied), String>> {
+    /// Applies the next entry on `node`; `None` when it has all. Invariants are checked by the first to apply an
+    /// entry, and by everybody at times: the states are compared at the end.
+    pub(super) fn apply_next(&mut self, node: usize, first: bool) -> Option<Result<(Vec<Reply>, Applied), String>> {
         let node = &mut self.nodes[node];
         let entry = self.log.get(node.applied)?;
         let mut out = Applied::default();
@@ -163,7 +164,7 @@ impl Registry {
         node.state.finish_entry(&mut out);
         node.applied += 1;
         store(&mut node.rows, &out.rows);
-        let checked = invariants::check(&node.state);
+        let checked = if first || node.applied % 16 == 0 { invariants::check(&node.state) } else { Ok(()) };
         Some(checked.map(|()| (replies, out)))
     }
 

@@ -257,7 +257,7 @@ impl World {
 
     fn apply_next(&mut self, node: usize) -> Option<(Vec<Reply>, Vec<Effect>)> {
         let place = self.registry.applied(node);
-        match self.registry.apply_next(node)? {
+        match self.registry.apply_next(node, place >= self.oracle.seen)? {
             Err(why) => {
                 self.check(Err(format!("node {node}, entry {place}: {why}")));
                 None
