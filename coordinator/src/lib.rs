@@ -6,6 +6,7 @@ pub mod codec;
 pub mod config;
 pub mod disk;
 pub mod leader;
+pub mod logs;
 pub mod node_dir;
 pub mod peers;
 pub mod plane;
