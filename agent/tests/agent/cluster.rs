@@ -1,0 +1,325 @@
+//! A coordinator that does what the test says: real TLS, real gRPC, everything in memory.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::Bytes;
+use helix_common::accept::{self, Limits};
+use helix_common::identity::Role;
+use helix_common::pki::{Authority, VALID_FOR_DEFAULT};
+use helix_common::sealed_log::SealedLogReader;
+use helix_common::tls::{TlsFiles, TlsStore};
+use helix_model::{BuildSpec, Command, Outputs};
+use helix_proto::agent::agent_service_server::{AgentService, AgentServiceServer};
+use helix_proto::agent::{
+    AgentMessage, Assign, AttemptId, CoordinatorAddress, CoordinatorMessage, Finished, Hello, PushLog, PushLogAck,
+    Settings, Welcome, agent_message, coordinator_message,
+};
+use helix_proto::convert::spec_to_wire;
+use helix_proto::v1::blob_service_server::{BlobService, BlobServiceServer};
+use helix_proto::v1::{self, put_blob_request::Part};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Longer than anything should take on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The session that is open, if one is.
+type ToAgent = Arc<Mutex<Option<mpsc::Sender<Result<CoordinatorMessage, Status>>>>>;
+
+/// What the coordinator was told.
+#[derive(Default)]
+pub struct Seen {
+    pub hellos: Vec<Hello>,
+    pub messages: Vec<agent_message::Message>,
+    /// Lines by attempt and number; a number with two texts is an error.
+    pub lines: BTreeMap<(String, u64), String>,
+    pub logs_ended: Vec<String>,
+    pub blobs: HashMap<Vec<u8>, Bytes>,
+    pub uploads: u32,
+}
+
+/// The coordinator.
+pub struct Cluster {
+    seen: Arc<Mutex<Seen>>,
+    changed: watch::Sender<u64>,
+    to_agent: ToAgent,
+    pub endpoint: String,
+    pub tls: TlsFiles,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[derive(Clone)]
+struct Service {
+    seen: Arc<Mutex<Seen>>,
+    changed: watch::Sender<u64>,
+    to_agent: ToAgent,
+    endpoint: String,
+}
+
+impl Cluster {
+    pub async fn start(dir: &Path) -> Self {
+        let authority = Authority::create("test").unwrap();
+        authority.save(dir).unwrap();
+        let files = |role, name: &str, stem: &str| {
+            let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+            let (cert, key) = authority.issue(role, name, &names, VALID_FOR_DEFAULT).unwrap().save(dir, stem).unwrap();
+            TlsFiles { ca: dir.join("ca.pem"), cert, key, revoked: None }
+        };
+        let own = TlsStore::load(files(Role::Coordinator, "1", "coordinator")).unwrap();
+        let listener = accept::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let endpoint = format!("https://{}", listener.local_addr().unwrap());
+        let changed = watch::Sender::new(0);
+        let service = Service {
+            seen: Arc::default(),
+            changed: changed.clone(),
+            to_agent: Arc::default(),
+            endpoint: endpoint.clone(),
+        };
+        let (seen, to_agent) = (Arc::clone(&service.seen), Arc::clone(&service.to_agent));
+        let mut server = accept::server();
+        let router =
+            server.add_service(AgentServiceServer::new(service.clone())).add_service(BlobServiceServer::new(service));
+        let task = tokio::spawn(async move {
+            router.serve_with_incoming(accept::serve(listener, own, Limits::default())).await.unwrap();
+        });
+        Self { seen, changed, to_agent, endpoint, tls: files(Role::Agent, "w1", "agent"), task }
+    }
+
+    pub fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap()
+    }
+
+    /// Waits until what was seen gives an answer.
+    pub async fn wait_for<T>(&self, what: &str, mut look: impl FnMut(&Seen) -> Option<T>) -> T {
+        let mut changed = self.changed.subscribe();
+        let found = async {
+            loop {
+                changed.borrow_and_update();
+                if let Some(found) = look(&self.seen()) {
+                    return found;
+                }
+                changed.changed().await.unwrap();
+            }
+        };
+        match tokio::time::timeout(PATIENCE, found).await {
+            Ok(found) => found,
+            Err(_) => panic!("waited in vain for {what}; seen: {:?}", self.seen().messages),
+        }
+    }
+
+    pub async fn say(&self, message: coordinator_message::Message) {
+        let tx = self.to_agent.lock().unwrap().clone().expect("a session");
+        tx.send(Ok(CoordinatorMessage { message: Some(message) })).await.unwrap();
+    }
+
+    pub async fn assign(&self, build: &str, spec: &BuildSpec) -> AttemptId {
+        let id = AttemptId { build_id: build.to_owned(), task: 0, attempt: 1 };
+        let assign = Assign { id: Some(id.clone()), spec: Some(spec_to_wire(spec)), ..Assign::default() };
+        self.say(coordinator_message::Message::Assign(assign)).await;
+        id
+    }
+
+    pub async fn finished(&self, id: &AttemptId) -> Finished {
+        self.wait_for(&format!("the end of {}", id.build_id), |seen| {
+            seen.messages.iter().find_map(|message| match message {
+                agent_message::Message::Finished(finished) if finished.id.as_ref() == Some(id) => {
+                    Some(finished.clone())
+                }
+                _ => None,
+            })
+        })
+        .await
+    }
+
+    /// The sealed log of an attempt, wherever it was reported.
+    pub async fn sealed_log(&self, id: &AttemptId) -> Vec<String> {
+        let bytes = self
+            .wait_for("a sealed log", |seen| {
+                let log = seen.messages.iter().find_map(|message| match message {
+                    agent_message::Message::Finished(said) if said.id.as_ref() == Some(id) => said.log.clone(),
+                    agent_message::Message::LogSealed(said) if said.id.as_ref() == Some(id) => said.log.clone(),
+                    _ => None,
+                })?;
+                seen.blobs.get(log.blob?.sha256.as_ref()).cloned()
+            })
+            .await;
+        let reader = SealedLogReader::open(std::io::Cursor::new(bytes)).unwrap();
+        reader.map(|record| String::from_utf8_lossy(&record.unwrap().data).into_owned()).collect()
+    }
+
+    pub fn live_lines(&self, id: &AttemptId) -> Vec<String> {
+        let seen = self.seen();
+        seen.lines.iter().filter(|((build, _), _)| *build == id.build_id).map(|(_, line)| line.clone()).collect()
+    }
+}
+
+/// A spec that runs a line and needs no output.
+pub fn line(text: &str) -> BuildSpec {
+    BuildSpec { command: Some(Command::Shell(text.to_owned())), outputs: Outputs::None, ..BuildSpec::default() }
+}
+
+impl Service {
+    fn note(&self, change: impl FnOnce(&mut Seen)) {
+        change(&mut self.seen.lock().unwrap());
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    fn store(&self, data: Bytes) {
+        let digest = Sha256::digest(&data).to_vec();
+        self.note(|seen| {
+            seen.uploads += 1;
+            seen.blobs.insert(digest, data);
+        });
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Service {
+    type SessionStream = Answers<CoordinatorMessage>;
+    type PushLogsStream = Answers<PushLogAck>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut messages = request.into_inner();
+        let (tx, rx) = mpsc::channel(64);
+        let this = self.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = messages.message().await {
+                match message.message.unwrap() {
+                    agent_message::Message::Hello(hello) => {
+                        let settings = Settings {
+                            heartbeat_interval_ms: 100,
+                            worker_lease_ms: 15_000,
+                            coordinators: vec![CoordinatorAddress { id: 1, grpc: this.endpoint.clone() }],
+                            copies: 1,
+                            store_deadline_ms: 30_000,
+                            blob_bytes_max: 1 << 31,
+                            log_bytes_max: 1 << 28,
+                            timeout_default_ms: 600_000,
+                            cluster: "test".to_owned(),
+                        };
+                        let welcome = Welcome { protocol: 1, version: "t".to_owned(), settings: Some(settings) };
+                        let message = Some(coordinator_message::Message::Welcome(welcome));
+                        tx.send(Ok(CoordinatorMessage { message })).await.unwrap();
+                        *this.to_agent.lock().unwrap() = Some(tx.clone());
+                        this.note(|seen| seen.hellos.push(hello));
+                    }
+                    other => this.note(|seen| seen.messages.push(other)),
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+
+    async fn push_logs(&self, request: Request<Streaming<PushLog>>) -> Result<Response<Self::PushLogsStream>, Status> {
+        let this = self.clone();
+        let acks = request.into_inner().map(move |push| {
+            let push = push?;
+            let id = push.id.clone().unwrap();
+            let seq = push.records.last().map_or(0, |record| record.seq);
+            this.note(|seen| {
+                for record in &push.records {
+                    let text = String::from_utf8_lossy(&record.data).into_owned();
+                    let before = seen.lines.insert((id.build_id.clone(), record.seq), text.clone());
+                    assert!(before.is_none_or(|before| before == text), "line {} changed", record.seq);
+                }
+                if push.last {
+                    seen.logs_ended.push(id.build_id.clone());
+                }
+            });
+            Ok(PushLogAck { id: push.id, seq })
+        });
+        Ok(Response::new(Box::pin(acks)))
+    }
+}
+
+#[tonic::async_trait]
+impl BlobService for Service {
+    type GetBlobStream = Answers<v1::GetBlobResponse>;
+
+    async fn head_blobs(
+        &self,
+        request: Request<v1::HeadBlobsRequest>,
+    ) -> Result<Response<v1::HeadBlobsResponse>, Status> {
+        let seen = self.seen.lock().unwrap();
+        let blobs = request.into_inner().sha256.into_iter().map(|sha256| {
+            let found = seen.blobs.get(sha256.as_ref());
+            let holders = if found.is_some() { vec![1] } else { Vec::new() };
+            v1::BlobPresence {
+                present: found.is_some(),
+                size: found.map_or(0, |data| data.len() as u64),
+                holders,
+                sha256,
+            }
+        });
+        Ok(Response::new(v1::HeadBlobsResponse { blobs: blobs.collect() }))
+    }
+
+    async fn put_blob(
+        &self,
+        request: Request<Streaming<v1::PutBlobRequest>>,
+    ) -> Result<Response<v1::PutBlobResponse>, Status> {
+        let mut parts = request.into_inner();
+        let mut data = Vec::new();
+        let mut expected = Vec::new();
+        while let Some(part) = parts.message().await? {
+            match part.part.unwrap() {
+                Part::Header(header) => expected = header.sha256.to_vec(),
+                Part::Data(bytes) => data.extend_from_slice(&bytes),
+            }
+        }
+        assert_eq!(Sha256::digest(&data).to_vec(), expected);
+        self.store(data.into());
+        Ok(Response::new(v1::PutBlobResponse { holders: vec![1] }))
+    }
+
+    async fn put_small_blobs(
+        &self,
+        request: Request<v1::PutSmallBlobsRequest>,
+    ) -> Result<Response<v1::PutSmallBlobsResponse>, Status> {
+        let blobs = request.into_inner().blobs.into_iter().map(|blob| {
+            assert_eq!(Sha256::digest(&blob.data).to_vec(), blob.sha256.to_vec());
+            self.store(blob.data);
+            v1::PutBlobResponse { holders: vec![1] }
+        });
+        Ok(Response::new(v1::PutSmallBlobsResponse { blobs: blobs.collect() }))
+    }
+
+    async fn upload_offset(
+        &self,
+        _: Request<v1::UploadOffsetRequest>,
+    ) -> Result<Response<v1::UploadOffsetResponse>, Status> {
+        Ok(Response::new(v1::UploadOffsetResponse { offset: 0 }))
+    }
+
+    async fn get_blob(&self, request: Request<v1::GetBlobRequest>) -> Result<Response<Self::GetBlobStream>, Status> {
+        let sha256 = request.into_inner().sha256;
+        let data = self.seen.lock().unwrap().blobs.get(sha256.as_ref()).cloned();
+        let data =
+            data.ok_or_else(|| helix_common::status::status(helix_model::ErrorCode::ArtifactUnknown, "no such blob"))?;
+        let size = data.len() as u64;
+        let parts: Vec<_> = data
+            .chunks(1000)
+            .map(|part| Ok(v1::GetBlobResponse { size, data: Bytes::copy_from_slice(part) }))
+            .collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
+    }
+}

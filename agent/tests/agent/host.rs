@@ -1,0 +1,133 @@
+//! A build host: the real agent and the real runner, in a directory of their own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use super::cluster::{Cluster, PATIENCE};
+
+/// A host's directory, and the agent that runs on it.
+pub struct Host {
+    pub dir: PathBuf,
+    agent: Option<Child>,
+}
+
+/// The runner stands beside the agent; a test of this package alone has to build it.
+fn runner() -> &'static Path {
+    static RUNNER: OnceLock<PathBuf> = OnceLock::new();
+    RUNNER.get_or_init(|| {
+        let path = Path::new(env!("CARGO_BIN_EXE_helix-agent")).with_file_name("helix-runner");
+        if path.exists() {
+            return path;
+        }
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let target = path.parent().unwrap().parent().unwrap();
+        let mut build = Command::new(cargo);
+        build.args(["build", "--quiet", "-p", "helix-runner", "--bin", "helix-runner", "--target-dir"]).arg(target);
+        assert!(build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(), "the runner does not build");
+        path
+    })
+}
+
+impl Host {
+    pub fn new(dir: &Path, cluster: &Cluster) -> Self {
+        let tls = &cluster.tls;
+        let text = format!(
+            "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\ndata_dir = '{}'\nrunner_path = '{}'\n\
+             [tls]\nca = '{}'\ncert = '{}'\nkey = '{}'\n\
+             [exec]\nallow_job_commands = true\n[source]\nallow_file_urls = true\n",
+            cluster.endpoint,
+            dir.join("data").display(),
+            runner().display(),
+            tls.ca.display(),
+            tls.cert.display(),
+            tls.key.display(),
+        );
+        std::fs::write(dir.join("agent.toml"), text).unwrap();
+        let mut host = Self { dir: dir.to_owned(), agent: None };
+        host.start();
+        host
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_helix-agent"));
+        command.arg("--config").arg(self.dir.join("agent.toml")).stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    }
+
+    pub fn start(&mut self) {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("agent.log")).unwrap();
+        self.agent = Some(self.command().stderr(Stdio::from(log)).spawn().unwrap());
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let id = self.agent.as_ref().unwrap().id();
+        rustix::process::kill_process(rustix::process::Pid::from_raw(id.cast_signed()).unwrap(), signal).unwrap();
+    }
+
+    pub fn terminate(&self) {
+        self.signal(rustix::process::Signal::TERM);
+    }
+
+    pub fn kill(&mut self) {
+        self.signal(rustix::process::Signal::KILL);
+        self.agent.take().unwrap().wait().unwrap();
+    }
+
+    pub async fn detach(&self) -> bool {
+        let mut command = self.command();
+        let run = move || command.arg("detach").status().unwrap().success();
+        tokio::task::spawn_blocking(run).await.unwrap()
+    }
+
+    /// Waits for the agent to exit by itself, and says whether it was content.
+    pub async fn exited(&mut self) -> bool {
+        let mut agent = self.agent.take().unwrap();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = agent.try_wait().unwrap() {
+                return status.success();
+            }
+            assert!(Instant::now() < end, "the agent does not exit: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default()
+    }
+
+    /// Names in a directory of the agent's.
+    pub fn names_in(&self, part: &str) -> Vec<String> {
+        let entries = std::fs::read_dir(self.dir.join("data").join(part)).into_iter().flatten();
+        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    /// Workdirs that exist.
+    pub fn workdirs(&self) -> Vec<String> {
+        let roots = self.names_in("work");
+        roots.iter().flat_map(|root| self.names_in(&format!("work/{root}"))).collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the agent said:\n{}", self.log());
+        }
+        if let Some(agent) = &mut self.agent {
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+    }
+}
+
+/// Waits for a fact about the host.
+pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < end, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
