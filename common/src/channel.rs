@@ -26,8 +26,10 @@ use crate::tls::{Guarded, Side, TlsStore};
 /// How long dialling may take: name, TCP and TLS together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A peer that stopped without closing is noticed within interval and timeout. On control connections that has to be well
+/// within an agent's lease, or the attempts of all agents of a leader that hangs would be lost after the fail-over.
+const CONTROL_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(3));
+const BULK_KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 
 /// What a channel is for. HTTP/2 serialises a connection's streams, so bytes never share one with control.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -117,15 +119,15 @@ fn prepare(
     // tonic refuses https on a connector of our own, since it cannot see the TLS in there; the requests still
     // carry the true scheme.
     let dialled = Uri::builder().scheme("http").authority(authority.clone()).path_and_query("/").build();
-    let (stream_window, connection_window) = match traffic {
-        Traffic::Control => (1 << 20, 2 << 20),
-        Traffic::Bulk => (8 << 20, 16 << 20),
+    let (stream_window, connection_window, (interval, timeout)) = match traffic {
+        Traffic::Control => (1 << 20, 2 << 20, CONTROL_KEEPALIVE),
+        Traffic::Bulk => (8 << 20, 16 << 20, BULK_KEEPALIVE),
     };
     let settings = Endpoint::from(dialled.map_err(|_| wrong())?)
         .origin(uri)
         .connect_timeout(CONNECT_TIMEOUT)
-        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .http2_keep_alive_interval(interval)
+        .keep_alive_timeout(timeout)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(stream_window)
         .initial_connection_window_size(connection_window);
