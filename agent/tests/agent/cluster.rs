@@ -29,7 +29,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Longer than anything should take on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -38,23 +38,23 @@ type ToAgent = Arc<Mutex<Option<mpsc::Sender<Result<CoordinatorMessage, Status>>
 
 /// What the coordinator was told.
 #[derive(Default)]
-pub struct Seen {
-    pub hellos: Vec<Hello>,
-    pub messages: Vec<agent_message::Message>,
+pub(crate) struct Seen {
+    pub(crate) hellos: Vec<Hello>,
+    pub(crate) messages: Vec<agent_message::Message>,
     /// Lines by attempt and number; a number with two texts is an error.
-    pub lines: BTreeMap<(String, u64), String>,
-    pub logs_ended: Vec<String>,
-    pub blobs: HashMap<Vec<u8>, Bytes>,
-    pub uploads: u32,
+    pub(crate) lines: BTreeMap<(String, u64), String>,
+    pub(crate) logs_ended: Vec<String>,
+    pub(crate) blobs: HashMap<Vec<u8>, Bytes>,
+    pub(crate) uploads: u32,
 }
 
 /// The coordinator.
-pub struct Cluster {
+pub(crate) struct Cluster {
     seen: Arc<Mutex<Seen>>,
     changed: watch::Sender<u64>,
     to_agent: ToAgent,
-    pub endpoint: String,
-    pub tls: TlsFiles,
+    pub(crate) endpoint: String,
+    pub(crate) tls: TlsFiles,
     task: JoinHandle<()>,
 }
 
@@ -73,7 +73,7 @@ struct Service {
 }
 
 impl Cluster {
-    pub async fn start(dir: &Path) -> Self {
+    pub(crate) async fn start(dir: &Path) -> Self {
         let authority = Authority::create("test").unwrap();
         authority.save(dir).unwrap();
         let files = |role, name: &str, stem: &str| {
@@ -101,12 +101,12 @@ impl Cluster {
         Self { seen, changed, to_agent, endpoint, tls: files(Role::Agent, "w1", "agent"), task }
     }
 
-    pub fn seen(&self) -> MutexGuard<'_, Seen> {
+    pub(crate) fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap()
     }
 
     /// Waits until what was seen gives an answer.
-    pub async fn wait_for<T>(&self, what: &str, mut look: impl FnMut(&Seen) -> Option<T>) -> T {
+    pub(crate) async fn wait_for<T>(&self, what: &str, mut look: impl FnMut(&Seen) -> Option<T>) -> T {
         let mut changed = self.changed.subscribe();
         let found = async {
             loop {
@@ -123,19 +123,19 @@ impl Cluster {
         }
     }
 
-    pub async fn say(&self, message: coordinator_message::Message) {
+    pub(crate) async fn say(&self, message: coordinator_message::Message) {
         let tx = self.to_agent.lock().unwrap().clone().expect("a session");
         tx.send(Ok(CoordinatorMessage { message: Some(message) })).await.unwrap();
     }
 
-    pub async fn assign(&self, build: &str, spec: &BuildSpec) -> AttemptId {
+    pub(crate) async fn assign(&self, build: &str, spec: &BuildSpec) -> AttemptId {
         let id = AttemptId { build_id: build.to_owned(), task: 0, attempt: 1 };
         let assign = Assign { id: Some(id.clone()), spec: Some(spec_to_wire(spec)), ..Assign::default() };
         self.say(coordinator_message::Message::Assign(assign)).await;
         id
     }
 
-    pub async fn finished(&self, id: &AttemptId) -> Finished {
+    pub(crate) async fn finished(&self, id: &AttemptId) -> Finished {
         self.wait_for(&format!("the end of {}", id.build_id), |seen| {
             seen.messages.iter().find_map(|message| match message {
                 agent_message::Message::Finished(finished) if finished.id.as_ref() == Some(id) => {
@@ -148,7 +148,7 @@ impl Cluster {
     }
 
     /// The sealed log of an attempt, wherever it was reported.
-    pub async fn sealed_log(&self, id: &AttemptId) -> Vec<String> {
+    pub(crate) async fn sealed_log(&self, id: &AttemptId) -> Vec<String> {
         let bytes = self
             .wait_for("a sealed log", |seen| {
                 let log = seen.messages.iter().find_map(|message| match message {
@@ -163,14 +163,14 @@ impl Cluster {
         reader.map(|record| String::from_utf8_lossy(&record.unwrap().data).into_owned()).collect()
     }
 
-    pub fn live_lines(&self, id: &AttemptId) -> Vec<String> {
+    pub(crate) fn live_lines(&self, id: &AttemptId) -> Vec<String> {
         let seen = self.seen();
         seen.lines.iter().filter(|((build, _), _)| *build == id.build_id).map(|(_, line)| line.clone()).collect()
     }
 }
 
 /// A spec that runs a line and needs no output.
-pub fn line(text: &str) -> BuildSpec {
+pub(crate) fn line(text: &str) -> BuildSpec {
     BuildSpec { command: Some(Command::Shell(text.to_owned())), outputs: Outputs::None, ..BuildSpec::default() }
 }
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use super::cluster::{Cluster, PATIENCE};
 
 /// A host's directory, and the agent that runs on it.
-pub struct Host {
-    pub dir: PathBuf,
+pub(crate) struct Host {
+    pub(crate) dir: PathBuf,
     agent: Option<Child>,
 }
 
@@ -31,7 +31,7 @@ fn runner() -> &'static Path {
 }
 
 impl Host {
-    pub fn new(dir: &Path, cluster: &Cluster) -> Self {
+    pub(crate) fn new(dir: &Path, cluster: &Cluster) -> Self {
         let tls = &cluster.tls;
         let text = format!(
             "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\ndata_dir = '{}'\nrunner_path = '{}'\n\
@@ -56,7 +56,7 @@ impl Host {
         command
     }
 
-    pub fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("agent.log")).unwrap();
         self.agent = Some(self.command().stderr(Stdio::from(log)).spawn().unwrap());
     }
@@ -66,23 +66,23 @@ impl Host {
         rustix::process::kill_process(rustix::process::Pid::from_raw(id.cast_signed()).unwrap(), signal).unwrap();
     }
 
-    pub fn terminate(&self) {
+    pub(crate) fn terminate(&self) {
         self.signal(rustix::process::Signal::TERM);
     }
 
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.signal(rustix::process::Signal::KILL);
         self.agent.take().unwrap().wait().unwrap();
     }
 
-    pub async fn detach(&self) -> bool {
+    pub(crate) async fn detach(&self) -> bool {
         let mut command = self.command();
         let run = move || command.arg("detach").status().unwrap().success();
         tokio::task::spawn_blocking(run).await.unwrap()
     }
 
     /// Waits for the agent to exit by itself, and says whether it was content.
-    pub async fn exited(&mut self) -> bool {
+    pub(crate) async fn exited(&mut self) -> bool {
         let mut agent = self.agent.take().unwrap();
         let end = Instant::now() + PATIENCE;
         loop {
@@ -94,18 +94,18 @@ impl Host {
         }
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default()
     }
 
     /// Names in a directory of the agent's.
-    pub fn names_in(&self, part: &str) -> Vec<String> {
+    pub(crate) fn names_in(&self, part: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.dir.join("data").join(part)).into_iter().flatten();
         entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
     }
 
     /// Workdirs that exist.
-    pub fn workdirs(&self) -> Vec<String> {
+    pub(crate) fn workdirs(&self) -> Vec<String> {
         let roots = self.names_in("work");
         roots.iter().flat_map(|root| self.names_in(&format!("work/{root}"))).collect()
     }
@@ -124,7 +124,7 @@ impl Drop for Host {
 }
 
 /// Waits for a fact about the host.
-pub async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < end, "in vain: {what}");
