@@ -98,6 +98,14 @@ impl Host {
         std::fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default()
     }
 
+    /// The most memory that the agent had at once.
+    pub(crate) fn peak_memory_bytes(&self) -> u64 {
+        let id = self.agent.as_ref().unwrap().id();
+        let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
     /// Names in a directory of the agent's.
     pub(crate) fn names_in(&self, part: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.dir.join("data").join(part)).into_iter().flatten();

@@ -334,3 +334,19 @@ async fn many_builds_at_once_each_run_once() {
     eventually("all spools are removed", || world.host.names_in("attempts").is_empty()).await;
     assert!(world.host.workdirs().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_large_goes_through_in_little_memory() {
+    let world = World::new().await;
+    let outputs = Outputs::Named(vec!["big".to_owned(), "tree".to_owned()]);
+    let script = "head -c 300000000 /dev/zero > big; mkdir tree; head -c 100000000 /dev/zero > tree/x; \
+                  yes 'a line of some length that is printed over and over again' | head -n 400000";
+    let id = world.cluster.assign("large", &BuildSpec { outputs, ..line(script) }).await;
+    let finished = world.cluster.finished(&id).await;
+    assert_eq!(finished.outcome, "succeeded", "{finished:?}");
+    assert_eq!(finished.log.unwrap().lines, 400_000);
+    assert_eq!(world.cluster.sealed_log(&id).await.len(), 400_000);
+    let peak = world.host.peak_memory_bytes();
+    assert!(peak < 200 << 20, "the agent took {peak} bytes");
+    eprintln!("peak memory {} MiB", peak >> 20);
+}
