@@ -424,3 +424,45 @@ async fn a_line_reaches_its_reader_soon() {
         assert!(fastest < Duration::from_millis(20), "{fastest:?}");
     }
 }
+
+/// Resident memory of this process.
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[tokio::test]
+async fn a_long_log_and_a_reader_that_sleeps_take_little_memory() {
+    const BATCHES: u64 = 800;
+    const LINES: u64 = 4;
+    let cluster = cluster(2);
+    cluster.ledger.set(&key(), running());
+    let before = resident_bytes();
+    let mut pusher = Pusher::to(&cluster.nodes[0]);
+    let asleep = [cluster.nodes[0].hub.clone(), cluster.nodes[1].hub.clone()];
+    let asleep = [asleep[0].read(query(0, 0, true)).await.unwrap(), asleep[1].read(query(0, 0, true)).await.unwrap()];
+    let data = Bytes::from(vec![b'x'; 60 * 1024]);
+    for batch in 0..BATCHES {
+        let first = batch * LINES + 1;
+        let records = (first..first + LINES).map(|seq| v1::LogRecord { seq, data: data.clone(), ..line(1) });
+        let message = PushLog { id: Some(attempt_to_wire(&key())), records: records.collect(), last: false };
+        pusher.tx.send(Ok(message)).await.unwrap();
+        while pusher.ack().await.unwrap() < first + LINES - 1 {}
+    }
+    pusher.last().await;
+    cluster.ledger.set(&key(), ended(Reason::Exit));
+    for mut chunks in asleep {
+        let mut next = 1;
+        while let Some(chunk) = timeout(DEADLINE, chunks.next()).await.unwrap() {
+            for record in chunk.unwrap().records {
+                assert_eq!((record.seq, record.data.len()), (next, 60 * 1024));
+                next += 1;
+            }
+        }
+        assert_eq!(next, BATCHES * LINES + 1);
+    }
+    // Other tests of this process take memory too: the bound is generous, and below the log's 196 MB.
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 120 << 20, "{grown} bytes");
+}
