@@ -1,2 +1,217 @@
-//! .
-fn main() {}
+//! `helix-coordinator`: the program. Reads arguments, and leaves the rest to the library.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use helix_common::config::set;
+use helix_coordinator::config::Config;
+use helix_coordinator::{node_dir, program};
+use helix_model::NodeId;
+use toml::Table;
+
+/// A control node of Helix Build: keeps the registry of builds, decides who runs them, stores what they leave.
+#[derive(Parser, Debug)]
+#[command(name = "helix-coordinator", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Makes a node: writes cluster, node id and a random epoch into an empty directory, once.
+    Init(Init),
+    /// Runs the node (the default).
+    Run(Run),
+    /// Looks at the configuration.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+enum ConfigCommand {
+    /// Checks it and prints the effective values.
+    Check(Run),
+}
+
+#[derive(Args, Debug)]
+struct Init {
+    /// The cluster's name, as in its certificates.
+    #[arg(long, value_name = "NAME")]
+    cluster: String,
+    /// This node's number, at least 1, never used before in this cluster.
+    #[arg(long, value_name = "N")]
+    id: u64,
+    /// All first members, this one included, and where coordinators dial each (port 7421).
+    #[arg(long, value_name = "ID=HOST:PORT,...", value_delimiter = ',', required = true, value_parser = member)]
+    members: Vec<(NodeId, String)>,
+    /// The directory; made if it does not exist.
+    #[arg(long, value_name = "DIR")]
+    data_dir: PathBuf,
+}
+
+/// Flags win over `HELIX_...` variables, these over the file.
+#[derive(Args, Debug)]
+struct Run {
+    /// The configuration file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the node keeps everything.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Where clients and agents dial this node, as <https://HOST:PORT>.
+    #[arg(long, value_name = "URL")]
+    advertise: Option<String>,
+    /// Listening address for clients and agents.
+    #[arg(long, value_name = "ADDRESS")]
+    listen_grpc: Option<SocketAddr>,
+    /// Listening address for coordinators.
+    #[arg(long, value_name = "ADDRESS")]
+    listen_peer: Option<SocketAddr>,
+    /// Listening address for health and metrics.
+    #[arg(long, value_name = "ADDRESS")]
+    listen_http: Option<SocketAddr>,
+    /// Certificates of trusted authorities (PEM).
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// This node's certificate (PEM).
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key (PEM).
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Any other key of the configuration, such as log.format=json.
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
+    set: Vec<(String, String)>,
+}
+
+fn main() -> ExitCode {
+    match carry_out(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let line = in_one_line(&error);
+            // Nothing is left to do about a closed stderr.
+            let _ = writeln!(std::io::stderr(), "helix-coordinator: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The error and its causes, each said once: many of ours name their cause already.
+fn in_one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line.push_str(if line.is_empty() { "" } else { ": " });
+            line.push_str(&cause);
+        }
+    }
+    line.replace('\n', " ")
+}
+
+fn carry_out(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Some(Command::Init(arguments)) => init(arguments),
+        Some(Command::Config { command: ConfigCommand::Check(arguments) }) => check(&arguments),
+        Some(Command::Run(arguments)) => run(arguments),
+        None => run(cli.run),
+    }
+}
+
+fn init(arguments: Init) -> anyhow::Result<()> {
+    let mut members = BTreeMap::new();
+    for (id, address) in arguments.members {
+        if members.insert(id, address).is_some() {
+            bail!("--members names node {id} twice");
+        }
+    }
+    helix_common::identity::Name::new("cluster", &arguments.cluster)?;
+    let made = node_dir::init(&arguments.data_dir, &arguments.cluster, NodeId(arguments.id), &members)?;
+    say(&format!("node {} of cluster {} made in {}", made.node, made.cluster, arguments.data_dir.display()))
+}
+
+fn check(arguments: &Run) -> anyhow::Result<()> {
+    let config = Config::load(arguments.config.as_deref(), arguments.flags()?)?;
+    say(helix_common::config::effective(&config)?.trim_end())
+}
+
+fn run(arguments: Run) -> anyhow::Result<()> {
+    let flags = arguments.flags()?;
+    let file = arguments.config;
+    let reread = move || Config::load(file.as_deref(), flags.clone());
+    let config = reread()?;
+    let logging = helix_common::telemetry::init(config.log.filter.as_deref(), config.log.format)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.worker_threads)
+        .thread_name("helix")
+        .enable_all()
+        .build()
+        .context("the runtime cannot start")?;
+    let ended = runtime.block_on(program::run(config, logging, reread));
+    // What still runs is blocked in a system call: everything that matters has been ended in order before.
+    runtime.shutdown_background();
+    ended
+}
+
+fn say(line: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("standard output is closed")
+}
+
+impl Run {
+    fn flags(&self) -> anyhow::Result<Table> {
+        let mut given: Vec<(&str, String)> = Vec::new();
+        for (key, path) in [
+            ("data_dir", &self.data_dir),
+            ("tls.ca", &self.tls_ca),
+            ("tls.cert", &self.tls_cert),
+            ("tls.key", &self.tls_key),
+        ] {
+            if let Some(path) = path {
+                given.push((key, absolute(path)?));
+            }
+        }
+        for (key, address) in
+            [("listen.grpc", &self.listen_grpc), ("listen.peer", &self.listen_peer), ("listen.http", &self.listen_http)]
+        {
+            given.extend(address.map(|address| (key, address.to_string())));
+        }
+        given.extend(self.advertise.clone().map(|url| ("advertise", url)));
+        given.extend(self.set.iter().map(|(key, value)| (key.as_str(), value.clone())));
+        let mut flags = Table::new();
+        for (key, value) in given {
+            set::<Config>(&mut flags, key, &value)?;
+        }
+        Ok(flags)
+    }
+}
+
+/// A path on the command line is relative to where the program was started, not to the file.
+fn absolute(path: &Path) -> anyhow::Result<String> {
+    let absolute = std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))?;
+    absolute.into_os_string().into_string().map_err(|_| anyhow::anyhow!("{} is not UTF-8", path.display()))
+}
+
+fn member(text: &str) -> Result<(NodeId, String), String> {
+    let wrong = || format!("{text:?} is not ID=HOST:PORT");
+    let (id, address) = text.split_once('=').ok_or_else(wrong)?;
+    let id: u64 = id.trim().parse().map_err(|_| wrong())?;
+    let endpoint = helix_common::channel::canonical_endpoint(address.trim()).map_err(|_| wrong())?;
+    if id == 0 || address.contains("://") {
+        return Err(wrong());
+    }
+    Ok((NodeId(id), endpoint.trim_start_matches("https://").to_owned()))
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not KEY=VALUE"))?;
+    Ok((key.trim().to_owned(), value.to_owned()))
+}

@@ -3,10 +3,15 @@
 //! Port 7420 serves clients and agents, port 7421 the other coordinators. Who may call what is in [`roles`].
 
 pub mod agent;
-pub mod answer;
+pub(crate) mod answer;
 pub mod blob;
+pub mod build;
 pub mod changes;
+pub mod cluster;
+pub mod ports;
 pub mod roles;
+pub mod services;
+pub mod worker;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,6 +21,8 @@ use helix_common::accept::{self, Limits};
 use helix_common::auth::{AuthLayer, Table};
 use helix_common::identity::Name;
 use helix_common::tls::TlsStore;
+use helix_core::state::State;
+use helix_proto::v1;
 use tokio::net::TcpListener;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -73,5 +80,17 @@ impl Port {
             .add_routes(self.routes)
             .serve_with_incoming_shutdown(incoming, stop)
             .await
+    }
+}
+
+/// The sums that several answers carry.
+pub(crate) fn totals_of(state: &State) -> v1::GetTotalsResponse {
+    let totals = state.totals();
+    v1::GetTotalsResponse {
+        workers: totals.workers,
+        capacity: totals.capacity,
+        load: totals.load,
+        queued: totals.queued,
+        running: totals.running,
     }
 }

@@ -10,7 +10,7 @@ use tonic::Status;
 use crate::registry::{ProposeError, ReadError, StoreError};
 
 /// The status for a rejection, with what stood in the way in words.
-pub fn of_rejection(rejection: &Rejection) -> Status {
+pub(crate) fn of_rejection(rejection: &Rejection) -> Status {
     let text = rejection_text(rejection);
     match rejection {
         Rejection::WrongState { from, to } => {
@@ -24,7 +24,7 @@ pub fn of_rejection(rejection: &Rejection) -> Status {
 }
 
 /// One line for people on what stood in the way, and what to do where that is not plain.
-pub fn rejection_text(rejection: &Rejection) -> String {
+pub(crate) fn rejection_text(rejection: &Rejection) -> String {
     match rejection {
         Rejection::IdTaken(id) => format!("build {id} exists already, with another spec: choose another id"),
         Rejection::QueueFull { queue_max } => {
@@ -63,7 +63,7 @@ pub fn rejection_text(rejection: &Rejection) -> String {
 }
 
 /// Why a worker may not have a task, to stand after the worker's name.
-pub fn unfit_text(why: &Unfit) -> String {
+pub(crate) fn unfit_text(why: &Unfit) -> String {
     match why {
         Unfit::Unhealthy => "is silent: no session, or its heartbeat is late".to_owned(),
         Unfit::Lost => "is lost: its lease lapsed".to_owned(),
@@ -80,22 +80,22 @@ pub fn unfit_text(why: &Unfit) -> String {
 }
 
 /// No such build, and never was as far as anybody remembers.
-pub fn build_unknown(id: &BuildId) -> Status {
+pub(crate) fn build_unknown(id: &BuildId) -> Status {
     status(ErrorCode::BuildUnknown, build_unknown_text(id))
 }
 
 /// The build ended and was purged.
-pub fn build_purged(id: &BuildId) -> Status {
+pub(crate) fn build_purged(id: &BuildId) -> Status {
     status(ErrorCode::BuildPurged, build_purged_text(id))
 }
 
 /// No such worker.
-pub fn worker_unknown(name: &str) -> Status {
+pub(crate) fn worker_unknown(name: &str) -> Status {
     status(ErrorCode::WorkerUnknown, worker_unknown_text(name))
 }
 
 /// Whether a yes-or-no command was carried out; `Unchanged` counts as yes, because asking twice is harmless.
-pub fn expect_done(reply: &Reply) -> Result<(), Status> {
+pub(crate) fn expect_done(reply: &Reply) -> Result<(), Status> {
     match reply {
         Reply::Done | Reply::Unchanged => Ok(()),
         Reply::Rejected(rejection) => Err(of_rejection(rejection)),
@@ -106,13 +106,13 @@ pub fn expect_done(reply: &Reply) -> Result<(), Status> {
 }
 
 /// A reply that does not belong to the command: a fault of ours.
-pub fn unexpected(reply: &Reply) -> Status {
+pub(crate) fn unexpected(reply: &Reply) -> Status {
     tracing::error!(?reply, "the registry gave a reply that does not belong to the command");
     status(ErrorCode::Internal, "the registry gave a reply that does not belong to the command")
 }
 
 /// The status for a proposal that did not come back with a reply.
-pub fn of_propose(error: &ProposeError) -> Status {
+pub(crate) fn of_propose(error: &ProposeError) -> Status {
     match error {
         ProposeError::NoLeader { hint } => no_leader(hint.as_deref()),
         ProposeError::OutcomeUnknown => {
@@ -128,7 +128,7 @@ pub fn of_propose(error: &ProposeError) -> Status {
 }
 
 /// The status for a read that could not be made as fresh as was asked.
-pub fn of_read(error: &ReadError) -> Status {
+pub(crate) fn of_read(error: &ReadError) -> Status {
     match error {
         ReadError::NoLeader { hint } => no_leader(hint.as_deref()),
         ReadError::ShuttingDown => shutting_down(),
@@ -136,7 +136,7 @@ pub fn of_read(error: &ReadError) -> Status {
 }
 
 /// This node is stopping.
-pub fn shutting_down() -> Status {
+pub(crate) fn shutting_down() -> Status {
     status(ErrorCode::ShuttingDown, "this coordinator is stopping: go on at another")
 }
 
@@ -147,7 +147,7 @@ fn no_leader(hint: Option<&str>) -> Status {
 }
 
 /// The status for a store that does not answer.
-pub fn of_store(error: &StoreError) -> Status {
+pub(crate) fn of_store(error: &StoreError) -> Status {
     tracing::error!(%error, "the registry's store does not answer");
     status(ErrorCode::Internal, "the registry's store does not answer")
 }

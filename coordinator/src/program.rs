@@ -1,0 +1,109 @@
+//! A coordinator from its configuration to its end: opens what it owns, wires the parts, serves, leaves in order.
+//!
+//! The order of the end matters: sessions and long answers are told to go elsewhere, clients' calls drain,
+//! leadership is handed over, consensus stops, and the coordinators' port is the last to close. Every step has a
+//! deadline, and none of them is needed for safety: a kill at any moment loses nothing that was acknowledged.
+
+mod node;
+
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use helix_common::config::ConfigError;
+use helix_common::shutdown::Shutdown;
+use helix_common::telemetry::Handle;
+use tokio::sync::watch;
+
+pub use node::Node;
+
+use crate::config::Config;
+
+/// The whole end takes no longer.
+const END_MAX: Duration = Duration::from_secs(10);
+
+/// Runs a node until it is asked to end, or cannot go on.
+///
+/// # Errors
+/// What kept it from starting, or from going on, and what to do about it.
+pub async fn run(
+    config: Config,
+    logging: Handle,
+    reread: impl Fn() -> Result<Config, ConfigError> + Send + Sync + 'static,
+) -> anyhow::Result<()> {
+    // First, so that a signal during a long start is not lost.
+    let (shutdown, _listener) = Shutdown::install().context("signals cannot be caught")?;
+    let node = tokio::select! {
+        started = Node::start(&config) => started?,
+        () = shutdown.graceful().cancelled() => return Ok(()),
+    };
+    let identity = node.identity();
+    tracing::info!(
+        cluster = identity.cluster,
+        node = identity.node,
+        grpc = %node.grpc_address(),
+        peer = %node.peer_address(),
+        http = %node.http_address(),
+        advertise = config.advertise,
+        version = env!("CARGO_PKG_VERSION"),
+        "serving"
+    );
+    let outcome = watch_over(&node, &shutdown, &logging, reread).await;
+    let ended = async {
+        tokio::select! {
+            () = node.stop() => {}
+            () = shutdown.forced().cancelled() => tracing::warn!("ending at once"),
+        }
+    };
+    if tokio::time::timeout(END_MAX, ended).await.is_err() {
+        tracing::warn!("not everything ended in time");
+    }
+    outcome
+}
+
+/// Serves reloads until the node is asked to end or fails.
+async fn watch_over(
+    node: &Node,
+    shutdown: &Shutdown,
+    logging: &Handle,
+    reread: impl Fn() -> Result<Config, ConfigError>,
+) -> anyhow::Result<()> {
+    let mut reloads = shutdown.reloads();
+    let mut failure = node.failure();
+    loop {
+        tokio::select! {
+            () = shutdown.graceful().cancelled() => return Ok(()),
+            why = failed(&mut failure) => bail!("this node cannot go on: {why}"),
+            port = node.port_ended() => return Err(anyhow!("the {port} port ended by itself")),
+            changed = reloads.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                reload(node, logging, &reread).await;
+            }
+        }
+    }
+}
+
+/// What cannot be reloaded stays as it was; a running node does not end for a mistake in a file.
+async fn reload(node: &Node, logging: &Handle, reread: &impl Fn() -> Result<Config, ConfigError>) {
+    match reread() {
+        Ok(config) => match logging.reload(config.log.filter.as_deref()) {
+            Ok(()) => tracing::info!("log filter reloaded"),
+            Err(error) => tracing::error!(%error, "the log filter stays as it was"),
+        },
+        Err(error) => tracing::error!(%error, "the configuration stays as it was"),
+    }
+    let tls = node.tls();
+    match tokio::task::spawn_blocking(move || tls.reload()).await {
+        Ok(Ok(cut)) => tracing::info!(cut, "certificates reloaded"),
+        Ok(Err(error)) => tracing::error!(%error, "the certificates stay as they were"),
+        Err(error) => tracing::error!(%error, "reloading certificates panicked"),
+    }
+}
+
+async fn failed(failure: &mut watch::Receiver<Option<String>>) -> String {
+    match failure.wait_for(Option::is_some).await {
+        Ok(why) => why.clone().unwrap_or_default(),
+        Err(_) => "consensus has ended by itself".to_owned(),
+    }
+}

@@ -1,0 +1,103 @@
+//! Why a build waits or where it runs, on the wire; and, for a submit that is refused, which worker came nearest.
+//!
+//! The facts are the core's; here they become words.
+
+use helix_core::Unfit;
+use helix_core::explain::{Explanation, TaskExplanation};
+use helix_core::record::{BuildRecord, TaskPhase};
+use helix_model::{BuildState, WorkerName};
+use helix_proto::v1;
+
+use super::view;
+use crate::rpc::answer::unfit_text;
+
+/// Workers named when none could ever run a build.
+const WORKERS_SHOWN: usize = 5;
+
+/// The tasks of a build that has ended: where each ran, and how it ended.
+pub(super) fn of_ended(record: &BuildRecord) -> Vec<v1::TaskExplanation> {
+    let tasks = record.tasks.iter().map(|task| {
+        let state = view::task_state(task);
+        let last = task.attempts.last();
+        let place = last.map_or_else(|| "never ran".to_owned(), |last| format!("ran on {}", last.worker));
+        let reason = match &task.phase {
+            TaskPhase::Ended { reason: Some(reason), .. } => format!(" ({reason})"),
+            TaskPhase::Ended { reason: None, .. } | TaskPhase::Waiting { .. } | TaskPhase::Running => String::new(),
+        };
+        v1::TaskExplanation {
+            platform: view::platform_of(task),
+            state: state.as_str().to_owned(),
+            summary: format!("{state}{reason}; {place}, {} attempts", task.attempts.len()),
+            ..v1::TaskExplanation::default()
+        }
+    });
+    tasks.collect()
+}
+
+/// The tasks of a build that has not.
+pub(super) fn of_open(explanation: Explanation) -> Vec<v1::TaskExplanation> {
+    explanation.tasks.into_iter().map(task_of).collect()
+}
+
+fn task_of(task: TaskExplanation) -> v1::TaskExplanation {
+    let state = match &task.phase {
+        TaskPhase::Waiting { .. } => BuildState::Queued,
+        TaskPhase::Running => BuildState::Running,
+        TaskPhase::Ended { state, .. } => *state,
+    };
+    let verdicts = task.verdicts.into_iter().map(|(worker, unfit)| v1::WorkerVerdict {
+        worker: worker.to_string(),
+        fits: unfit.is_none(),
+        why: unfit.as_ref().map_or_else(String::new, unfit_text),
+    });
+    v1::TaskExplanation {
+        platform: task.platform.map_or_else(String::new, |platform| platform.to_string()),
+        state: state.as_str().to_owned(),
+        summary: task.words,
+        ahead: task.ahead.unwrap_or(0),
+        not_before_ms: task.not_before.map_or(0, view::unix_ms),
+        verdicts: verdicts.collect(),
+    }
+}
+
+/// Why no worker could ever run a spec, the nearest first.
+pub(super) fn unsatisfiable_text(mut against: Vec<(WorkerName, Unfit)>) -> String {
+    against.sort_by(|a, b| distance(&a.1).cmp(&distance(&b.1)).then_with(|| a.0.cmp(&b.0)));
+    let shown = against.iter().take(WORKERS_SHOWN).map(|(name, unfit)| format!("{name} {}", unfit_text(unfit)));
+    let shown: Vec<_> = shown.collect();
+    let more = match against.len().saturating_sub(WORKERS_SHOWN) {
+        0 => String::new(),
+        rest => format!("; and {rest} more"),
+    };
+    format!(
+        "no worker could ever run this: {}{more}; change the spec, or set park to wait for one that can",
+        shown.join("; ")
+    )
+}
+
+/// How far a worker of this kind is from fitting: what an operator changes most easily comes first.
+fn distance(unfit: &Unfit) -> u8 {
+    match unfit {
+        Unfit::Unhealthy | Unfit::Lost | Unfit::Detached | Unfit::Draining | Unfit::Held | Unfit::Full { .. } => 0,
+        Unfit::Resources(_) => 1,
+        Unfit::Command => 2,
+        Unfit::Label(_) => 3,
+        Unfit::Executor => 4,
+        Unfit::Platform => 5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_worker_is_named_first() {
+        let name = |text: &str| WorkerName::new(text).unwrap();
+        let mut against = vec![(name("a"), Unfit::Platform), (name("b"), Unfit::Label("gpu".to_owned()))];
+        against.extend((0..9).map(|number| (name(&format!("c{number}")), Unfit::Platform)));
+        let text = unsatisfiable_text(against);
+        assert!(text.starts_with("no worker could ever run this: b lacks the label gpu; a does not build"), "{text}");
+        assert!(text.contains("and 6 more; ") && text.contains("park"), "{text}");
+    }
+}

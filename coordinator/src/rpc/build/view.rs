@@ -1,0 +1,137 @@
+//! A build's record as clients see it.
+//!
+//! Pure translation; the record is never changed. What the original's fields say of a build with several
+//! tasks: the first task that failed, in the order given, speaks for it; else its only task; else none does.
+
+use std::collections::BTreeMap;
+
+use helix_core::record::{Artifact, AttemptEnd, AttemptRecord, BuildRecord, Pinned, TaskPhase, TaskRecord};
+use helix_model::{BuildState, LogTime};
+use helix_proto::v1;
+
+/// The whole of it.
+pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
+    let speaker = speaker(record);
+    let attempt = speaker.and_then(|task| task.attempts.last());
+    let end = attempt.and_then(|attempt| attempt.end.as_ref());
+    let spec = &record.spec;
+    v1::BuildStatus {
+        build_id: record.id.to_string(),
+        state: record.state.as_str().to_owned(),
+        started_at: record.started_at.map_or(0, LogTime::unix_s),
+        completed_at: record.completed_at.map_or(0, LogTime::unix_s),
+        image_tag: end.map_or_else(String::new, |end| end.image_tag.clone()),
+        executor: spec.executor.map_or_else(String::new, |executor| executor.as_str().to_owned()),
+        repo_url: spec.repo_url.clone(),
+        r#ref: spec.git_ref.clone(),
+        commit: record.commit.clone().unwrap_or_default(),
+        digest: end.and_then(|end| end.digest).map_or_else(String::new, |digest| digest.to_string()),
+        size: end.map_or(0, |end| end.size),
+        exit_code: end.and_then(|end| end.exit_code),
+        signal: end.and_then(|end| end.signal),
+        reason: record.reason.map_or_else(String::new, |reason| reason.as_str().to_owned()),
+        verified: record.verified,
+        worker: attempt.map_or_else(String::new, |attempt| attempt.worker.to_string()),
+        attempt: attempt.map_or(0, |attempt| attempt.number.0),
+        submitted_by: record.submitted_by.clone(),
+        labels: spec.labels.clone(),
+        retry_of: record.retry_of.as_ref().map_or_else(String::new, ToString::to_string),
+        created_at_ms: unix_ms(record.created_at),
+        started_at_ms: record.started_at.map_or(0, unix_ms),
+        completed_at_ms: record.completed_at.map_or(0, unix_ms),
+        tasks: record.tasks.iter().map(task_of).collect(),
+        artifacts: artifacts_of(record),
+        message: end.map_or_else(String::new, |end| end.message.clone()),
+        cancel_requested: record.cancel.is_some(),
+        pinned: record.pinned == Pinned::Yes,
+        cancel_reason: record.cancel.as_ref().map_or_else(String::new, |cancel| cancel.reason.clone()),
+    }
+}
+
+/// What the build's tasks made, in the order of tasks, and then what clients registered.
+pub(crate) fn artifacts_of(record: &BuildRecord) -> Vec<v1::ArtifactInfo> {
+    let made = (0u32..).zip(&record.tasks).flat_map(|(index, task)| {
+        let current = task.attempts.last().map_or(&[][..], |attempt| &attempt.artifacts);
+        current.iter().map(move |artifact| artifact_of(artifact, index, false))
+    });
+    made.chain(record.artifacts.iter().map(|artifact| artifact_of(artifact, 0, true))).collect()
+}
+
+/// Log time as Unix milliseconds on the wire.
+pub(crate) fn unix_ms(at: LogTime) -> i64 {
+    i64::try_from(at.0).unwrap_or(i64::MAX)
+}
+
+/// The word for where a task stands; a task between attempts waits, whatever its build does.
+pub(crate) fn task_state(task: &TaskRecord) -> BuildState {
+    match &task.phase {
+        TaskPhase::Waiting { .. } => BuildState::Queued,
+        TaskPhase::Running => BuildState::Running,
+        TaskPhase::Ended { state, .. } => *state,
+    }
+}
+
+/// The platform's word; empty for any.
+pub(crate) fn platform_of(task: &TaskRecord) -> String {
+    task.platform.as_ref().map_or_else(String::new, ToString::to_string)
+}
+
+fn speaker(record: &BuildRecord) -> Option<&TaskRecord> {
+    let failed = record.tasks.iter().find(|task| task_state(task) == BuildState::Failed);
+    failed.or(match record.tasks.as_slice() {
+        [only] => Some(only),
+        _ => None,
+    })
+}
+
+fn task_of(task: &TaskRecord) -> v1::TaskStatus {
+    let attempt = task.attempts.last();
+    let end = attempt.and_then(|attempt| attempt.end.as_ref());
+    let reason = match &task.phase {
+        TaskPhase::Ended { reason, .. } => *reason,
+        TaskPhase::Waiting { .. } | TaskPhase::Running => None,
+    };
+    v1::TaskStatus {
+        platform: platform_of(task),
+        state: task_state(task).as_str().to_owned(),
+        worker: attempt.map_or_else(String::new, |attempt| attempt.worker.to_string()),
+        attempt: attempt.map_or(0, |attempt| attempt.number.0),
+        digest: end.and_then(|end| end.digest).map_or_else(String::new, |digest| digest.to_string()),
+        image_tag: end.map_or_else(String::new, |end| end.image_tag.clone()),
+        exit_code: end.and_then(|end| end.exit_code),
+        signal: end.and_then(|end| end.signal),
+        reason: reason.map_or_else(String::new, |reason| reason.as_str().to_owned()),
+        size: end.map_or(0, |end| end.size),
+        attempts: task.attempts.iter().map(attempt_of).collect(),
+    }
+}
+
+fn attempt_of(attempt: &AttemptRecord) -> v1::AttemptStatus {
+    let end: Option<&AttemptEnd> = attempt.end.as_ref();
+    v1::AttemptStatus {
+        number: attempt.number.0,
+        worker: attempt.worker.to_string(),
+        assigned_at_ms: unix_ms(attempt.assigned_at),
+        ended_at_ms: end.map_or(0, |end| unix_ms(end.at)),
+        reason: end.and_then(|end| end.reason).map_or_else(String::new, |reason| reason.as_str().to_owned()),
+        message: end.map_or_else(String::new, |end| end.message.clone()),
+        exit_code: end.and_then(|end| end.exit_code),
+        signal: end.and_then(|end| end.signal),
+    }
+}
+
+fn artifact_of(artifact: &Artifact, task: u32, registered: bool) -> v1::ArtifactInfo {
+    v1::ArtifactInfo {
+        name: artifact.name.clone(),
+        digest: artifact.blob.digest.to_string(),
+        size: artifact.blob.size,
+        task,
+        registered,
+    }
+}
+
+/// Whether a record passes the filters of a list; empty filters pass everything.
+pub(crate) fn passes(record: &BuildRecord, repo_url: &str, labels: &BTreeMap<String, String>) -> bool {
+    (repo_url.is_empty() || record.spec.repo_url == repo_url)
+        && labels.iter().all(|(key, value)| record.spec.labels.get(key) == Some(value))
+}

@@ -1,0 +1,78 @@
+//! `helix.v1.ClusterService`: the coordinators themselves.
+
+use helix_proto::v1;
+use helix_proto::v1::cluster_service_server::ClusterService;
+use tonic::{Request, Response, Status};
+
+use super::services::{Services, consistency};
+use super::totals_of;
+
+/// The service. Cheap to clone.
+#[derive(Clone)]
+pub struct ClusterRpc {
+    services: Services,
+}
+
+impl ClusterRpc {
+    /// The service on these handles.
+    #[must_use]
+    pub fn new(services: Services) -> Self {
+        Self { services }
+    }
+
+    fn status(&self) -> v1::ClusterStatus {
+        let registry = &self.services.registry;
+        // Who leads is known at once; the rest of the status is renewed a few times a second.
+        let leadership = *registry.leadership().borrow();
+        let raft = registry.status();
+        let nodes = registry.nodes();
+        let members = raft.members.iter().map(|member| {
+            let row = nodes.iter().find(|node| node.id == member.id);
+            let role = match member.role {
+                _ if leadership.leader == Some(member.id) => "leader",
+                "leader" => "follower",
+                role => role,
+            };
+            v1::Member {
+                id: member.id.0,
+                address: member.address.clone(),
+                role: role.to_owned(),
+                last_log_index: member.last_log_index,
+                applied_index: member.applied_index,
+                healthy: member.healthy,
+                grpc: row.map_or_else(String::new, |row| row.grpc.clone()),
+                version: row.map_or_else(String::new, |row| row.version.clone()),
+            }
+        });
+        v1::ClusterStatus {
+            cluster: registry.cluster().to_owned(),
+            leader: leadership.leader.map_or(0, |leader| leader.0),
+            term: leadership.term,
+            members: members.collect(),
+            totals: Some(registry.with_state(totals_of)),
+            node: registry.node().0,
+            warnings: self.warnings(),
+        }
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let mut warnings: Vec<String> =
+            self.services.registry.status().warnings.into_iter().map(str::to_owned).collect();
+        let reserve = self.services.registry.with_state(|state| state.policy().disk_reserve_bytes);
+        if self.services.disk.expect_above(reserve).is_err() {
+            warnings.push("disk_reserve".to_owned());
+        }
+        warnings
+    }
+}
+
+#[tonic::async_trait]
+impl ClusterService for ClusterRpc {
+    async fn get_cluster_status(
+        &self,
+        request: Request<v1::GetClusterStatusRequest>,
+    ) -> Result<Response<v1::ClusterStatus>, Status> {
+        self.services.freshen(consistency(request.into_inner().stale)).await?;
+        Ok(Response::new(self.status()))
+    }
+}
