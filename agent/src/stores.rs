@@ -34,6 +34,9 @@ use self::small::SmallPuts;
 /// Chunks of an upload that wait to be sent.
 const CHUNKS_WAITING_MAX: usize = 4;
 
+/// Rounds after which those who say that a blob is nowhere are believed, although others do not answer.
+const ABSENT_ROUNDS_MAX: u32 = 8;
+
 /// How long a short question may take before another coordinator is asked.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -132,22 +135,26 @@ impl Stores {
     /// A blob's bytes, from whichever coordinator answers first. The caller checks the digest.
     ///
     /// # Errors
-    /// [`StoreError::Unknown`] when a coordinator says that the cluster does not have it.
+    /// [`StoreError::Unknown`] when every coordinator says that the cluster does not have it, or some say so again and
+    /// again while others do not answer: one that is cut off may just not see who has it.
     pub async fn get(&self, digest: &Digest) -> Result<Streaming<GetBlobResponse>, StoreError> {
         let mut backoff = backoff();
         loop {
+            let (mut absent, mut failed) = (0, 0);
             for (node, channel) in self.nodes.ranked(&digest.0).await {
                 let request = GetBlobRequest { sha256: wire(digest), ..GetBlobRequest::default() };
                 match BlobServiceClient::new(channel).get_blob(request).await {
                     Ok(answer) => return Ok(answer.into_inner()),
-                    Err(status) if error_code(&status) == Some(ErrorCode::ArtifactUnknown) => {
-                        return Err(StoreError::Unknown(*digest));
-                    }
+                    Err(status) if error_code(&status) == Some(ErrorCode::ArtifactUnknown) => absent += 1,
                     Err(status) => {
                         tracing::debug!(%node, %digest, %status, "a blob was not had; trying elsewhere");
                         self.nodes.note(node, false);
+                        failed += 1;
                     }
                 }
+            }
+            if absent > 0 && (failed == 0 || backoff.failures() >= ABSENT_ROUNDS_MAX) {
+                return Err(StoreError::Unknown(*digest));
             }
             tokio::time::sleep(backoff.next_wait()).await;
         }
