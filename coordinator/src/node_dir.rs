@@ -119,7 +119,7 @@ pub struct NodeDir {
     identity: NodeIdentity,
     epochs: Mutex<BTreeMap<u64, u64>>,
     // Held for its lock, which ends with it.
-    _lock: File,
+    lock: Mutex<Option<File>>,
 }
 
 /// Makes a node: writes its identity into `path`, which is empty or absent. Blocks.
@@ -172,7 +172,14 @@ impl NodeDir {
         let identity: NodeIdentity = read_sealed(&file)?;
         let epochs_file = path.join(EPOCHS);
         let epochs = if epochs_file.exists() { read_sealed(&epochs_file)? } else { BTreeMap::new() };
-        Ok(Self { path: path.to_owned(), identity, epochs: Mutex::new(epochs), _lock: lock })
+        Ok(Self { path: path.to_owned(), identity, epochs: Mutex::new(epochs), lock: Mutex::new(Some(lock)) })
+    }
+
+    /// Lets another process have the directory; nothing is written to it through this any more.
+    pub(crate) fn release(&self) {
+        // The order matters: whoever writes holds this lock.
+        let _epochs = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// Who this node is.
@@ -208,6 +215,9 @@ impl NodeDir {
         let mut epochs = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = epochs.get(&node.0) {
             return same_epoch(node, *known, epoch);
+        }
+        if self.lock.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            return Err(NodeDirError::Locked(self.path.clone()));
         }
         let mut grown = epochs.clone();
         grown.insert(node.0, epoch);

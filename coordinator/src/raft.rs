@@ -26,4 +26,6 @@ pub use server::{PeerHandler, RaftHandler};
 pub use timing::Timing;
 
 #[cfg(test)]
+use driver::open_for_test;
+#[cfg(test)]
 mod tests;

@@ -196,7 +196,7 @@ fn assemble(parts: Parts) -> Started {
         tasks,
         stop,
         snapshot_log_bytes: options.snapshot_log_bytes,
-        _dir: dir,
+        dir,
     };
     let task = tokio::spawn(controller.run());
     Started { registry, peers, raft: raft_handler, peer, task }
@@ -303,4 +303,9 @@ async fn introduce(registry: Registry, options: Options, stop: CancellationToken
 
 fn voters(raft: &Raft) -> BTreeSet<u64> {
     raft.voter_ids().collect()
+}
+
+#[cfg(test)]
+pub(super) fn open_for_test(dir: &NodeDir) -> Result<(), StartError> {
+    open::open(dir, &Options::default(), &Arc::default()).map(drop)
 }

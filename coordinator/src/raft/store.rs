@@ -166,7 +166,8 @@ impl Store {
     /// Replaces all rows by a verified snapshot's: into a new tree, synced, then the pointer moves, then the old tree goes.
     pub(super) fn replace(&self, path: &Path) -> io::Result<SnapshotMeta> {
         let old = self.tree();
-        let name = format!("rows-{}", self.db.generate_id().map_err(io_error)?);
+        // sled numbers from 0, which is the first tree's.
+        let name = format!("rows-{}", self.db.generate_id().map_err(io_error)?.saturating_add(1));
         let tree = self.db.open_tree(&name).map_err(io_error)?;
         let meta = import(&tree, path)?;
         self.sync()?;

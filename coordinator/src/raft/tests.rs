@@ -1,1 +1,5 @@
-//! Consensus and storage together.
+//! Consensus and storage together: the store suite, crashes, rebuilds, and clusters of three over real TLS.
+
+mod cluster;
+mod harness;
+mod storage;

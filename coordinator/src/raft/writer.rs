@@ -480,8 +480,7 @@ impl Run {
         self.walk = None;
         let name = snapshot::verify(file).and_then(|meta| {
             let path = self.inner.snapshots.join(snapshot::name_of(&meta));
-            std::fs::rename(file, &path)?;
-            helix_common::files::sync_directory(&self.inner.snapshots)?;
+            self.take_file(file, &path)?;
             Ok(path)
         });
         match name.and_then(|path| Ok((self.inner.store.replace(&path)?, path))) {
@@ -498,6 +497,20 @@ impl Run {
                 Err(again)
             }
         }
+    }
+
+    /// Gives a snapshot file its place and name; one that lies elsewhere is somebody else's and is copied.
+    fn take_file(&self, from: &std::path::Path, to: &std::path::Path) -> io::Result<()> {
+        if from.parent() != Some(&self.inner.snapshots) {
+            let copy = to.with_extension("writing");
+            std::fs::create_dir_all(&self.inner.snapshots)?;
+            std::fs::copy(from, &copy)?;
+            std::fs::File::open(&copy)?.sync_all()?;
+            std::fs::rename(copy, to)?;
+        } else if from != to {
+            std::fs::rename(from, to)?;
+        }
+        helix_common::files::sync_directory(&self.inner.snapshots)
     }
 
     fn measure(&mut self) {

@@ -19,6 +19,8 @@ use crate::raft::writer::Writer;
 use crate::registry::{Control, Leadership, MembershipError, Shared, StoreError};
 
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// A leader that cannot purge hands over when its log has grown by so many times the bytes of a snapshot's trigger.
+const STUCK_SNAPSHOTS: u64 = 4;
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
 const MEMBERSHIP_WAIT: Duration = Duration::from_secs(120);
 
@@ -33,7 +35,7 @@ pub(super) struct Controller {
     pub(super) stop: CancellationToken,
     pub(super) snapshot_log_bytes: u64,
     /// Kept locked until everything has ended.
-    pub(super) _dir: Arc<NodeDir>,
+    pub(super) dir: Arc<NodeDir>,
 }
 
 impl Controller {
@@ -113,6 +115,7 @@ impl Controller {
             tracing::error!(%error, "consensus did not end well");
         }
         self.writer.stop().await;
+        self.dir.release();
     }
 
     /// Asks the most advanced other voter to lead, and waits until it does, a leader at most a few elections.
@@ -120,7 +123,7 @@ impl Controller {
         let own = *self.raft.node_id();
         while self.leadership.borrow_and_update().leader == Some(NodeId(own)) {
             let left = deadline.saturating_duration_since(Instant::now());
-            let Some(successor) = self.successor(own) else { return };
+            let Some(successor) = successor(&self.raft, own) else { return };
             if left.is_zero() {
                 tracing::warn!(successor, "leadership was not handed over in time");
                 return;
@@ -133,13 +136,14 @@ impl Controller {
             let _ = tokio::time::timeout(left.min(Duration::from_secs(1)), self.leadership.changed()).await;
         }
     }
+}
 
-    fn successor(&self, own: u64) -> Option<u64> {
-        let metrics = self.raft.metrics().borrow_watched().clone();
-        let matched = metrics.replication.unwrap_or_default();
-        let others = voters(&self.raft).into_iter().filter(|voter| *voter != own);
-        others.max_by_key(|voter| matched.get(voter).cloned().flatten())
-    }
+/// The other voter that has most of the log.
+fn successor(raft: &Raft, own: u64) -> Option<u64> {
+    let metrics = raft.metrics().borrow_watched().clone();
+    let matched = metrics.replication.unwrap_or_default();
+    let others = voters(raft).into_iter().filter(|voter| *voter != own);
+    others.max_by_key(|voter| matched.get(voter).cloned().flatten())
 }
 
 type WriteError = RaftError<TypeConfig, ClientWriteError<TypeConfig>>;
@@ -229,6 +233,7 @@ struct Keeper {
 
 impl Keeper {
     async fn run(self) {
+        let mut stuck = None;
         let mut mark = self.shared.counters.log_appended_bytes.get();
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
@@ -241,6 +246,35 @@ impl Keeper {
                 }
             }
             purge(&self.raft, &self.writer).await;
+            self.unstick(&mut stuck, appended).await;
+        }
+    }
+
+    /// openraft's leader never purges what it means to send to a member that is away, so its log would grow until
+    /// that member is back. Another leader, which purged as a follower, sends it a snapshot instead.
+    async fn unstick(&self, stuck: &mut Option<u64>, appended: u64) {
+        let (leads, purged) = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            (metrics.current_leader == Some(metrics.id), metrics.purged.clone())
+        };
+        let kept = self.writer.snapshots();
+        let behind = kept.get(1).is_some_and(|(older, _)| older.last_log_id > purged);
+        if !leads || !behind {
+            *stuck = None;
+            return;
+        }
+        let since = *stuck.get_or_insert(appended);
+        if appended.saturating_sub(since) < self.threshold.saturating_mul(STUCK_SNAPSHOTS) {
+            return;
+        }
+        *stuck = Some(appended);
+        let own = *self.raft.node_id();
+        if let Some(successor) = successor(&self.raft, own) {
+            tracing::info!(successor, "handing leadership over, so that the log can be purged");
+            if let Err(error) = self.raft.trigger().transfer_leader(successor).await {
+                tracing::debug!(%error, "leadership is not handed over");
+            }
         }
     }
 }

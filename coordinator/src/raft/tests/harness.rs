@@ -1,0 +1,226 @@
+//! Builders for these tests: commands, stores in temporary directories, and nodes that talk over real TLS on loopback.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use helix_common::accept::{self, Limits};
+use helix_common::identity::Role;
+use helix_common::pki::{Authority, CA_FILE, VALID_FOR_DEFAULT};
+use helix_common::tls::{TlsFiles, TlsStore};
+use helix_core::command::SubmitBuild;
+use helix_core::{Command, Reply};
+use helix_model::{BuildId, BuildSpec, Digest, Executor, NodeId};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::node_dir::{NodeDir, init};
+use crate::raft::{Options, Started, Timing, start};
+use crate::registry::{Consistency, ProposeError, Registry};
+
+/// Longer than anything here takes, on a machine that does much else.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn id(name: &str) -> BuildId {
+    BuildId::new(name).unwrap()
+}
+
+/// A submit of a small build, the same for the same name.
+pub(crate) fn submit(name: &str) -> Command {
+    submit_with(name, "")
+}
+
+/// A submit of a build whose spec is as large as its environment.
+pub(crate) fn submit_with(name: &str, padding: &str) -> Command {
+    let spec = BuildSpec {
+        repo_url: "https://example.com/p".to_owned(),
+        executor: Some(Executor::Exec),
+        env: BTreeMap::from([("PADDING".to_owned(), padding.to_owned())]),
+        park: true,
+        ..BuildSpec::default()
+    };
+    Command::SubmitBuild(SubmitBuild {
+        build: id(name),
+        spec: Arc::new(spec),
+        spec_digest: Digest([1; 32]),
+        submitted_by: "client/c".to_owned(),
+        retry_of: None,
+    })
+}
+
+/// Waits until a condition holds.
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < PATIENCE, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// An authority, addresses, and nodes.
+pub(crate) struct Cluster {
+    pub(crate) root: TempDir,
+    authority: Authority,
+    pub(crate) addresses: BTreeMap<NodeId, SocketAddr>,
+    pub(crate) nodes: BTreeMap<NodeId, Node>,
+    pub(crate) snapshot_log_bytes: u64,
+}
+
+/// A node that runs.
+pub(crate) struct Node {
+    pub(crate) registry: Registry,
+    stop: CancellationToken,
+    server: JoinHandle<()>,
+    task: JoinHandle<()>,
+}
+
+impl Cluster {
+    /// Nodes 1 to `count`, made, not started.
+    pub(crate) async fn new(count: u64) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let authority = Authority::create("demo").unwrap();
+        authority.save(root.path()).unwrap();
+        let mut addresses = BTreeMap::new();
+        for number in 1..=count {
+            // Free a moment ago, and asked for again with patience.
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            addresses.insert(NodeId(number), listener.local_addr().unwrap());
+        }
+        let cluster = Self { root, authority, addresses, nodes: BTreeMap::new(), snapshot_log_bytes: 128 << 20 };
+        for number in 1..=count {
+            cluster.init(NodeId(number));
+        }
+        cluster
+    }
+
+    pub(crate) fn path(&self, node: NodeId) -> PathBuf {
+        self.root.path().join(format!("node-{node}"))
+    }
+
+    pub(crate) fn init(&self, node: NodeId) {
+        let members = self.addresses.iter().map(|(id, address)| (*id, address.to_string())).collect();
+        init(&self.path(node), "demo", node, &members).unwrap();
+    }
+
+    fn tls(&self, node: NodeId) -> Arc<TlsStore> {
+        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let issued = self.authority.issue(Role::Coordinator, &node.to_string(), &names, VALID_FOR_DEFAULT).unwrap();
+        let (cert, key) = issued.save(self.root.path(), &format!("coordinator-{node}")).unwrap();
+        TlsStore::load(TlsFiles { ca: self.root.path().join(CA_FILE), cert, key, revoked: None }).unwrap()
+    }
+
+    fn options(&self) -> Options {
+        let ms = Duration::from_millis;
+        Options {
+            grpc: "https://127.0.0.1:1".to_owned(),
+            // Slack for a machine that compiles meanwhile.
+            timing: Some(Timing { heartbeat: ms(50), election_min: ms(500), election_max: ms(1_000) }),
+            snapshot_log_bytes: self.snapshot_log_bytes,
+            log_chunk_bytes: 1 << 20,
+            ..Options::default()
+        }
+    }
+
+    pub(crate) async fn start(&mut self, node: NodeId) {
+        let dir = Arc::new(NodeDir::open(&self.path(node)).unwrap());
+        let tls = self.tls(node);
+        let listener = accept::bind(self.addresses[&node]).await.unwrap();
+        let Started { registry, raft, peer, task, .. } = start(dir, Arc::clone(&tls), self.options()).await.unwrap();
+        let stop = CancellationToken::new();
+        let server = {
+            let stop = stop.clone();
+            let incoming = accept::serve(listener, tls, Limits::default());
+            let router = accept::server().add_service(raft.service()).add_service(peer.service());
+            tokio::spawn(async move {
+                tokio::select! {
+                    served = router.serve_with_incoming(incoming) => served.unwrap(),
+                    () = stop.cancelled() => {}
+                }
+            })
+        };
+        self.nodes.insert(node, Node { registry, stop, server, task });
+    }
+
+    pub(crate) async fn start_all(&mut self) {
+        for node in self.addresses.keys().copied().collect::<Vec<_>>() {
+            self.start(node).await;
+        }
+    }
+
+    /// Stops a node; with no time to hand leadership over, as a crash would.
+    pub(crate) async fn stop(&mut self, node: NodeId, deadline: Duration) {
+        let node = self.nodes.remove(&node).unwrap();
+        // Deaf first: a node that crashes answers nobody.
+        if deadline.is_zero() {
+            node.stop.cancel();
+            node.server.await.unwrap();
+            node.registry.transfer_leadership_and_stop(deadline).await;
+        } else {
+            node.registry.transfer_leadership_and_stop(deadline).await;
+            node.stop.cancel();
+            node.server.await.unwrap();
+        }
+        node.task.await.unwrap();
+    }
+
+    pub(crate) async fn stop_all(&mut self) {
+        for node in self.nodes.keys().copied().collect::<Vec<_>>() {
+            self.stop(node, Duration::ZERO).await;
+        }
+    }
+
+    pub(crate) fn registry(&self, node: NodeId) -> &Registry {
+        &self.nodes[&node].registry
+    }
+
+    /// The node that leads, once one does.
+    pub(crate) async fn leader(&self) -> NodeId {
+        let began = Instant::now();
+        loop {
+            let leads = |node: &&NodeId| self.nodes[node].registry.leadership().borrow().is_leader;
+            if let Some(leader) = self.nodes.keys().find(leads) {
+                return *leader;
+            }
+            assert!(began.elapsed() < PATIENCE, "nobody leads");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// A node that runs and does not lead.
+    pub(crate) async fn follower(&self) -> NodeId {
+        let leader = self.leader().await;
+        *self.nodes.keys().find(|node| **node != leader).unwrap()
+    }
+
+    /// Submits until it is acknowledged, as a client does: the same id again is the same build.
+    pub(crate) async fn submit(&self, node: NodeId, command: &Command) {
+        let began = Instant::now();
+        loop {
+            match self.registry(node).propose(command.clone()).await {
+                Ok(Reply::Submitted | Reply::SameBuild) => return,
+                Ok(other) => panic!("{other:?}"),
+                Err(ProposeError::NoLeader { .. } | ProposeError::OutcomeUnknown) => {}
+                Err(other) => panic!("{other}"),
+            }
+            assert!(began.elapsed() < PATIENCE, "nobody takes a submit");
+        }
+    }
+
+    pub(crate) async fn has(&self, node: NodeId, name: &str) -> bool {
+        let registry = self.registry(node);
+        let began = Instant::now();
+        while let Err(error) = registry.barrier(Consistency::Linearizable).await {
+            assert!(began.elapsed() < PATIENCE, "{error}");
+        }
+        registry.build(&id(name)).await.unwrap().is_some()
+    }
+}
+
+/// Removes a directory tree that may not exist.
+pub(crate) fn wipe(path: &Path) {
+    std::fs::remove_dir_all(path).unwrap();
+}

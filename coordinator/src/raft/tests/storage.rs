@@ -1,0 +1,257 @@
+//! The log and the store by themselves: openraft's suite, torn tails, rebuilds, snapshots under change.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use helix_core::record::Applied as Changes;
+use helix_core::{Command, State};
+use helix_model::{LogTime, NodeId};
+use openraft::StorageError;
+use openraft::entry::RaftEntry;
+use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::TypeConfigExt;
+use tempfile::TempDir;
+
+use super::harness::{Cluster, id, submit, submit_with, until};
+use crate::node_dir::NodeDir;
+use crate::raft::log_store::{LogLimits, LogStore};
+use crate::raft::state_machine::StateMachine;
+use crate::raft::store::Store;
+use crate::raft::types::{Batch, Entry, LeaderId, LogId, SnapshotMeta, TypeConfig, Vote};
+use crate::raft::writer::Writer;
+use crate::registry::{Applied, Counters, Shared};
+
+fn open_log(path: &Path) -> io::Result<LogStore> {
+    LogStore::open(path, LogLimits::default(), Arc::default())
+}
+
+fn open_machine(path: &Path) -> (StateMachine, Writer) {
+    let store = Arc::new(Store::open(&path.join("registry"), 1 << 20).unwrap());
+    let counters: Arc<Counters> = Arc::default();
+    let shared = Arc::new(Shared::new(NodeId(1), State::default(), Applied::default(), Arc::clone(&counters)));
+    let writer = Writer::start(store, path.join("snapshots"), Vec::new(), counters).unwrap();
+    (StateMachine::new(shared, writer.clone(), None, SnapshotMeta::default()), writer)
+}
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, LogStore, StateMachine), StorageError<TypeConfig>> {
+        let root = tempfile::tempdir().unwrap();
+        let log = open_log(&root.path().join("log")).unwrap();
+        let (machine, _) = open_machine(root.path());
+        Ok((root, log, machine))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_store_passes_openrafts_suite() {
+    Suite::test_all(Builder).await.unwrap();
+}
+
+fn log_id(index: u64) -> LogId {
+    LogId::new(LeaderId { term: 1, node_id: 1 }, index)
+}
+
+fn entry(index: u64) -> Entry {
+    let batch = Batch::new(LogTime(index), vec![submit(&format!("b{index}"))]);
+    Entry::new_normal(log_id(index), batch)
+}
+
+async fn append(log: &mut LogStore, indexes: std::ops::Range<u64>) {
+    let (done, flushed) = TypeConfig::oneshot();
+    let entries: Vec<_> = indexes.map(entry).collect();
+    log.append(entries, IOFlushed::signal(done)).await.unwrap();
+    flushed.await.unwrap().unwrap();
+}
+
+fn only_wal(path: &Path) -> PathBuf {
+    let mut files: Vec<_> = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "wal"));
+    files.sort();
+    files.pop().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_cut_short_anywhere_keeps_a_prefix() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("log");
+    let mut log = open_log(&path).unwrap();
+    log.save_vote(&Vote::new_committed(1, 1)).await.unwrap();
+    append(&mut log, 0..4).await;
+    drop(log);
+    let file = only_wal(&path);
+    let whole = std::fs::read(&file).unwrap();
+    let copy = root.path().join("copy");
+    let mut lengths_seen = std::collections::BTreeSet::new();
+    for length in (0..whole.len()).rev() {
+        if copy.exists() {
+            std::fs::remove_dir_all(&copy).unwrap();
+        }
+        std::fs::create_dir(&copy).unwrap();
+        std::fs::write(copy.join(file.file_name().unwrap()), &whole[..length]).unwrap();
+        // Refused is right too, where not even the first record is whole.
+        let Ok(mut log) = open_log(&copy) else { continue };
+        let entries = log.try_get_log_entries(..).await.unwrap();
+        let expected: Vec<_> = (0..4).map(entry).take(entries.len()).collect();
+        assert_eq!(entries, expected, "cut to {length}");
+        lengths_seen.insert(entries.len());
+    }
+    assert!(lengths_seen.len() >= 4, "{lengths_seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flipped_bit_in_the_log_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("log");
+    let mut log = open_log(&path).unwrap();
+    append(&mut log, 0..4).await;
+    drop(log);
+    let file = only_wal(&path);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    assert!(open_log(&path).is_err());
+}
+
+fn apply(state: &mut State, at: u64, commands: &[Command]) -> Changes {
+    let mut changes = Changes::default();
+    for command in commands {
+        state.apply(LogTime(at), command, &mut changes);
+    }
+    state.finish_entry(&mut changes);
+    changes
+}
+
+fn meta(index: u64) -> SnapshotMeta {
+    SnapshotMeta { last_log_id: Some(log_id(index)), ..SnapshotMeta::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_is_the_state_as_it_began_whatever_changes_meanwhile() {
+    let root = tempfile::tempdir().unwrap();
+    let (_, writer) = open_machine(root.path());
+    let mut state = State::default();
+    for index in 1..=300 {
+        // Long rows lie in several parts.
+        let padding = "y".repeat(usize::try_from(index * 37 % 9_000).unwrap());
+        let changes = apply(&mut state, index, &[submit_with(&format!("b{index}"), &padding)]);
+        writer.push(changes.rows, meta(index));
+    }
+    let frozen = state.clone();
+    let taking = {
+        let writer = writer.clone();
+        tokio::spawn(async move { writer.snapshot().await })
+    };
+    for index in 301..=1_500 {
+        writer.room().await.unwrap();
+        let cancel = helix_core::command::CancelBuild {
+            build: id(&format!("b{}", index % 300 + 1)),
+            authority: helix_core::command::Authority::Any("operator/o".to_owned()),
+            reason: String::new(),
+        };
+        let commands = [Command::CancelBuild(cancel), submit(&format!("b{index}"))];
+        writer.push(apply(&mut state, index, &commands).rows, meta(index));
+        if index % 100 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    let (taken, file) = taking.await.unwrap().unwrap();
+    let mut rows = Vec::new();
+    let read = crate::raft::snapshot::read(&file, |row| {
+        rows.push(crate::codec::decode_row(&row)?);
+        Ok(())
+    });
+    assert_eq!(read.unwrap(), taken);
+    let loaded = State::load(rows).unwrap();
+    if taken.last_log_id == Some(log_id(300)) {
+        assert!(loaded == frozen, "the snapshot is not the state it began with");
+    }
+    // And the tail makes it the whole.
+    writer.snapshot().await.unwrap();
+    let (stored, _) = writer.store().load().unwrap();
+    assert!(stored == state, "the store is not the state");
+    let other = tempfile::tempdir().unwrap();
+    let store = Store::open(&other.path().join("registry"), 1 << 20).unwrap();
+    store.replace(&writer.snapshots()[0].1).unwrap();
+    assert!(store.load().unwrap().0 == state, "snapshot and store differ");
+    let record = writer.record(&id("b7")).unwrap();
+    assert!(record.is_some());
+    writer.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_snapshot_is_noticed_at_every_byte() {
+    let root = tempfile::tempdir().unwrap();
+    let (_, writer) = open_machine(root.path());
+    let mut state = State::default();
+    writer.push(apply(&mut state, 1, &[submit("a")]).rows, meta(1));
+    let (_, file) = writer.snapshot().await.unwrap();
+    let whole = std::fs::read(&file).unwrap();
+    for place in 0..whole.len() {
+        let mut bytes = whole.clone();
+        bytes[place] ^= 0x10;
+        std::fs::write(&file, &bytes).unwrap();
+        assert!(crate::raft::snapshot::verify(&file).is_err(), "byte {place}");
+        std::fs::write(&file, &whole[..place]).unwrap();
+        assert!(crate::raft::snapshot::verify(&file).is_err(), "cut to {place}");
+    }
+    writer.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_gone_or_broken_is_rebuilt_from_snapshot_and_log() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    let registry = cluster.path(node).join("registry");
+    cluster.start_all().await;
+    cluster.submit(node, &submit("a")).await;
+    cluster.stop_all().await;
+    // No snapshot yet: the log alone has everything.
+    std::fs::remove_dir_all(&registry).unwrap();
+    cluster.start_all().await;
+    assert!(cluster.has(node, "a").await);
+    for round in 0..3 {
+        cluster.submit(node, &submit(&format!("s{round}"))).await;
+        cluster.registry(node).snapshot().await.unwrap();
+    }
+    cluster.submit(node, &submit("tail")).await;
+    let watched = cluster.registry(node).clone();
+    until("the log is purged", || watched.status().purged_index > 0).await;
+    drop(watched);
+    for damage in [
+        |path: &Path| std::fs::remove_dir_all(path).unwrap(),
+        |path: &Path| {
+            std::fs::write(path.join("db"), b"garbage").unwrap();
+        },
+    ] {
+        cluster.stop_all().await;
+        damage(&registry);
+        cluster.start_all().await;
+        for name in ["a", "s0", "s1", "s2", "tail"] {
+            assert!(cluster.has(node, name).await, "{name}");
+        }
+    }
+    // A damaged newest snapshot leaves the one before it.
+    cluster.stop_all().await;
+    let newest = crate::raft::snapshot::list(&cluster.path(node).join("snapshots")).unwrap().remove(0);
+    std::fs::write(&newest, b"garbage").unwrap();
+    std::fs::remove_dir_all(&registry).unwrap();
+    cluster.start_all().await;
+    assert!(cluster.has(node, "tail").await && cluster.has(node, "s2").await);
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_its_log_does_not_start() {
+    let mut cluster = Cluster::new(1).await;
+    cluster.start_all().await;
+    cluster.stop_all().await;
+    std::fs::remove_dir_all(cluster.path(NodeId(1)).join("log")).unwrap();
+    let dir = NodeDir::open(&cluster.path(NodeId(1))).unwrap();
+    let error = crate::raft::open_for_test(&dir).err().unwrap();
+    assert!(error.to_string().contains("cluster add"), "{error}");
+}
