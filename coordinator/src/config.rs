@@ -88,7 +88,8 @@ pub struct RaftTimings {
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
-    /// Which lines; the variable `HELIX_LOG` wins over it.
+    /// Which lines; the variable `HELIX_LOG` wins over it. By default consensus's own library says errors only:
+    /// an unreachable peer is worth a line, and it has one for every heartbeat.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub filter: Option<String>,
     /// Their shape: text or json.
@@ -112,6 +113,7 @@ impl Config {
     }
 
     fn complete(&mut self) {
+        self.log.filter.get_or_insert_with(|| format!("{},openraft=error", telemetry::FILTER_DEFAULT));
         if self.advertise.is_empty() {
             let port = self.listen.grpc.port();
             self.advertise = match self.listen.grpc.ip() {

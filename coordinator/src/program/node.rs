@@ -25,6 +25,7 @@ use crate::plane::ClusterPlane;
 use crate::raft::{self, Options, Started, Timing};
 use crate::registry::Registry;
 use crate::rpc::changes::Changes;
+use crate::rpc::cluster::ClusterRpc;
 use crate::rpc::services::Services;
 use crate::rpc::{Port, ports, roles};
 
@@ -104,7 +105,7 @@ impl Node {
         let stopping = CancellationToken::new();
         let (blobs, logs) = open_bytes(&dir, plane, &clients, &stopping).await?;
         let services = Services {
-            liveness: LivenessHandle::new(leader.clone(), others),
+            liveness: LivenessHandle::new(leader.clone(), others.clone()),
             leader: leader.metrics().clone(),
             changes: Changes::default(),
             metrics: Metrics::new(registry.counters(), leader.metrics()),
@@ -118,14 +119,18 @@ impl Node {
         clients.spawn(services.changes.clone().listen(registry.effects(), clients_stop.clone()));
         clients.spawn(services.disk.clone().watch(clients_stop.clone()));
 
+        let cluster = ClusterRpc::new(services.clone(), others);
         let (ended_tx, ended) = watch::channel(None);
         let client_port = Port {
             listener: sockets.grpc,
             table: roles::client_port,
-            routes: ports::clients(&services, leader.clone(), &clients, &clients_stop)?,
+            routes: ports::clients(&services, &cluster, leader.clone(), &clients, &clients_stop)?,
         };
-        let peer_port =
-            Port { listener: sockets.peer, table: roles::peer_port, routes: ports::peers(&services, raft, peer) };
+        let peer_port = Port {
+            listener: sockets.peer,
+            table: roles::peer_port,
+            routes: ports::peers(&services, &cluster, raft, peer),
+        };
         serve(client_port, "client", &tls, &clients, &clients_stop, ended_tx.clone());
         serve(peer_port, "coordinator", &tls, &peers, &peers_stop, ended_tx.clone());
         let (page, stop) = (http::serve(sockets.http, services.clone(), clients_stop.clone()), clients_stop.clone());

@@ -1,23 +1,32 @@
-//! `helix.v1.ClusterService`: the coordinators themselves.
+//! `helix.v1.ClusterService`: the coordinators themselves. On port 7421, too, where followers ask the leader.
 
+use std::time::Duration;
+
+use helix_model::NodeId;
 use helix_proto::v1;
+use helix_proto::v1::cluster_service_client::ClusterServiceClient;
 use helix_proto::v1::cluster_service_server::ClusterService;
 use tonic::{Request, Response, Status};
 
 use super::services::{Services, consistency};
 use super::totals_of;
+use crate::peers::Peers;
 
 /// The service. Cheap to clone.
 #[derive(Clone)]
 pub struct ClusterRpc {
     services: Services,
+    peers: Peers,
 }
+
+/// How long the leader may take to tell of the members.
+const LEADER_ANSWER: Duration = Duration::from_secs(2);
 
 impl ClusterRpc {
     /// The service on these handles.
     #[must_use]
-    pub fn new(services: Services) -> Self {
-        Self { services }
+    pub fn new(services: Services, peers: Peers) -> Self {
+        Self { services, peers }
     }
 
     fn status(&self) -> v1::ClusterStatus {
@@ -55,6 +64,31 @@ impl ClusterRpc {
         }
     }
 
+    /// Only the leader hears all members. Whoever asks elsewhere gets its view of them; if it does not answer, ours.
+    async fn as_the_leader_sees_it(&self, own: v1::ClusterStatus) -> v1::ClusterStatus {
+        if own.leader == own.node || own.leader == 0 {
+            return own;
+        }
+        let Ok(channel) = self.peers.control(NodeId(own.leader)) else { return own };
+        let mut leader = ClusterServiceClient::new(channel);
+        let asked = leader.get_cluster_status(v1::GetClusterStatusRequest { stale: true });
+        match tokio::time::timeout(LEADER_ANSWER, asked).await {
+            Ok(Ok(answer)) => {
+                let seen = answer.into_inner();
+                let mut warnings = own.warnings;
+                warnings.extend(seen.warnings);
+                warnings.sort();
+                warnings.dedup();
+                v1::ClusterStatus { members: seen.members, warnings, ..own }
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "the leader does not tell of the members");
+                own
+            }
+            Err(_) => own,
+        }
+    }
+
     fn warnings(&self) -> Vec<String> {
         let mut warnings: Vec<String> =
             self.services.registry.status().warnings.into_iter().map(str::to_owned).collect();
@@ -72,7 +106,12 @@ impl ClusterService for ClusterRpc {
         &self,
         request: Request<v1::GetClusterStatusRequest>,
     ) -> Result<Response<v1::ClusterStatus>, Status> {
-        self.services.freshen(consistency(request.into_inner().stale)).await?;
-        Ok(Response::new(self.status()))
+        let stale = request.into_inner().stale;
+        self.services.freshen(consistency(stale)).await?;
+        let own = self.status();
+        if stale {
+            return Ok(Response::new(own));
+        }
+        Ok(Response::new(self.as_the_leader_sees_it(own).await))
     }
 }

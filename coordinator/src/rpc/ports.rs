@@ -40,6 +40,7 @@ const HEALTH_NAMES: [&str; 5] =
 /// When the descriptors compiled into this program cannot be read.
 pub fn clients(
     services: &Services,
+    cluster: &ClusterRpc,
     leader: Leader,
     tasks: &TaskTracker,
     stop: &CancellationToken,
@@ -57,7 +58,7 @@ pub fn clients(
         BuildServiceServer::new(BuildRpc::new(services.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX),
     )
     .add_service(WorkerServiceServer::new(WorkerRpc::new(services.clone())))
-    .add_service(ClusterServiceServer::new(ClusterRpc::new(services.clone())))
+    .add_service(ClusterServiceServer::new(cluster.clone()))
     .add_service(blob_service(services))
     .add_service(AgentRpc::server(leader, push_logs))
     .add_service(health)
@@ -68,10 +69,11 @@ pub fn clients(
 
 /// Port 7421: consensus, what coordinators ask each other, and bytes.
 #[must_use]
-pub fn peers(services: &Services, raft: RaftHandler, peer: PeerHandler) -> Routes {
+pub fn peers(services: &Services, cluster: &ClusterRpc, raft: RaftHandler, peer: PeerHandler) -> Routes {
     Routes::new(raft.service())
         .add_service(peer.service())
         .add_service(blob_service(services))
+        .add_service(ClusterServiceServer::new(cluster.clone()))
         .add_service(LogPeerServiceServer::new(services.logs.clone()))
 }
 

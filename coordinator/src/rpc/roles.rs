@@ -81,6 +81,7 @@ const PEER_PORT: Rows = &[
         "helix.peer.v1.PeerService",
         &[("Propose", COORDINATORS), ("ReadIndex", COORDINATORS), ("Liveness", COORDINATORS)],
     ),
+    ("helix.v1.ClusterService", &[("GetClusterStatus", COORDINATORS)]),
     ("helix.peer.v1.LogPeerService", &[("LogHead", COORDINATORS), ("ReadLiveLog", COORDINATORS)]),
     (
         "helix.v1.BlobService",

@@ -1,5 +1,8 @@
 //! The services of a coordinator as clients meet them: a real node in this process, real certificates, real sockets.
 
+// Helpers of tests may unwrap as tests do; clippy knows only `#[test]` functions.
+#![allow(clippy::unwrap_used)]
+
 mod builds;
 mod changing;
 mod listing;
