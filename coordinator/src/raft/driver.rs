@@ -184,8 +184,13 @@ fn assemble(parts: Parts) -> Started {
     tasks.spawn(Reader { raft: r, shared: s, peers: p, leadership: seen, queue: barrier_queue, stop: token }.run());
     tasks.spawn(look_up(lookup_queue, writer.clone(), stop.clone()));
     tasks.spawn(introduce(registry.clone(), options.clone(), stop.clone()));
-    let raft_handler =
-        RaftHandler::new(raft.clone(), peers.clone(), Arc::clone(&shared), writer.snapshots_directory().to_owned());
+    let raft_handler = RaftHandler::new(
+        raft.clone(),
+        peers.clone(),
+        Arc::clone(&shared),
+        writer.snapshots_directory().to_owned(),
+        stop.clone(),
+    );
     let peer = PeerHandler::new(registry.clone(), raft.clone(), peers.clone());
     let controller = Controller {
         raft,

@@ -20,6 +20,7 @@ use openraft::errors::Fatal;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderRequest, VoteRequest};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::proposer::decode_commands;
@@ -40,6 +41,7 @@ pub struct RaftHandler {
     peers: Peers,
     shared: Arc<Shared>,
     snapshots: PathBuf,
+    stop: CancellationToken,
 }
 
 fn garbled(error: CodecError) -> Status {
@@ -54,8 +56,14 @@ fn stopped(error: impl std::fmt::Display) -> Status {
 }
 
 impl RaftHandler {
-    pub(super) fn new(raft: Raft, peers: Peers, shared: Arc<Shared>, snapshots: PathBuf) -> Self {
-        Self { raft, peers, shared, snapshots }
+    pub(super) fn new(
+        raft: Raft,
+        peers: Peers,
+        shared: Arc<Shared>,
+        snapshots: PathBuf,
+        stop: CancellationToken,
+    ) -> Self {
+        Self { raft, peers, shared, snapshots, stop }
     }
 
     /// The service to put on the coordinators' port.
@@ -135,15 +143,22 @@ impl RaftHandler {
                 }
             })
         };
-        let answers = owned_answers(self.raft.clone(), input).map(move |answer| match answer {
-            Ok(result) => Ok(self.append_answer(sender, result)),
-            Err(fatal) => Err(stopped(fatal)),
-        });
+        // A leader's stream has no end of its own: a server that drains its connections must not wait for one. Both
+        // directions end, because openraft holds on to the requests in a task of its own.
+        let stop = self.stop.clone();
+        let answers =
+            owned_answers(self.raft.clone(), input.take_until(stop.clone().cancelled_owned())).map(move |answer| {
+                match answer {
+                    Ok(result) => Ok(self.append_answer(sender, result)),
+                    Err(fatal) => Err(stopped(fatal)),
+                }
+            });
         let last =
             futures::stream::once(
                 async move { refusal.lock().unwrap_or_else(PoisonError::into_inner).take().map(Err) },
             );
-        answers.chain(last.filter_map(|refusal| async move { refusal }))
+        let answers = answers.chain(last.filter_map(|refusal| async move { refusal }));
+        answers.take_until(stop.cancelled_owned())
     }
 
     async fn receive_snapshot(

@@ -135,12 +135,7 @@ impl Cluster {
             let stop = stop.clone();
             let incoming = accept::serve(listener, tls, Limits::default());
             let router = accept::server().add_service(raft.service()).add_service(peer.service());
-            tokio::spawn(async move {
-                tokio::select! {
-                    served = router.serve_with_incoming(incoming) => served.unwrap(),
-                    () = stop.cancelled() => {}
-                }
-            })
+            tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled()).await.unwrap() })
         };
         self.nodes.insert(node, Node { registry, stop, server, task });
     }
@@ -153,18 +148,12 @@ impl Cluster {
 
     /// Stops a node; with no time to hand leadership over, as a crash would.
     pub(crate) async fn stop(&mut self, node: NodeId, deadline: Duration) {
-        let node = self.nodes.remove(&node).unwrap();
-        // Deaf first: a node that crashes answers nobody.
-        if deadline.is_zero() {
-            node.stop.cancel();
-            node.server.await.unwrap();
-            node.registry.transfer_leadership_and_stop(deadline).await;
-        } else {
-            node.registry.transfer_leadership_and_stop(deadline).await;
-            node.stop.cancel();
-            node.server.await.unwrap();
-        }
-        node.task.await.unwrap();
+        let Node { registry, stop, server, task } = self.nodes.remove(&node).unwrap();
+        registry.transfer_leadership_and_stop(deadline).await;
+        // Connections outlive a server that is merely dropped, and would go on answering for a node that is gone.
+        stop.cancel();
+        tokio::time::timeout(PATIENCE, server).await.expect("connections end").unwrap();
+        task.await.unwrap();
     }
 
     pub(crate) async fn stop_all(&mut self) {
