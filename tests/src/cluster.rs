@@ -90,6 +90,13 @@ pub fn programs() -> &'static Path {
             directory = directory.parent().expect("deps is in a directory");
         }
         let mut build = Command::new(env!("CARGO"));
+        // What cargo tells tests about their own package would make build scripts of libraries run again.
+        for (name, _) in std::env::vars_os() {
+            let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_"];
+            if name.to_str().is_some_and(|name| told.iter().any(|prefix| name.starts_with(prefix))) {
+                build.env_remove(name);
+            }
+        }
         build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--quiet", "--workspace", "--bins"]);
         if directory.ends_with("release") {
             build.arg("--release");
@@ -340,10 +347,9 @@ impl Cluster {
         wait_for(&format!("{id} to be {state}"), PATIENCE, || (self.state(id) == state).then_some(()));
     }
 
-    /// The processes whose command line names this cluster's directory.
+    /// The processes of this cluster: those whose command line, working directory or open files are in its directory.
     #[must_use]
     pub fn processes(&self) -> Vec<(i32, String)> {
-        let root = self.root.display().to_string();
         let own = i32::try_from(std::process::id()).unwrap_or(0);
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         entries
@@ -352,9 +358,17 @@ impl Cluster {
             .filter_map(|pid| {
                 let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
                 let line = String::from_utf8_lossy(&line).replace('\0', " ");
-                line.contains(&root).then_some((pid, line))
+                let helix = line.contains("helix-") || line.contains("helix ");
+                (line.contains(&self.root.display().to_string()) || (helix && self.is_used_by(pid)))
+                    .then_some((pid, line))
             })
             .collect()
+    }
+
+    fn is_used_by(&self, pid: i32) -> bool {
+        let below = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target.starts_with(&self.root));
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        below(PathBuf::from(format!("/proc/{pid}/cwd"))) || open.map(|entry| entry.path()).any(below)
     }
 
     /// Ends the cluster in order; gives how `helix dev` ended.
