@@ -275,7 +275,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
-        Ok(self.inner.read().log_state().vote().map(|vote| vote.0.clone()))
+        Ok(self.inner.read().log_state().vote().map(|vote| vote.0))
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
@@ -296,7 +296,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
-        self.inner.write().save_vote(StoredVote(vote.clone()))?;
+        self.inner.write().save_vote(StoredVote(*vote))?;
         self.flushed().await
     }
 

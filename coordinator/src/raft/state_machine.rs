@@ -57,7 +57,7 @@ impl StateMachine {
 
     async fn apply_one(&mut self, (entry, responder): EntryResponder<TypeConfig>) -> io::Result<()> {
         self.writer.room().await?;
-        self.meta.last_log_id = Some(entry.log_id.clone());
+        self.meta.last_log_id = Some(entry.log_id);
         let (replies, effects) = match entry.payload {
             EntryPayload::Blank => self.change(|_, _| Replies::default()),
             EntryPayload::Normal(batch) => self.change(|state, changes| apply_batch(state, &batch, changes)),
@@ -99,7 +99,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
-        Ok((self.meta.last_log_id.clone(), self.meta.last_membership.clone()))
+        Ok((self.meta.last_log_id, self.meta.last_membership.clone()))
     }
 
     async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>

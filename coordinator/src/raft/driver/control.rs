@@ -191,8 +191,8 @@ async fn snapshot_now(raft: &Raft, shared: &Shared, writer: &Writer) -> Result<(
     loop {
         raft.trigger().snapshot().await.map_err(|error| StoreError(error.to_string()))?;
         for _ in 0..20 {
-            let newest = writer.snapshots().first().and_then(|(meta, _)| meta.last_log_id.clone());
-            let told = raft.metrics().borrow_watched().snapshot.clone();
+            let newest = writer.snapshots().first().and_then(|(meta, _)| meta.last_log_id);
+            let told = raft.metrics().borrow_watched().snapshot;
             if newest.as_ref().is_some_and(|newest| newest.index() >= wanted) && told >= newest {
                 purge(raft, writer).await;
                 return Ok(());
@@ -209,14 +209,14 @@ async fn snapshot_now(raft: &Raft, shared: &Shared, writer: &Writer) -> Result<(
 async fn purge(raft: &Raft, writer: &Writer) {
     let kept = writer.snapshots();
     let [_, (older, _)] = &kept[..] else { return };
-    let Some(upto) = older.last_log_id.clone() else { return };
+    let Some(upto) = older.last_log_id else { return };
     let (told, purged) = {
         let metrics = raft.metrics();
         let metrics = metrics.borrow_watched();
-        (metrics.snapshot.clone(), metrics.purged.clone())
+        (metrics.snapshot, metrics.purged)
     };
-    if told >= Some(upto.clone())
-        && purged < Some(upto.clone())
+    if told >= Some(upto)
+        && purged < Some(upto)
         && let Err(error) = raft.trigger().purge_log(upto.index()).await
     {
         tracing::debug!(%error, "the log is not purged");
@@ -256,7 +256,7 @@ impl Keeper {
         let (leads, purged) = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
-            (metrics.current_leader == Some(metrics.id), metrics.purged.clone())
+            (metrics.current_leader == Some(metrics.id), metrics.purged)
         };
         let kept = self.writer.snapshots();
         let behind = kept.get(1).is_some_and(|(older, _)| older.last_log_id > purged);
