@@ -1,0 +1,73 @@
+//! The runbook, carried out: three control nodes, two build hosts, and where the operator sits.
+
+use std::collections::BTreeSet;
+
+use helix_tests::cluster::{programs, skip};
+use serde_json::Value;
+
+use crate::hosts::{Done, Hosts, missing};
+use crate::runbook::{first_column, steps};
+use crate::{read, root};
+
+const HOSTS: &[&str] = &["admin", "control-1", "control-2", "control-3", "build-1", "build-2"];
+
+fn must(hosts: &Hosts, host: &str, what: &str, script: &str) -> Done {
+    let done = hosts.run(host, script);
+    assert!(done.success, "{what} on {host} failed: {}\n{script}\n{}", done.output, hosts.logs());
+    done
+}
+
+fn json(hosts: &Hosts, script: &str) -> Value {
+    let done = must(hosts, "admin", "looking", &format!("{script} 2> /dev/null"));
+    serde_json::from_str(&done.output).unwrap_or_else(|error| panic!("{script}: {error}: {}", done.output))
+}
+
+#[test]
+fn the_runbook_makes_a_cluster_and_keeps_it() {
+    if let Some(why) = missing() {
+        skip("the_runbook_makes_a_cluster_and_keeps_it", &why);
+        return;
+    }
+    let text = read("RUNBOOK.md");
+    let steps = steps(&text);
+    let used: BTreeSet<&str> = steps.iter().flat_map(|step| step.hosts.iter().map(String::as_str)).collect();
+    assert_eq!(used, HOSTS.iter().copied().collect::<BTreeSet<_>>(), "every host is used");
+
+    let hosts = Hosts::start(HOSTS);
+    // The runbook's first, unmarked block: programs and this folder are where the operator sits.
+    let (programs, deploy) = (programs().display().to_string(), root().join("deploy").display().to_string());
+    let lay = format!(
+        "mkdir -p ~/helix/programs\n\
+         for program in helix helix-coordinator helix-agent helix-runner; do cp '{programs}'/$program ~/helix/programs/; done\n\
+         cp -r '{deploy}' ~/helix/deploy"
+    );
+    must(&hosts, "admin", "laying out the programs", &lay);
+    for step in &steps {
+        for host in &step.hosts {
+            let began = std::time::Instant::now();
+            must(&hosts, host, &format!("the block at line {}", step.line), &step.script);
+            eprintln!("line {:>4} on {host}: {:.1} s", step.line, began.elapsed().as_secs_f64());
+        }
+    }
+    look_at_the_end(&hosts, &text);
+}
+
+/// What must be true when the last block has run.
+fn look_at_the_end(hosts: &Hosts, text: &str) {
+    let said = must(hosts, "admin", "a build", "helix submit --no-output --follow -- 'echo all is well'").output;
+    assert!(said.contains("all is well"), "{said}");
+    let status = json(hosts, "helix cluster status -o json");
+    let members = status["members"].as_array().unwrap();
+    assert_eq!(members.len(), 3, "{status}");
+    assert!(members.iter().all(|member| member["healthy"] == true), "{status}");
+    assert_eq!((&status["workers"], &status["load"]), (&Value::from(2), &Value::from(0)), "{status}");
+    assert_eq!(status["warnings"], Value::Array(Vec::new()), "{status}");
+
+    let refused = hosts.run("admin", "helix --context ~/helix/pki/bob.toml --connect-timeout 3s list");
+    assert!(!refused.success, "a revoked certificate is taken: {}", refused.output);
+
+    let metrics = must(hosts, "control-1", "metrics", "curl --silent --fail http://127.0.0.1:7422/metrics").output;
+    for metric in first_column(text, "### Metrics") {
+        assert!(metrics.contains(&format!("\n{metric}")), "{metric} is not among the metrics:\n{metrics}");
+    }
+}
