@@ -10,7 +10,9 @@ done
 hostname "$2"
 ip link set lo up
 echo ready
-exec > /dev/null < /dev/null
+exec > /dev/null 2>&1 < /dev/null
+# Only the first process of a process namespace takes its children along when it ends, and is left orphans to reap.
+[ $$ = 1 ] || exec sleep 86400
 while :; do
     sleep 3600 &
     wait $! || :

@@ -34,6 +34,8 @@ struct Host {
     child: Child,
     /// The host's first process.
     pid: i32,
+    /// Its network, as the kernel names it.
+    network: PathBuf,
 }
 
 /// The hosts of one test.
@@ -161,8 +163,10 @@ impl Hosts {
             let _ = host.child.wait();
         }
         for host in self.hosts.iter().chain([&self.bridge]) {
-            let (pid, name) = (host.pid, &host.name);
-            wait_for(&format!("{name} to be gone"), Duration::from_secs(10), || (!alive(pid)).then_some(()));
+            wait_for(&format!("{} to be gone", host.name), Duration::from_secs(10), || {
+                let left = processes_in(&host.network);
+                (!alive(host.pid) && left.is_empty()).then_some(())
+            });
         }
     }
 }
@@ -179,6 +183,12 @@ impl Drop for Hosts {
             let _ = host.child.wait();
         }
     }
+}
+
+/// Every process that sees this network.
+fn processes_in(network: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    entries.filter(|process| fs::read_link(process.join("ns/net")).is_ok_and(|found| found == network)).collect()
 }
 
 fn write_program(path: &Path, text: &str) {
@@ -202,7 +212,8 @@ fn start_host(directory: &Path, name: &str, spaces: &[&str], script: &str) -> Ho
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
     let pid = children.trim().parse().unwrap();
     fs::write(directory.join(format!("{name}.pid")), children.trim()).unwrap();
-    Host { name: name.to_owned(), child, pid }
+    let network = fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+    Host { name: name.to_owned(), child, pid, network }
 }
 
 /// Runs a script in a host's network alone, with this machine's processes in view.
