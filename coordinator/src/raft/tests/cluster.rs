@@ -25,8 +25,8 @@ async fn a_follower_takes_proposals_and_reads_what_is_acknowledged() {
     let nodes = cluster.registry(follower).clone();
     until("every node has made itself known", || nodes.nodes().len() == 3).await;
     assert!(cluster.registry(leader).counters().entries.get() < 400, "commands share entries");
-    let status = cluster.registry(leader).status();
-    assert_eq!(status.members.len(), 3);
+    let leading = cluster.registry(leader).clone();
+    until("the status names all members", || leading.status().members.len() == 3).await;
     cluster.stop_all().await;
 }
 
