@@ -50,6 +50,7 @@ fn the_runbook_makes_a_cluster_and_keeps_it() {
         }
     }
     look_at_the_end(&hosts, &text);
+    wipe_a_node(&hosts);
 }
 
 /// What must be true when the last block has run.
@@ -88,4 +89,19 @@ fn look_at_the_end(hosts: &Hosts, text: &str) {
         let errors = hosts.run(host, "grep -h '\"level\":\"ERROR\".*\"target\":\"helix' /var/log/helix-*.log").output;
         assert!(errors.is_empty(), "{host}: {errors}");
     }
+}
+
+/// What the runbook says of a node that comes back empty under its id: it is refused, and the others serve on.
+fn wipe_a_node(hosts: &Hosts) {
+    let members = "1=control-1.example.com:7421,2=control-2.example.com:7421,3=control-3.example.com:7421";
+    let script = format!(
+        "systemctl stop helix-coordinator; rm -rf /var/lib/helix/coordinator /var/log/helix-coordinator.log\n\
+         runuser -u helix -- helix-coordinator init --cluster prod --id 2 --members {members} \
+             --data-dir /var/lib/helix/coordinator\n\
+         systemctl start helix-coordinator\n\
+         until grep 'under another epoch' /var/log/helix-coordinator.log; do sleep 0.1; done\n\
+         while systemctl is-active helix-coordinator; do sleep 0.1; done"
+    );
+    must(hosts, "control-2", "refusing a wiped node", &script);
+    must(hosts, "admin", "serving without it", "helix submit --no-output --follow -- true");
 }
