@@ -49,6 +49,7 @@ fn the_runbook_makes_a_cluster_and_keeps_it() {
             eprintln!("line {:>4} on {host}: {:.1} s", step.line, began.elapsed().as_secs_f64());
         }
     }
+    detach_in_mid_build(&hosts);
     look_at_the_end(&hosts, &text);
     wipe_a_node(&hosts);
 }
@@ -104,4 +105,18 @@ fn wipe_a_node(hosts: &Hosts) {
     );
     must(hosts, "control-2", "refusing a wiped node", &script);
     must(hosts, "admin", "serving without it", "helix submit --no-output --follow -- true");
+}
+
+/// What the runbook says of upgrading an agent: the build that runs meanwhile ends as if nothing had been.
+fn detach_in_mid_build(hosts: &Hosts) {
+    let submit = "helix submit --id upgrade --no-output -- 'until [ -e /var/lib/helix/go ]; do sleep 0.1; done'\n\
+                  until helix status upgrade | grep -q running; do sleep 0.1; done";
+    must(hosts, "admin", "a long build", submit);
+    let status = json(hosts, "helix status upgrade -o json");
+    let worker = status["worker"].as_str().unwrap();
+    let upgrade =
+        "helix-agent detach --config /etc/helix/agent.toml; systemctl restart helix-agent; touch /var/lib/helix/go";
+    must(hosts, worker, "an upgrade", upgrade);
+    must(hosts, "admin", "the build's end", "helix wait upgrade");
+    assert_eq!(json(hosts, "helix status upgrade -o json")["attempt"], 1, "it ran once");
 }
