@@ -32,7 +32,8 @@ start() {
 
 stop() {
     running "$1" || return 0
-    kill -TERM "$(cat "$state/$1.pid")"
+    # It may end by itself just now.
+    kill -TERM "$(cat "$state/$1.pid")" 2> /dev/null || return 0
     while running "$1"; do sleep 0.05; done
 }
 
