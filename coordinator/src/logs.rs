@@ -122,10 +122,10 @@ impl LogHub {
         self.inner.readers.load(Ordering::Relaxed)
     }
 
-    /// Live logs on this coordinator, for metrics.
+    /// Live logs on this coordinator and their bytes, for metrics.
     #[must_use]
-    pub fn live_logs(&self) -> usize {
-        self.inner.live.keys().len()
+    pub fn live_totals(&self) -> (u64, u64) {
+        self.inner.live.totals()
     }
 
     /// Wakes readers when the registry changes, and removes live logs that are sealed or purged. Runs until stopped.

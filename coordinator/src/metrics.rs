@@ -74,7 +74,10 @@ gauges! {
     registry_pending_rows: "Rows that wait to be written to the registry's store",
     blob_bytes: "Bytes of blobs this node holds",
     blobs: "Blobs this node holds",
+    blob_segment_syncs: "Fsyncs of the segments that small blobs share",
+    live_logs: "Unsealed build logs this node holds",
     live_log_bytes: "Bytes of unsealed build logs this node holds",
+    log_readers: "Logs being read through this node",
     disk_free_bytes: "Bytes left on the data directory's file system",
 }
 
@@ -129,6 +132,14 @@ impl Metrics {
         gauges.load.set(totals.load);
         gauges.disk_free_bytes.set(services.disk.free_bytes());
         gauges.leader.set(u64::from(registry.leadership().borrow().is_leader));
+        let blobs = services.blobs.store().totals();
+        gauges.blobs.set(blobs.small + blobs.large);
+        gauges.blob_bytes.set(blobs.small_bytes + blobs.large_bytes);
+        gauges.blob_segment_syncs.set(blobs.segment_syncs);
+        let (logs, bytes) = services.logs.live_totals();
+        gauges.live_logs.set(logs);
+        gauges.live_log_bytes.set(bytes);
+        gauges.log_readers.set(services.logs.readers());
         let raft = registry.status();
         gauges.raft_term.set(raft.term);
         gauges.raft_last_log_index.set(raft.last_log_index);

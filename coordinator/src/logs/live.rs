@@ -393,6 +393,12 @@ impl LiveLogs {
         self.lock().keys().cloned().collect()
     }
 
+    /// How many logs there are, and their bytes.
+    pub(super) fn totals(&self) -> (u64, u64) {
+        let logs = self.lock();
+        (logs.len() as u64, logs.values().map(|log| log.head.borrow().end).sum())
+    }
+
     /// Removes an attempt's log. Blocks.
     pub(super) fn remove(&self, key: &AttemptKey) {
         let removed = self.lock().remove(key);

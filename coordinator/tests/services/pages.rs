@@ -2,10 +2,13 @@
 
 use std::net::SocketAddr;
 
+use helix_proto::v1;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::node::{One, shell};
+
+const BYTES_SHA256: &str = "277089d91c0bdf4f2e6862ba7e4a07605119431f5d13f726dd352b06f1b206a9";
 
 async fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
@@ -20,7 +23,11 @@ async fn get(address: SocketAddr, path: &str) -> String {
 async fn health_readiness_version_and_metrics() {
     let one = One::start().await;
     let http = one.node.http_address();
-    one.client().await.submit(shell("b1")).await;
+    let mut client = one.client().await;
+    client.submit(shell("b1")).await;
+    let sha256 = helix_model::Digest::parse(BYTES_SHA256).unwrap().0.to_vec().into();
+    let blobs = vec![v1::SmallBlob { sha256, data: b"bytes".to_vec().into() }];
+    client.blobs.put_small_blobs(v1::PutSmallBlobsRequest { blobs, copies: 1 }).await.unwrap();
     for (path, expected) in [
         ("/healthz", "ok"),
         ("/readyz", "ready"),
@@ -32,6 +39,9 @@ async fn health_readiness_version_and_metrics() {
         ("/metrics", "helix_allocation_seconds_count"),
         ("/metrics", "helix_agent_sessions 0"),
         ("/metrics", "helix_disk_free_bytes"),
+        ("/metrics", "helix_blob_bytes 5"),
+        ("/metrics", "helix_blob_segment_syncs 1"),
+        ("/metrics", "helix_live_log_bytes 0"),
         ("/metrics", "# EOF"),
     ] {
         let answer = get(http, path).await;
