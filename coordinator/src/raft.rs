@@ -5,6 +5,7 @@
 //! behind it and can always be rebuilt from a snapshot file and the log.
 
 mod driver;
+mod log_check;
 mod log_codec;
 mod log_store;
 mod network;

@@ -68,7 +68,7 @@ fn write_record<W: Write>(mut to: W, message: &impl Message) -> io::Result<usize
     Ok(4 + bytes.len())
 }
 
-fn read_record<R: Read>(what: &'static str, mut from: R) -> io::Result<Bytes> {
+pub(super) fn read_record<R: Read>(what: &'static str, mut from: R) -> io::Result<Bytes> {
     let mut length = [0; 4];
     from.read_exact(&mut length)?;
     let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);

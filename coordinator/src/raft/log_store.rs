@@ -19,6 +19,7 @@ use raft_log::api::raft_log_writer::RaftLogWriter;
 use raft_log::{Callback, RaftLog};
 use tokio::sync::oneshot;
 
+use super::log_check::check_tail;
 use super::log_codec::{LogTypes, StoredLogId, StoredPayload, StoredVote};
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use super::wire::payload_bytes;
@@ -140,9 +141,10 @@ impl LogStore {
     /// at the very end is dropped: it was never acknowledged.
     ///
     /// # Errors
-    /// When a file cannot be read or a record before the end is damaged.
+    /// When a file cannot be read or a record before the end is damaged: then nothing there is changed.
     pub(crate) fn open(directory: &Path, limits: LogLimits, counters: Arc<Counters>) -> io::Result<Self> {
         std::fs::create_dir_all(directory)?;
+        check_tail(directory)?;
         let mut config = raft_log::Config::new(directory.display());
         config.wal.chunk_max_size = Some(limits.chunk_bytes);
         config.wal.read_buffer_size = Some(1 << 20);

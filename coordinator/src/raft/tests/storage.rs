@@ -117,6 +117,32 @@ async fn a_flipped_bit_in_the_log_is_refused() {
     assert!(open_log(&path).is_err());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flipped_bit_anywhere_but_in_the_last_record_is_refused_and_cuts_nothing_off() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("log");
+    let mut log = open_log(&path).unwrap();
+    log.save_vote(&Vote::new_committed(1, 1)).await.unwrap();
+    append(&mut log, 0..2).await;
+    let file = only_wal(&path);
+    let last = std::fs::metadata(&file).unwrap().len();
+    append(&mut log, 2..3).await;
+    drop(log);
+    let whole = std::fs::read(&file).unwrap();
+    let copy = root.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    let target = copy.join(file.file_name().unwrap());
+    for place in 0..usize::try_from(last).unwrap() {
+        for bit in 0..8 {
+            let mut bytes = whole.clone();
+            bytes[place] ^= 1 << bit;
+            std::fs::write(&target, &bytes).unwrap();
+            assert!(open_log(&copy).is_err(), "bit {bit} of byte {place}");
+            assert_eq!(std::fs::read(&target).unwrap(), bytes, "bit {bit} of byte {place}");
+        }
+    }
+}
+
 fn apply(state: &mut State, at: u64, commands: &[Command]) -> Changes {
     let mut changes = Changes::default();
     for command in commands {
