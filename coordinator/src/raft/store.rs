@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -212,9 +213,11 @@ fn read_meta(tree: &sled::Tree) -> io::Result<SnapshotMeta> {
 fn walk(tree: &sled::Tree, cursor: &[u8], bytes_max: usize, rows_max: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let mut out = Vec::new();
     let mut bytes = 0;
-    // Behind all parts of the row at the cursor.
-    let from = if cursor.is_empty() { Vec::new() } else { part_key(cursor, u16::MAX) };
-    for entry in tree.range::<&[u8], _>(&from[..]..&[ROWS_END][..]) {
+    // Behind the row at the cursor, but not behind those whose names begin with its name: its last part has none of
+    // them before it, the greatest possible part would. Its own other parts are passed over.
+    let after = part_key(cursor, 0);
+    let from = if cursor.is_empty() { Bound::Unbounded } else { Bound::Excluded(&after[..]) };
+    for entry in tree.range::<&[u8], _>((from, Bound::Excluded(&[ROWS_END][..]))) {
         let (key, value) = entry.map_err(io_error)?;
         let Some(base) = base_of(&key) else { continue };
         let Some(row) = assemble(tree, base, &value)? else { continue };

@@ -272,6 +272,25 @@ async fn a_store_that_is_gone_or_broken_is_rebuilt_from_snapshot_and_log() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_step_of_a_walk_passes_over_rows_whose_names_begin_alike() {
+    let root = tempfile::tempdir().unwrap();
+    let (_, writer) = open_machine(root.path());
+    let names = ["a", "a-", "a-1", "a-10", "a-100", "a-2", "b"];
+    let mut state = State::default();
+    let commands = names.map(|name| submit_with(name, &"x".repeat(9_000)));
+    writer.push(apply(&mut state, 1, &commands).rows, meta(1));
+    writer.snapshot().await.unwrap();
+    let mut cursor = Vec::new();
+    let mut found = Vec::new();
+    while let Some((base, _)) = writer.store().walk(&cursor, usize::MAX, 1).unwrap().pop() {
+        found.extend(base.strip_prefix(&[5]).map(|name| String::from_utf8(name.to_vec()).unwrap()));
+        cursor = base;
+    }
+    assert_eq!(found, names);
+    writer.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_its_log_does_not_start() {
     let mut cluster = Cluster::new(1).await;
     cluster.start_all().await;
