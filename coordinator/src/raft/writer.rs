@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -320,10 +321,13 @@ impl Run {
     }
 
     fn run(mut self) {
-        let ended = self.inner.store.meta().and_then(|meta| {
-            self.meta = meta;
+        // sled panics on some kinds of damage. Nobody may wait for ever for a thread that is gone.
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            self.meta = self.inner.store.meta()?;
             self.work()
-        });
+        }));
+        let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+        self.walk = None;
         let mut pending = self.inner.pending();
         pending.stopped = true;
         pending.requests.clear();
