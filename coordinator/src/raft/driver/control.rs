@@ -65,9 +65,14 @@ impl Controller {
                 }
                 Control::Snapshot { reply } => {
                     let (raft, shared, writer) = (self.raft.clone(), Arc::clone(&self.shared), self.writer.clone());
+                    let stop = self.stop.clone();
                     self.tasks.spawn(async move {
+                        let result = tokio::select! {
+                            result = snapshot_now(&raft, &shared, &writer) => result,
+                            () = stop.cancelled() => Err(StoreError("this node is stopping".to_owned())),
+                        };
                         // Whoever went away does not want to know.
-                        drop(reply.send(snapshot_now(&raft, &shared, &writer).await));
+                        drop(reply.send(result));
                     });
                 }
                 Control::Stop { deadline, reply } => {
@@ -85,10 +90,14 @@ impl Controller {
         change: impl Future<Output = Result<(), MembershipError>> + Send + 'static,
         reply: oneshot::Sender<Result<(), MembershipError>>,
     ) {
-        let shared = Arc::clone(&self.shared);
+        let (shared, stop) = (Arc::clone(&self.shared), self.stop.clone());
         self.tasks.spawn(async move {
             let late = || MembershipError::Refused("membership did not change in time; look at its state".to_owned());
-            let result = tokio::time::timeout(MEMBERSHIP_WAIT, change).await.unwrap_or_else(|_| Err(late()));
+            let result = tokio::select! {
+                result = tokio::time::timeout(MEMBERSHIP_WAIT, change) => result.unwrap_or_else(|_| Err(late())),
+                // The end of this node does not wait for one that may never catch up.
+                () = stop.cancelled() => Err(MembershipError::ShuttingDown),
+            };
             let result = result.map_err(|error| match error {
                 MembershipError::NotLeader { hint } => {
                     let leader = hint.and_then(|leader| leader.parse().ok()).map(NodeId);
