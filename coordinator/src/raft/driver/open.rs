@@ -37,8 +37,10 @@ pub(super) fn open(dir: &NodeDir, options: &Options, counters: &Arc<Counters>) -
     };
     let log = open_log(root, options, counters)?;
     let snapshots_path = root.join("snapshots");
-    let snapshots = good_snapshots(&snapshots_path).map_err(at(&snapshots_path))?;
+    let mut snapshots = good_snapshots(&snapshots_path).map_err(at(&snapshots_path))?;
     let (purged, _) = log.bounds();
+    // Between one that ends before the log begins and the log something is missing: of no use to us, nor to others.
+    snapshots.retain(|(meta, _)| meta.last_log_id >= purged);
     let path = root.join("registry");
     let (store, state, meta) = open_registry(&path, options, &snapshots, purged.as_ref())?;
     tracing::info!(
@@ -124,10 +126,8 @@ fn open_registry(
         Err(error) => tracing::warn!(%error, "the store cannot be used: rebuilding it"),
     }
     set_aside(path).map_err(at(path))?;
-    for (meta, file) in snapshots {
-        if meta.last_log_id.as_ref() < purged {
-            continue;
-        }
+    // All reach back to the log; the newest comes first.
+    if let Some((_, file)) = snapshots.first() {
         let store = Store::open(path, options.store_cache_bytes).map_err(at(path))?;
         store.replace(file).map_err(at(file))?;
         let (state, meta) = store.load().map_err(at(path))?;

@@ -272,6 +272,46 @@ async fn a_store_that_is_gone_or_broken_is_rebuilt_from_snapshot_and_log() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_ends_before_the_log_begins_is_not_used() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    cluster.start_all().await;
+    let snapshots = cluster.path(node).join("snapshots");
+    let watched = cluster.registry(node).clone();
+    cluster.submit(node, &submit("s0")).await;
+    watched.snapshot().await.unwrap();
+    let first = crate::raft::snapshot::list(&snapshots).unwrap().remove(0);
+    let kept = cluster.root.path().join("kept");
+    std::fs::copy(&first, &kept).unwrap();
+    for round in 1..4 {
+        cluster.submit(node, &submit(&format!("s{round}"))).await;
+        watched.snapshot().await.unwrap();
+    }
+    until("the log is purged", || watched.status().purged_index > 3).await;
+    drop(watched);
+    cluster.stop_all().await;
+    // Both snapshots are lost to damage, and only one is left that is too old.
+    for file in crate::raft::snapshot::list(&snapshots).unwrap() {
+        std::fs::write(file, b"garbage").unwrap();
+    }
+    std::fs::copy(&kept, &first).unwrap();
+    cluster.start_all().await;
+    assert!(cluster.has(node, "s3").await);
+    let status = cluster.registry(node).status();
+    assert!(status.snapshot_index >= status.purged_index, "{status:?}");
+    cluster.stop_all().await;
+    // Without the store there is nothing to go on from, and that is said.
+    std::fs::remove_dir_all(cluster.path(node).join("registry")).unwrap();
+    let newest = crate::raft::snapshot::list(&snapshots).unwrap();
+    for file in newest.iter().filter(|file| **file != first) {
+        std::fs::write(file, b"garbage").unwrap();
+    }
+    let dir = NodeDir::open(&cluster.path(node)).unwrap();
+    let error = crate::raft::open_for_test(&dir).unwrap_err();
+    assert!(error.to_string().contains("cannot be rebuilt"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_step_of_a_walk_passes_over_rows_whose_names_begin_alike() {
     let root = tempfile::tempdir().unwrap();
     let (_, writer) = open_machine(root.path());
