@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use helix_core::record::{Addendum, BlobRef, BuildRecord};
 use helix_core::{Row, RowKey};
 use helix_model::{BuildId, Digest};
+use sha2::{Digest as _, Sha256};
 
 /// Bytes of a row in one value.
 const PART_BYTES: usize = 4_000;
@@ -91,7 +92,7 @@ pub(super) fn base_of(key: &[u8]) -> Option<&[u8]> {
 /// A row's bytes as the values of its parts.
 pub(super) fn split(row: &[u8]) -> Vec<Vec<u8>> {
     let mut pieces = row.chunks(PART_BYTES);
-    let count = u16::try_from(pieces.len().max(1)).unwrap_or(u16::MAX);
+    let count = parts_of(row.len());
     let mut first = count.to_be_bytes().to_vec();
     first.extend_from_slice(pieces.next().unwrap_or_default());
     std::iter::once(first).chain(pieces.map(<[u8]>::to_vec)).collect()
@@ -101,6 +102,21 @@ pub(super) fn split(row: &[u8]) -> Vec<Vec<u8>> {
 pub(super) fn first_part(value: &[u8]) -> Option<(u16, &[u8])> {
     let (count, rest) = value.split_first_chunk::<2>()?;
     Some((u16::from_be_bytes(*count), rest))
+}
+
+/// What one row adds to the sum over all rows. Sums wrap around, so that a row can be taken out again.
+pub(super) fn sum_of(base: &[u8], row: &[u8]) -> u128 {
+    let mut hash = Sha256::new();
+    hash.update(u64::try_from(base.len()).unwrap_or(u64::MAX).to_be_bytes());
+    hash.update(base);
+    hash.update(row);
+    let digest: [u8; 32] = hash.finalize().into();
+    digest.first_chunk().map_or(0, |half| u128::from_be_bytes(*half))
+}
+
+/// How many parts a row of so many bytes has.
+pub(super) fn parts_of(length: usize) -> u16 {
+    u16::try_from(length.div_ceil(PART_BYTES).max(1)).unwrap_or(u16::MAX)
 }
 
 /// The build a row belongs to and the blobs it names.

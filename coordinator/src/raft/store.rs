@@ -2,6 +2,7 @@
 //!
 //! All rows are in one tree, with how far they are. Everything here blocks. Invariant: a batch is applied whole or
 //! not at all, and carries the log id up to which its rows are true; so the tree is always a prefix of the log.
+//! Each batch carries a sum over all rows, too: a store whose rows do not add up, for whatever reason, is not used.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,7 +21,7 @@ use prost::Message;
 
 use super::rows::{
     META_KEY, ROWS_END, addenda_prefix, base_key, base_of, blobs_of, first_part, index_key, index_prefix, part_key,
-    split,
+    parts_of, split, sum_of,
 };
 use super::snapshot;
 use super::types::SnapshotMeta;
@@ -78,25 +79,35 @@ impl Store {
         self.tree.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// How far the rows are.
-    pub(super) fn meta(&self) -> io::Result<SnapshotMeta> {
-        read_meta(&self.tree())
+    /// How far the rows are, and what they add up to.
+    pub(super) fn head(&self) -> io::Result<Head> {
+        read_head(&self.tree())
     }
 
     /// Loads all rows.
+    ///
+    /// # Errors
+    /// Also when some are missing, or are not what was written.
     pub(crate) fn load(&self) -> io::Result<(State, SnapshotMeta)> {
         let tree = self.tree();
         let mut rows = Vec::new();
         let mut cursor = Vec::new();
+        let mut sum = 0u128;
         loop {
             let step = walk(&tree, &cursor, usize::MAX, 4_096)?;
             let Some((last, _)) = step.last() else { break };
             cursor.clone_from(last);
-            for (_, bytes) in step {
-                rows.push(decode_row(&bytes)?);
+            for (base, bytes) in step {
+                sum = sum.wrapping_add(sum_of(&base, &bytes));
+                let row = decode_row(&bytes)?;
+                check_index(&tree, &row)?;
+                rows.push(row);
             }
         }
-        let meta = read_meta(&tree)?;
+        let Head { meta, sum: expected } = read_head(&tree)?;
+        if sum != expected {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "rows are missing, or not what was written"));
+        }
         let state =
             State::load(rows).map_err(|error| io::Error::other(format!("rows contradict each other: {error:?}")))?;
         Ok((state, meta))
@@ -145,10 +156,11 @@ impl Store {
     pub(super) fn write(&self, changes: &Changes, meta: &SnapshotMeta) -> io::Result<()> {
         let tree = self.tree();
         let mut batch = sled::Batch::default();
+        let mut sum = read_head(&tree)?.sum;
         for (base, change) in changes {
-            put_change(&tree, &mut batch, base, change.as_ref())?;
+            put_change(&tree, &mut batch, &mut sum, base, change.as_ref())?;
         }
-        batch.insert(META_KEY, encode_meta(meta));
+        batch.insert(META_KEY, encode_head(meta, sum));
         tree.apply_batch(batch).map_err(io_error)
     }
 
@@ -187,27 +199,47 @@ fn is_locked(error: &sled::Error) -> bool {
     matches!(error, sled::Error::Io(_)) && (text.contains("lock") || text.contains("WouldBlock"))
 }
 
-fn encode_meta(meta: &SnapshotMeta) -> Vec<u8> {
-    let mut out = vec![1];
+/// How far a tree's rows are, and the sum of [`sum_of`] over them.
+#[derive(Default)]
+pub(super) struct Head {
+    pub(super) meta: SnapshotMeta,
+    pub(super) sum: u128,
+}
+
+/// The form of [`Head`] in the tree; the first had no sum.
+const HEAD_FORM: u8 = 2;
+
+fn encode_head(meta: &SnapshotMeta, sum: u128) -> Vec<u8> {
+    let mut out = vec![HEAD_FORM];
+    out.extend_from_slice(&sum.to_be_bytes());
     out.extend_from_slice(&snapshot::meta_to_wire(meta).encode_to_vec());
     out
 }
 
-fn read_meta(tree: &sled::Tree) -> io::Result<SnapshotMeta> {
+fn read_head(tree: &sled::Tree) -> io::Result<Head> {
     let damaged = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
     let Some(value) = tree.get(META_KEY).map_err(io_error)? else {
         if tree.is_empty() {
-            return Ok(SnapshotMeta::default());
+            return Ok(Head::default());
         }
         return Err(damaged("rows without a log id".to_owned()));
     };
-    match value.split_first() {
-        Some((1, bytes)) => {
-            let wire = raft::SnapshotHeader::decode(bytes).map_err(|error| damaged(error.to_string()))?;
-            Ok(snapshot::meta_from_wire(wire)?)
+    let unknown = || damaged("the log id has an unknown form".to_owned());
+    let Some((&HEAD_FORM, rest)) = value.split_first() else { return Err(unknown()) };
+    let (sum, bytes) = rest.split_first_chunk().ok_or_else(unknown)?;
+    let wire = raft::SnapshotHeader::decode(bytes).map_err(|error| damaged(error.to_string()))?;
+    Ok(Head { meta: snapshot::meta_from_wire(wire)?, sum: u128::from_be_bytes(*sum) })
+}
+
+/// Whatever a row names is found from the blob's side, too, or the blob would be collected.
+fn check_index(tree: &sled::Tree, row: &Row) -> io::Result<()> {
+    let Some((build, digests)) = blobs_of(row) else { return Ok(()) };
+    for digest in digests {
+        if !tree.contains_key(index_key(&digest, &build)).map_err(io_error)? {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "an index of blobs lacks an entry"));
         }
-        _ => Err(damaged("the log id has an unknown form".to_owned())),
     }
+    Ok(())
 }
 
 fn walk(tree: &sled::Tree, cursor: &[u8], bytes_max: usize, rows_max: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
@@ -260,12 +292,18 @@ fn row_count(tree: &sled::Tree, base: &[u8]) -> io::Result<Option<u16>> {
 fn put_change(
     tree: &sled::Tree,
     batch: &mut sled::Batch,
+    sum: &mut u128,
     base: &[u8],
     change: Option<&(Vec<u8>, Row)>,
 ) -> io::Result<()> {
-    let parts_before = row_count(tree, base)?.unwrap_or(0);
+    let before = row_bytes(tree, base)?;
+    let parts_before = before.as_ref().map_or(0, |bytes| parts_of(bytes.len()));
     let mut parts_now = 0;
+    if let Some(bytes) = &before {
+        *sum = sum.wrapping_sub(sum_of(base, bytes));
+    }
     if let Some((bytes, row)) = change {
+        *sum = sum.wrapping_add(sum_of(base, bytes));
         for (part, value) in (0u16..).zip(split(bytes)) {
             batch.insert(part_key(base, part), value);
             parts_now = part + 1;
@@ -275,8 +313,8 @@ fn put_change(
                 batch.insert(index_key(&digest, &build), &[] as &[u8]);
             }
         }
-    } else if let Some(bytes) = row_bytes(tree, base)?
-        && let Some((build, digests)) = blobs_of(&decode_row(&bytes)?)
+    } else if let Some(bytes) = &before
+        && let Some((build, digests)) = blobs_of(&decode_row(bytes)?)
     {
         for digest in digests {
             batch.remove(index_key(&digest, &build));
@@ -291,9 +329,10 @@ fn put_change(
 fn import(tree: &sled::Tree, path: &Path) -> io::Result<SnapshotMeta> {
     let mut batch = sled::Batch::default();
     let mut keys = 0;
+    let mut sum = 0;
     let meta = snapshot::read(path, |bytes| {
         let row = decode_row(&bytes)?;
-        put_change(tree, &mut batch, &base_key(&row.key()), Some(&(bytes, row)))?;
+        put_change(tree, &mut batch, &mut sum, &base_key(&row.key()), Some(&(bytes, row)))?;
         keys += 1;
         if keys >= IMPORT_KEYS {
             keys = 0;
@@ -302,7 +341,7 @@ fn import(tree: &sled::Tree, path: &Path) -> io::Result<SnapshotMeta> {
         Ok(())
     })?;
     // Last: a tree without it is not taken for whole.
-    batch.insert(META_KEY, encode_meta(&meta));
+    batch.insert(META_KEY, encode_head(&meta, sum));
     tree.apply_batch(batch).map_err(io_error)?;
     Ok(meta)
 }
@@ -325,5 +364,14 @@ pub(super) fn merge(record: &mut helix_core::record::BuildRecord, addenda: Vec<R
             }
             Addendum::Pinned(pinned) => record.pinned = pinned,
         }
+    }
+}
+
+#[cfg(test)]
+impl Store {
+    /// Takes a row away behind the store's back, as sled does when it loses a page.
+    pub(super) fn lose(&self, key: &RowKey) {
+        assert!(self.tree().remove(part_key(&base_key(key), 0)).unwrap().is_some());
+        self.sync().unwrap();
     }
 }

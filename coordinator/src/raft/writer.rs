@@ -17,9 +17,9 @@ use helix_core::{Row, RowChange, RowKey};
 use helix_model::{BuildId, Digest};
 use tokio::sync::{Notify, oneshot, watch};
 
-use super::rows::{base_key, blobs_of};
+use super::rows::{base_key, blobs_of, sum_of};
 use super::snapshot::{self, SnapshotWriter};
-use super::store::{Changes, Store, merge};
+use super::store::{Changes, Head, Store, merge};
 use super::types::SnapshotMeta;
 use crate::codec::encode_row;
 use crate::registry::{Counters, StoreError};
@@ -81,10 +81,19 @@ enum Request {
 struct Walk {
     meta: SnapshotMeta,
     file: SnapshotWriter,
+    /// What the rows added up to when the walk began, less what is in the file: nothing at the end.
+    missing: u128,
     cursor: Vec<u8>,
     /// Rows ahead of the cursor that are in the file already, or were not there when the walk began.
     done_ahead: BTreeSet<Vec<u8>>,
     replies: Vec<oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>>,
+}
+
+impl Walk {
+    fn put(&mut self, base: &[u8], row: &[u8]) -> io::Result<()> {
+        self.missing = self.missing.wrapping_sub(sum_of(base, row));
+        self.file.row(row)
+    }
 }
 
 impl Rows {
@@ -323,7 +332,7 @@ impl Run {
     fn run(mut self) {
         // sled panics on some kinds of damage. Nobody may wait for ever for a thread that is gone.
         let ended = catch_unwind(AssertUnwindSafe(|| {
-            self.meta = self.inner.store.meta()?;
+            self.meta = self.inner.store.head()?.meta;
             self.work()
         }));
         let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
@@ -362,7 +371,7 @@ impl Run {
                 return Ok(());
             }
             if self.walk.is_some() {
-                self.step();
+                self.step()?;
             }
             self.measure();
         }
@@ -423,7 +432,7 @@ impl Run {
         for base in changes.keys() {
             if *base > walk.cursor && !walk.done_ahead.contains(base) {
                 if let Some(before) = self.inner.store.row(base)? {
-                    walk.file.row(&before)?;
+                    walk.put(base, &before)?;
                 }
                 walk.done_ahead.insert(base.clone());
             }
@@ -436,20 +445,33 @@ impl Run {
             walk.replies.push(reply);
             return;
         }
-        match SnapshotWriter::create(&self.inner.snapshots, &self.meta) {
-            Ok(file) => {
+        let begun = self
+            .inner
+            .store
+            .head()
+            .and_then(|Head { sum, .. }| Ok((SnapshotWriter::create(&self.inner.snapshots, &self.meta)?, sum)));
+        match begun {
+            Ok((file, missing)) => {
                 let meta = self.meta.clone();
                 let done_ahead = BTreeSet::new();
-                self.walk = Some(Walk { meta, file, cursor: Vec::new(), done_ahead, replies: vec![reply] });
+                self.walk = Some(Walk { meta, file, missing, cursor: Vec::new(), done_ahead, replies: vec![reply] });
             }
             Err(error) => drop(reply.send(Err(error))),
         }
     }
 
-    fn step(&mut self) {
-        let Some(mut walk) = self.walk.take() else { return };
+    /// # Errors
+    /// When rows are missing in the store: then it is no use to go on writing to it.
+    fn step(&mut self) -> io::Result<()> {
+        let Some(mut walk) = self.walk.take() else { return Ok(()) };
         match advance(&self.inner.store, &mut walk) {
             Ok(false) => self.walk = Some(walk),
+            Ok(true) if walk.missing != 0 => {
+                let error =
+                    io::Error::new(io::ErrorKind::InvalidData, "rows are missing; it is rebuilt at the next start");
+                tell(walk.replies, &Err(io::Error::new(error.kind(), error.to_string())));
+                return Err(error);
+            }
             Ok(true) => {
                 let Walk { meta, file, replies, .. } = walk;
                 let result = self.end_walk(&meta, file);
@@ -457,6 +479,7 @@ impl Run {
             }
             Err(error) => tell(walk.replies, &Err(error)),
         }
+        Ok(())
     }
 
     fn end_walk(&self, meta: &SnapshotMeta, file: SnapshotWriter) -> io::Result<PathBuf> {
@@ -532,7 +555,7 @@ fn advance(store: &Store, walk: &mut Walk) -> io::Result<bool> {
     walk.cursor.clone_from(last);
     for (base, row) in rows {
         if !walk.done_ahead.remove(&base) {
-            walk.file.row(&row)?;
+            walk.put(&base, &row)?;
         }
     }
     Ok(false)

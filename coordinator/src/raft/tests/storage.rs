@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use helix_core::record::Applied as Changes;
-use helix_core::{Command, State};
+use helix_core::{Command, RowKey, State};
 use helix_model::{LogTime, NodeId};
 use openraft::StorageError;
 use openraft::entry::RaftEntry;
@@ -14,7 +14,7 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::type_config::TypeConfigExt;
 use tempfile::TempDir;
 
-use super::harness::{Cluster, id, submit, submit_with, until};
+use super::harness::{Cluster, PATIENCE, id, submit, submit_with, until};
 use crate::node_dir::NodeDir;
 use crate::raft::log_store::{LogLimits, LogStore};
 use crate::raft::state_machine::StateMachine;
@@ -269,6 +269,47 @@ async fn a_store_that_is_gone_or_broken_is_rebuilt_from_snapshot_and_log() {
     cluster.start_all().await;
     assert!(cluster.has(node, "tail").await && cluster.has(node, "s2").await);
     cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_lost_rows_is_rebuilt() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    cluster.start_all().await;
+    for round in 0..4 {
+        cluster.submit(node, &submit(&format!("s{round}"))).await;
+        cluster.registry(node).snapshot().await.unwrap();
+    }
+    cluster.submit(node, &submit("tail")).await;
+    cluster.stop_all().await;
+    for name in ["s1", "tail"] {
+        let store = Store::open(&cluster.path(node).join("registry"), 1 << 20).unwrap();
+        assert!(store.load().is_ok());
+        store.lose(&RowKey::Build(id(name)));
+        assert!(store.load().is_err());
+        drop(store);
+        cluster.start_all().await;
+        for name in ["s0", "s1", "s2", "s3", "tail"] {
+            assert!(cluster.has(node, name).await, "{name}");
+        }
+        cluster.stop_all().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_snapshot_is_made_of_a_store_that_lost_rows() {
+    let root = tempfile::tempdir().unwrap();
+    let (_, writer) = open_machine(root.path());
+    let mut state = State::default();
+    let changes = apply(&mut state, 1, &[submit("a"), submit("b")]);
+    writer.push(changes.rows, meta(1));
+    writer.snapshot().await.unwrap();
+    writer.store().lose(&RowKey::Build(id("a")));
+    let error = writer.snapshot().await.unwrap_err();
+    assert!(error.to_string().contains("rows are missing"), "{error}");
+    let broken = async { while writer.room().await.is_ok() {} };
+    tokio::time::timeout(PATIENCE, broken).await.expect("the writer says that it is broken");
+    writer.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
