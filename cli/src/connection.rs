@@ -53,6 +53,23 @@ pub(crate) struct Connection {
     failing: RefCell<Failing>,
 }
 
+/// Each fits well into the next.
+struct Times {
+    /// A wait on purpose.
+    round: Duration,
+    /// One try at one coordinator.
+    attempt: Duration,
+    /// All tries together.
+    patience: Duration,
+}
+
+impl Times {
+    fn of(patience: Duration) -> Self {
+        let patience = patience.max(Duration::from_secs(1));
+        Self { round: (patience / 3).min(Duration::from_secs(10)), attempt: patience * 2 / 3, patience }
+    }
+}
+
 struct Failing {
     since: Option<Instant>,
     endpoint: String,
@@ -82,12 +99,19 @@ impl Connection {
         F: Fn(Channel) -> Fut,
         Fut: Future<Output = Result<T, Status>>,
     {
-        // A coordinator that hangs must not use up all the patience; waiting on purpose takes half a minute at most.
-        let endpoints = self.endpoints.with_attempt_timeout(Duration::from_secs(40));
-        endpoints.call(self.patience.max(Duration::from_secs(1)), f).await.map_err(|error| match &error {
+        // A coordinator that hangs must not use up all the patience.
+        let times = Times::of(self.patience);
+        let endpoints = self.endpoints.with_attempt_timeout(times.attempt);
+        endpoints.call(times.patience, f).await.map_err(|error| match &error {
             CallError::Answered(status) => Failure::from_status(status),
             CallError::NoAnswer { .. } => Failure::unreachable(error.to_string()),
         })
+    }
+
+    /// How long a call may wait on purpose at the coordinator before it is made again: well within the patience, which
+    /// is for coordinators that do not answer, not for builds that go on.
+    pub(crate) fn round_ms(&self) -> u64 {
+        u64::try_from(Times::of(self.patience).round.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// One try, for streams, which resume in loops of their own: see [`Self::pause_or_fail`].
@@ -163,5 +187,14 @@ mod tests {
             assert!(helix_model::BuildId::new(&new_build_id()).is_ok());
         }
         assert_ne!(new_build_id(), new_build_id());
+    }
+
+    #[test]
+    fn a_build_that_goes_on_is_no_coordinator_that_does_not_answer() {
+        for seconds in [0, 1, 5, 30, 3600] {
+            let times = Times::of(Duration::from_secs(seconds));
+            assert!(times.round > Duration::ZERO && times.round * 2 <= times.attempt, "{seconds}");
+            assert!(times.attempt + times.round <= times.patience, "no time to ask another: {seconds}");
+        }
     }
 }

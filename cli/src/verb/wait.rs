@@ -10,9 +10,6 @@ use crate::failure::Failure;
 use crate::output::{Format, Output};
 use crate::verb::status;
 
-/// How long one call waits before it is made again.
-const ROUND_MS: u64 = 30_000;
-
 /// `helix wait`.
 #[derive(Args)]
 pub(crate) struct WaitArguments {
@@ -51,7 +48,7 @@ pub(crate) async fn run(arguments: WaitArguments, context: &ContextOptions, outp
 /// Waits for a build's end, through fail-overs.
 pub(crate) async fn until_ended(connection: &Connection, id: &str) -> Result<v1::BuildStatus, Failure> {
     loop {
-        let request = v1::WaitBuildRequest { build_id: id.to_owned(), timeout_ms: ROUND_MS };
+        let request = v1::WaitBuildRequest { build_id: id.to_owned(), timeout_ms: connection.round_ms() };
         let call = |channel| {
             let request = request.clone();
             async move { builds(channel).wait_build(request).await.map(tonic::Response::into_inner) }
