@@ -27,7 +27,7 @@ pub enum AttemptState {
 /// Looks at an attempt's directory. Disturbs nothing.
 ///
 /// # Errors
-/// Those of the file system; `InvalidData` when the result is damaged.
+/// Those of the file system. A result that is damaged counts as none.
 pub fn inspect(dir: &AttemptDir) -> io::Result<AttemptState> {
     // Order matters. A runner locks, notes its pid, writes its result, and unlocks by dying; so who noted its pid before
     // the look at the lock and holds none has written what it ever will before the look at the result.
@@ -38,8 +38,12 @@ pub fn inspect(dir: &AttemptDir) -> io::Result<AttemptState> {
     };
     let taken = notes.as_ref().map_or(Ok(false), |notes| notes.metadata().map(|data| data.len() > 0))?;
     let holder = notes.as_ref().map_or(Ok(None), locks::holder)?;
-    if let Some(outcome) = Outcome::read(dir)? {
-        return Ok(AttemptState::Ended(outcome));
+    match Outcome::read(dir) {
+        Ok(Some(outcome)) => return Ok(AttemptState::Ended(outcome)),
+        Ok(None) => {}
+        // A power cut leaves such ones. It tells as little as none, and must not keep anybody from clearing up.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
+        Err(error) => return Err(error),
     }
     if let Some(pid) = holder {
         return Ok(AttemptState::Running { pid });

@@ -41,13 +41,14 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
     if let AttemptState::Running { pid } = inspect(dir)? {
         return Err(io::Error::new(io::ErrorKind::WouldBlock, format!("runner {pid} lives")));
     }
-    let order = Order::read(dir)?;
     let notes = PidFile::read(dir)?;
     if let Some(notes) = &notes
         && notes.boot_id != boot_id()?
     {
+        // Before the order is looked at: what ended the boot may have damaged it.
         return Ok(Sweep::Proven { killed: 0 });
     }
+    let order = Order::read(dir)?;
     let cgroup = order.cgroup.as_deref().and_then(Cgroup::existing);
     let deadline = Instant::now() + patience;
     let mut killed = 0;

@@ -152,3 +152,18 @@ fn before_the_start_there_is_nothing() {
     assert_eq!(inspect(&attempt.dir).unwrap(), AttemptState::NotStarted);
     assert_eq!(sweep(&attempt.dir, PATIENCE).unwrap(), Sweep::Unproven { killed: 0 });
 }
+
+#[test]
+fn what_a_power_cut_damaged_is_cleared_up_all_the_same() {
+    let mut attempt = Attempt::new("exec sleep 1000").start();
+    attempt.connect();
+    attempt.kill_runner();
+    let notes = std::fs::read_to_string(attempt.dir.pid()).unwrap();
+    let boot = helix_runner::pids::boot_id().unwrap();
+    std::fs::write(attempt.dir.pid(), notes.replace(&boot, "an-earlier-boot")).unwrap();
+    // Names that were made, and bytes that never reached the disk.
+    std::fs::write(attempt.dir.result(), "").unwrap();
+    std::fs::write(attempt.dir.order(), "").unwrap();
+    assert_eq!(inspect(&attempt.dir).unwrap(), AttemptState::RunnerDied);
+    assert_eq!(sweep(&attempt.dir, PATIENCE).unwrap(), Sweep::Proven { killed: 0 });
+}
