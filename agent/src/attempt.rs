@@ -167,6 +167,8 @@ impl Attempt {
         let ending = match self.process(&assignment).await {
             Ok(ending) => ending,
             Err(error) => {
+                // What cannot be followed may run on: it is not reported as ended before it has.
+                self.kill_until_dead().await;
                 let reason = crate::source::reason_of(&error);
                 Ending::NotRun(Verdict::Failed { reason, message: format!("the agent cannot run it: {error}") })
             }
@@ -284,15 +286,7 @@ impl Attempt {
 
     /// Kills what runs and removes all there is.
     async fn remove(&self) -> Death {
-        let death = loop {
-            match self.kill().await {
-                Ok(death) => break death,
-                Err(error) => {
-                    tracing::error!(attempt = %self.key, %error, "an attempt cannot be killed; trying again");
-                    tokio::time::sleep(RETRY).await;
-                }
-            }
-        };
+        let death = self.kill_until_dead().await;
         self.remove_workdir().await;
         loop {
             let root: PathBuf = self.dir.root().to_owned();
@@ -300,6 +294,19 @@ impl Attempt {
                 Ok(()) => return death,
                 Err(error) => {
                     tracing::error!(attempt = %self.key, %error, "an attempt's directory cannot be removed; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Sees to it that no process of the attempt is left, whatever it takes.
+    async fn kill_until_dead(&self) -> Death {
+        loop {
+            match self.kill().await {
+                Ok(death) => return death,
+                Err(error) => {
+                    tracing::error!(attempt = %self.key, %error, "an attempt cannot be killed; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
             }
