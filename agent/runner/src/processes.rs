@@ -19,6 +19,8 @@ pub struct Process {
     pub session: u32,
     /// Whether it is dead and only waits for its parent to look.
     pub zombie: bool,
+    /// Whether it stands still, because of a signal or of a tracer.
+    pub stopped: bool,
 }
 
 impl Process {
@@ -35,7 +37,7 @@ impl Process {
         let session = fields.nth(1)?.parse().ok()?;
         let start_ticks = fields.nth(15)?.parse().ok()?;
         let id = ProcessId { pid, start_ticks };
-        Some(Self { id, parent, session, zombie: matches!(state, "Z" | "X") })
+        Some(Self { id, parent, session, zombie: matches!(state, "Z" | "X"), stopped: matches!(state, "T" | "t") })
     }
 
     /// All processes that can be seen, in no order. Not one moment's picture: processes come and go meanwhile.

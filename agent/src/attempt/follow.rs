@@ -8,9 +8,13 @@ use std::time::Duration;
 use helix_agent_core::{Death, StopCause};
 use helix_model::Reason;
 use helix_runner::control::{self, Event, Frames, Request};
+use helix_runner::pids::{PidFile, boot_id};
+use helix_runner::processes::Process;
 use helix_runner::{AttemptDir, AttemptState};
+use rustix::process::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
+use tokio::time::Instant;
 
 use super::prepare::GRACE_MS;
 use super::{Attempt, Ending, RETRY};
@@ -18,6 +22,12 @@ use crate::blocking::blocking;
 
 /// How long a runner may take to listen before it is started once more.
 const LISTEN_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long after a stop a runner may need beyond the grace of its processes before it is looked at.
+const STOP_MARGIN: Duration = Duration::from_secs(3);
+
+/// Looks at a runner that is found frozen: woken each time, and killed at the last.
+const FROZEN_MAX: u32 = 5;
 
 /// Times that a runner is started for one order.
 const STARTS_MAX: u32 = 3;
@@ -62,6 +72,7 @@ impl Attempt {
         let mut frames = Frames::default();
         let mut buffer = [0; 1024];
         let mut stopping = false;
+        let (mut frozen, mut look_at) = (0, None);
         loop {
             tokio::select! {
                 read = stream.read(&mut buffer) => {
@@ -78,7 +89,12 @@ impl Attempt {
                 }
                 cause = self.stop_wished(), if !stopping => {
                     stopping = true;
+                    look_at = Some(Instant::now() + Duration::from_millis(GRACE_MS) + STOP_MARGIN);
                     stream.write_all(&stop_request(cause).encode()).await?;
+                }
+                () = until(look_at) => {
+                    look_at = Some(Instant::now() + RETRY);
+                    frozen = thaw(&self.dir, frozen).await?;
                 }
             }
         }
@@ -119,6 +135,36 @@ fn connect(dir: &AttemptDir) -> io::Result<UnixStream> {
     UnixStream::from_std(stream)
 }
 
+/// Looks whether a runner that was told to stop is itself stopped, which a build under the same user can do to it, and then
+/// neither limits nor stops would ever be heeded. It is woken; where that does not last it is killed, and what it
+/// leaves is swept. Gives how often it was found so.
+async fn thaw(dir: &AttemptDir, frozen: u32) -> io::Result<u32> {
+    let dir = dir.clone();
+    blocking(move || {
+        let notes = PidFile::read(&dir)?;
+        let Some(runner) = notes.filter(|notes| boot_id().is_ok_and(|boot| boot == notes.boot_id)) else {
+            return Ok(frozen);
+        };
+        let runner = runner.runner;
+        if Process::read(runner.pid).is_none_or(|process| process.id != runner || !process.stopped) {
+            return Ok(frozen);
+        }
+        let signal = if frozen < FROZEN_MAX { Signal::CONT } else { Signal::KILL };
+        tracing::warn!(attempt = %dir, pid = runner.pid, ?signal, "a runner that has to stop its build is itself stopped");
+        helix_runner::processes::signal(runner, signal)?;
+        Ok(frozen + 1)
+    })
+    .await
+}
+
+/// A moment that may never come.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Stops a runner and waits until it closes the connection; [`helix_runner::inspect`] then tells.
 pub(super) async fn stop_and_wait(dir: &AttemptDir, reason: Reason, grace_ms: u64) -> io::Result<()> {
     let mut stream = match connect(dir) {
@@ -131,6 +177,14 @@ pub(super) async fn stop_and_wait(dir: &AttemptDir, reason: Reason, grace_ms: u6
     };
     stream.write_all(&Request::Stop { reason, grace_ms }.encode()).await?;
     let mut buffer = [0; 1024];
-    while stream.read(&mut buffer).await? > 0 {}
-    Ok(())
+    let (mut frozen, mut look_at) = (0, Instant::now() + Duration::from_millis(grace_ms) + STOP_MARGIN);
+    loop {
+        tokio::select! {
+            read = stream.read(&mut buffer) => if read? == 0 { return Ok(()) },
+            () = until(Some(look_at)) => {
+                look_at = Instant::now() + RETRY;
+                frozen = thaw(dir, frozen).await?;
+            }
+        }
+    }
 }

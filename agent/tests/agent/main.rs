@@ -135,6 +135,21 @@ async fn a_stop_reaches_a_daemon_and_proves_its_death() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_freezes_its_runner_is_stopped_all_the_same() {
+    let world = World::new().await;
+    let pids = world.dir().join("pids");
+    // Again and again: waking the runner once is not enough.
+    let script = format!("echo $$ > {}; trap '' TERM; while :; do kill -STOP $PPID; done; sleep 1000", pids.display());
+    let id = world.cluster.assign("frozen", &line(&script)).await;
+    eventually("it runs", || std::fs::read_to_string(&pids).is_ok_and(|text| text.ends_with('\n'))).await;
+    world.cluster.say(Message::Stop(Stop { id: Some(id.clone()), reason: "cancelled".to_owned() })).await;
+    let pid = std::fs::read_to_string(&pids).unwrap();
+    let dead = || !Path::new("/proc").join(pid.trim()).exists();
+    eventually("the command is dead", dead).await;
+    world.forget(&id).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_killed_agent_comes_back_to_the_same_attempt_with_every_line_once() {
     let mut world = World::new().await;
     let gate = world.dir().join("gate");
