@@ -122,7 +122,8 @@ fn open_registry(
             let applied = index(meta.last_log_id.as_ref());
             tracing::warn!(applied, purged = index(purged), "the store is behind the log's beginning: rebuilding it");
         }
-        Err(error) if is_newer(&error) => return Err(at(path)(error)),
+        // A full disk or a missing right is no damage: what is there stays as it is.
+        Err(error) if is_newer(&error) || error.raw_os_error().is_some() => return Err(at(path)(error)),
         Err(error) => tracing::warn!(%error, "the store cannot be used: rebuilding it"),
     }
     set_aside(path).map_err(at(path))?;

@@ -372,6 +372,26 @@ async fn no_step_of_a_walk_passes_over_rows_whose_names_begin_alike() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_the_system_does_not_open_is_left_alone() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    cluster.start_all().await;
+    cluster.submit(node, &submit("a")).await;
+    cluster.stop_all().await;
+    let registry = cluster.path(node).join("registry");
+    std::fs::rename(registry.join("db"), registry.join("kept")).unwrap();
+    std::fs::create_dir(registry.join("db")).unwrap();
+    let dir = NodeDir::open(&cluster.path(node)).unwrap();
+    assert!(crate::raft::open_for_test(&dir).is_err());
+    drop(dir);
+    std::fs::remove_dir(registry.join("db")).unwrap();
+    std::fs::rename(registry.join("kept"), registry.join("db")).unwrap();
+    cluster.start_all().await;
+    assert!(cluster.has(node, "a").await);
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_its_log_does_not_start() {
     let mut cluster = Cluster::new(1).await;
     cluster.start_all().await;
