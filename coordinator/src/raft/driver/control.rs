@@ -244,11 +244,15 @@ impl Keeper {
     async fn run(self) {
         let mut stuck = None;
         let mut mark = self.shared.counters.log_appended_bytes.get();
+        // What former lives of this node appended since their last snapshot, or one that is often restarted would
+        // never write any. Up to the threshold is kept behind a snapshot anyway.
+        let mut before = self.shared.counters.log_bytes.get().saturating_sub(self.threshold);
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             let appended = self.shared.counters.log_appended_bytes.get();
-            if appended.saturating_sub(mark) >= self.threshold {
+            if appended.saturating_sub(mark).saturating_add(before) >= self.threshold {
                 mark = appended;
+                before = 0;
                 if let Err(error) = self.raft.trigger().snapshot().await {
                     tracing::debug!(%error, "no snapshot");
                     return;

@@ -392,6 +392,27 @@ async fn a_store_that_the_system_does_not_open_is_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_often_restarted_writes_snapshots_too() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    cluster.snapshot_log_bytes = 100_000;
+    for round in 0..4 {
+        cluster.start_all().await;
+        // Each life appends less than what makes a snapshot due.
+        for part in 0..3 {
+            cluster.submit(node, &submit_with(&format!("r{round}-{part}"), &"x".repeat(20_000))).await;
+        }
+        if round < 3 {
+            cluster.stop_all().await;
+        }
+    }
+    let watched = cluster.registry(node).clone();
+    until("a snapshot is written", || watched.counters().snapshots.get() > 0).await;
+    drop(watched);
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_its_log_does_not_start() {
     let mut cluster = Cluster::new(1).await;
     cluster.start_all().await;
