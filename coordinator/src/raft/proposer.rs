@@ -28,6 +28,8 @@ const ENTRY_COMMANDS: usize = 4_096;
 const LEADER_WAIT: Duration = Duration::from_secs(3);
 /// How long a proposal that was taken waits for its outcome.
 const OUTCOME_WAIT: Duration = Duration::from_secs(10);
+/// How long a leader that another has followed may still take to answer.
+const SUPERSEDED_WAIT: Duration = Duration::from_millis(250);
 /// Between attempts at a leader that does not lead any more.
 const RETRY_WAIT: Duration = Duration::from_millis(20);
 
@@ -170,7 +172,12 @@ impl Proposer {
         self.shared.counters.forwarded.add(commands.len() as u64);
         let caller = Some(self.peers.caller(leader));
         let call = service.propose(peer::ProposeRequest { caller, format: COMMAND_FORMAT, commands });
-        match tokio::time::timeout(OUTCOME_WAIT, call).await {
+        let answered = tokio::select! {
+            answered = tokio::time::timeout(OUTCOME_WAIT, call) => answered,
+            // One that hangs answers nothing, and everything that came meanwhile would wait behind it.
+            () = self.superseded(leader) => return Attempt::Failed(ProposeError::OutcomeUnknown),
+        };
+        match answered {
             Ok(Ok(answer)) => {
                 let replies =
                     answer.into_inner().replies.into_iter().map(reply_from_wire).collect::<Result<Vec<_>, _>>();
@@ -183,6 +190,17 @@ impl Proposer {
             }
             Err(_) => Attempt::Failed(ProposeError::OutcomeUnknown),
         }
+    }
+}
+
+impl Proposer {
+    /// Returns a moment after another node was seen to lead.
+    async fn superseded(&self, leader: NodeId) {
+        let mut leadership = self.leadership.clone();
+        if leadership.wait_for(|now| now.leader.is_some_and(|other| other != leader)).await.is_err() {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(SUPERSEDED_WAIT).await;
     }
 }
 
