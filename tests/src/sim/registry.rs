@@ -164,7 +164,7 @@ impl Registry {
         node.state.finish_entry(&mut out);
         node.applied += 1;
         store(&mut node.rows, &out.rows);
-        let checked = if first || node.applied % 16 == 0 { invariants::check(&node.state) } else { Ok(()) };
+        let checked = if first || node.applied.is_multiple_of(16) { invariants::check(&node.state) } else { Ok(()) };
         Some(checked.map(|()| (replies, out)))
     }
 
