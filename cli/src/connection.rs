@@ -8,6 +8,7 @@ use helix_common::channel::Traffic;
 use helix_common::endpoints::{CallError, Endpoints, Verdict};
 use helix_common::tls::{TlsFiles, TlsStore};
 use helix_model::limits::MESSAGE_BYTES_MAX;
+use helix_model::parse::duration_text;
 use helix_proto::v1;
 use helix_proto::v1::blob_service_client::BlobServiceClient;
 use helix_proto::v1::build_service_client::BuildServiceClient;
@@ -104,7 +105,11 @@ impl Connection {
         let endpoints = self.endpoints.with_attempt_timeout(times.attempt);
         endpoints.call(times.patience, f).await.map_err(|error| match &error {
             CallError::Answered(status) => Failure::from_status(status),
-            CallError::NoAnswer { .. } => Failure::unreachable(error.to_string()),
+            CallError::NoAnswer { last, .. } => {
+                let patience = duration_text(u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX));
+                let asked = self.endpoints.list().join(", ");
+                Failure::unreachable(format!("no answer within {patience} from {asked}: {}", last.message()))
+            }
         })
     }
 
@@ -158,7 +163,12 @@ impl Connection {
 
     /// The build that an id, a unique prefix or `last` stands for.
     pub(crate) async fn resolve(&self, text: &str) -> Result<String, Failure> {
-        let request = v1::ResolveBuildRequest { text: text.to_owned() };
+        self.resolve_as(text, false).await
+    }
+
+    /// [`Self::resolve`], from what the coordinator at hand knows if `stale`.
+    pub(crate) async fn resolve_as(&self, text: &str, stale: bool) -> Result<String, Failure> {
+        let request = v1::ResolveBuildRequest { text: text.to_owned(), stale };
         let call = |channel| {
             let request = request.clone();
             async move { builds(channel).resolve_build(request).await }

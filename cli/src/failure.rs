@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 use crate::exit;
 
 /// A verb did not do what was asked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Failure {
     /// The stable word, if there is one.
     pub(crate) word: Option<String>,

@@ -10,6 +10,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use jiff::Timestamp;
 use serde_json::Value;
 
+use crate::exit::Code;
 use crate::failure::Failure;
 
 /// How data is printed.
@@ -127,8 +128,19 @@ impl Output {
         }
     }
 
+    /// Says what went wrong with one of several things asked for; the others go on. The first failure's code counts.
+    pub(crate) fn one_of_several(&self, which: &str, failure: &Failure, so_far: Code) -> Code {
+        self.complain(&Failure { message: format!("{which}: {}", failure.message), ..failure.clone() });
+        if so_far == Code::SUCCESS { failure.code } else { so_far }
+    }
+
     /// Says what went wrong and turns it into the exit code.
     pub(crate) fn failed(&self, failure: &Failure) -> ExitCode {
+        self.complain(failure);
+        failure.code.into()
+    }
+
+    fn complain(&self, failure: &Failure) {
         if let (Format::Json | Format::Jsonl, word) = (self.format, &failure.word) {
             let word = word.as_deref().unwrap_or("error");
             eprintln!("{}", serde_json::json!({ "error": word, "message": failure.message }));
@@ -138,7 +150,6 @@ impl Output {
                 None => eprintln!("helix: {}", failure.message),
             }
         }
-        failure.code.into()
     }
 }
 

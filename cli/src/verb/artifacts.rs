@@ -117,26 +117,74 @@ async fn fetch(
             .ok_or_else(|| Failure::plain("name a path with -O"))?,
     };
     let digest = Digest::parse(&artifact.digest)?;
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") && path != Path::new("-") => parent,
-        _ => Path::new("."),
-    };
-    let in_directory = if path == Path::new("-") { std::env::temp_dir() } else { directory.to_owned() };
     let cannot = |error: std::io::Error| Failure::plain(format!("cannot write {}: {error}", path.display()));
+    let target = Target::of(&path).map_err(cannot)?;
+    let in_directory = match &target {
+        Target::File(path) => {
+            path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")).to_owned()
+        }
+        Target::Stream(_) => std::env::temp_dir(),
+    };
     let mut file = tempfile::NamedTempFile::new_in(in_directory).map_err(cannot)?;
     download(connection, digest, artifact.size, &mut file).await?;
-    if path == Path::new("-") {
-        let mut reader = std::fs::File::open(file.path()).map_err(cannot)?;
-        std::io::copy(&mut reader, &mut std::io::stdout().lock()).map_err(cannot)?;
-    } else {
-        file.as_file().sync_all().map_err(cannot)?;
-        file.persist(&path).map_err(|error| cannot(error.error))?;
+    match target {
+        // Nobody may have seen a byte before the digest was right.
+        Target::Stream(mut stream) => {
+            let mut reader = std::fs::File::open(file.path()).map_err(cannot)?;
+            match std::io::copy(&mut reader, &mut stream).and_then(|_| stream.flush()) {
+                // A reader who has enough ends it, as with a log.
+                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+                other => other.map_err(cannot)?,
+            }
+        }
+        Target::File(path) => {
+            file.as_file().set_permissions(permissions(&path)).map_err(cannot)?;
+            file.as_file().sync_all().map_err(cannot)?;
+            file.persist(&path).map_err(|error| cannot(error.error))?;
+        }
+    }
+    if path != Path::new("-") {
         output.item(
             &Item { name: path.display().to_string(), cells: Vec::new(), json: status::artifact_json(artifact) },
             &format!("{} sha256:{digest}", path.display()),
         );
     }
     Ok(())
+}
+
+/// Where an artifact goes: a file that is replaced whole, or something that only takes a stream.
+enum Target {
+    File(PathBuf),
+    Stream(Box<dyn Write>),
+}
+
+impl Target {
+    /// What a path means: what it leads to is kept, if that is a device or a pipe.
+    fn of(path: &Path) -> std::io::Result<Self> {
+        if path == Path::new("-") {
+            return Ok(Self::Stream(Box::new(std::io::stdout())));
+        }
+        match std::fs::metadata(path) {
+            Ok(there) if there.is_file() => path.canonicalize().map(Self::File),
+            Ok(there) if there.is_dir() => Err(std::io::ErrorKind::IsADirectory.into()),
+            Ok(_) => Ok(Self::Stream(Box::new(std::fs::OpenOptions::new().write(true).open(path)?))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::File(path.to_owned())),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The mode of the file that is replaced; of a new one, what the user's mask leaves of it.
+fn permissions(path: &Path) -> std::fs::Permissions {
+    let mode = std::fs::metadata(path).map_or_else(
+        |_| {
+            let mask = rustix::process::umask(rustix::fs::Mode::empty());
+            rustix::process::umask(mask);
+            0o666 & !mask.bits()
+        },
+        |there| std::os::unix::fs::MetadataExt::mode(&there) & 0o777,
+    );
+    std::os::unix::fs::PermissionsExt::from_mode(mode)
 }
 
 /// Streams a blob into a file, resuming by offset, and checks its sha256.

@@ -7,8 +7,10 @@ use std::io::BufRead;
 use std::path::Path;
 
 use futures::StreamExt;
-use helix_model::parse;
+use helix_model::limits::SPEC_BYTES_MAX;
+use helix_model::{ErrorCode, parse};
 use helix_proto::v1::{self, spec_details};
+use prost::Message;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -29,7 +31,7 @@ const IN_FLIGHT_MAX: usize = 4096;
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 struct Line {
-    id: String,
+    id: Option<String>,
     repo: String,
     r#ref: String,
     executor: String,
@@ -81,6 +83,10 @@ fn duration(field: &'static str, text: Option<String>) -> Result<u64, Failure> {
 }
 
 fn request_of(text: &str) -> Result<v1::SubmitBuildRequest, Failure> {
+    // A JSON array would be read as the fields in order.
+    if !text.trim_start().starts_with('{') {
+        return Err(Failure::usage("a line is one JSON object"));
+    }
     let line: Line = serde_json::from_str(text).map_err(|error| Failure::usage(error.to_string()))?;
     let command = match (line.command, line.argv) {
         (Some(_), Some(_)) => return Err(Failure::usage("command and argv are both given")),
@@ -117,14 +123,20 @@ fn request_of(text: &str) -> Result<v1::SubmitBuildRequest, Failure> {
         keep_workdir_ms: duration("keep_workdir", line.keep_workdir)?,
         command,
     };
-    Ok(v1::SubmitBuildRequest {
+    let request = v1::SubmitBuildRequest {
         repo_url: line.repo,
         r#ref: line.r#ref,
         dockerfile_path: line.file,
         build_args: line.build_arg,
-        build_id: if line.id.is_empty() { new_build_id() } else { line.id },
+        build_id: line.id.unwrap_or_else(new_build_id),
         details: Some(details),
-    })
+    };
+    // One that is too large for a message would break the stream for all the others.
+    if request.encoded_len() > 2 * SPEC_BYTES_MAX {
+        let message = format!("{} bytes; a spec has at most {SPEC_BYTES_MAX}", request.encoded_len());
+        return Err(Failure { word: Some(ErrorCode::SpecTooLarge.as_str().to_owned()), ..Failure::plain(message) });
+    }
+    Ok(request)
 }
 
 /// A line's fate: refused here, or sent and to be answered.
@@ -168,12 +180,18 @@ fn read_lines(path: &Path, lines: &mpsc::Sender<Entry>) -> Result<(), Failure> {
     } else {
         Box::new(std::io::BufReader::new(std::fs::File::open(path).map_err(broken)?))
     };
-    for line in input.lines() {
+    for (number, line) in (1u64..).zip(input.lines()) {
         let line = line.map_err(broken)?;
         if line.trim().is_empty() {
             continue;
         }
-        let entry = request_of(&line).map_or_else(Entry::Refused, |request| Entry::Sent(Box::new(request)));
+        let entry = match request_of(&line) {
+            Ok(request) => Entry::Sent(Box::new(request)),
+            Err(failure) => {
+                let message = format!("line {number}: {}", failure.message);
+                Entry::Refused(Failure { message, ..failure })
+            }
+        };
         if lines.blocking_send(entry).is_err() {
             break;
         }
@@ -309,7 +327,9 @@ mod tests {
         assert!(request_of(r#"{"comand":"true"}"#).unwrap_err().message.contains("comand"));
         assert!(request_of(r#"{"command":"a","argv":["b"]}"#).unwrap_err().message.contains("both"));
         assert!(request_of(r#"{"timeout":"5"}"#).unwrap_err().message.contains("timeout"));
-        assert!(request_of("nonsense").is_err());
+        assert!(request_of("nonsense").is_err() && request_of("[]").is_err());
+        let huge = format!(r#"{{"command":"{}"}}"#, "x".repeat(200_000));
+        assert_eq!(request_of(&huge).unwrap_err().word.as_deref(), Some("spec_too_large"));
         assert!(!request_of(r#"{"argv":["b"]}"#).unwrap().build_id.is_empty());
     }
 }

@@ -31,10 +31,17 @@ pub(crate) async fn run(
 ) -> Result<Code, Failure> {
     let connection = Connection::open(context)?;
     let mut ids = Vec::new();
+    let mut code = Code::SUCCESS;
     for build in &arguments.builds {
-        let id = connection.resolve(build).await?;
-        request(&connection, &id, &arguments.reason).await?;
-        ids.push(id);
+        let asked = async {
+            let id = connection.resolve(build).await?;
+            request(&connection, &id, &arguments.reason).await?;
+            Ok(id)
+        };
+        match asked.await {
+            Ok(id) => ids.push(id),
+            Err(failure) => code = output.one_of_several(build, &failure, code),
+        }
     }
     let mut items = Vec::new();
     for id in ids {
@@ -52,9 +59,10 @@ pub(crate) async fn run(
     match (output.format, items.as_slice()) {
         (Format::Table, _) => {}
         (_, [one]) => output.item(one, ""),
+        (_, []) => {}
         _ => output.items(&[], &items),
     }
-    Ok(Code::SUCCESS)
+    Ok(code)
 }
 
 /// Commits the wish that a build end.

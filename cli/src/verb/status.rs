@@ -31,9 +31,19 @@ pub(crate) async fn run(
     let connection = Connection::open(context)?;
     let mut items = Vec::new();
     let mut text = String::new();
+    let mut code = Code::SUCCESS;
     for build in &arguments.builds {
-        let id = connection.resolve(build).await?;
-        let status = connection.status(&id, arguments.stale).await?;
+        let asked = async {
+            let id = connection.resolve_as(build, arguments.stale).await?;
+            connection.status(&id, arguments.stale).await
+        };
+        let status = match asked.await {
+            Ok(status) => status,
+            Err(failure) => {
+                code = output.one_of_several(build, &failure, code);
+                continue;
+            }
+        };
         if !text.is_empty() {
             text.push('\n');
         }
@@ -41,17 +51,20 @@ pub(crate) async fn run(
         items.push(item(&status));
     }
     match (output.format, items.as_slice()) {
+        (_, []) => {}
         (Format::Table, _) => output.line(text.trim_end()),
         (_, [one]) => output.item(one, ""),
         _ => output.items(&[], &items),
     }
-    Ok(Code::SUCCESS)
+    Ok(code)
 }
 
 /// A build in every format; its cells are those of [`crate::verb::list::HEADER`].
 pub(crate) fn item(status: &v1::BuildStatus) -> Item {
-    let source =
-        if status.repo_url.is_empty() { String::new() } else { format!("{}@{}", status.repo_url, status.r#ref) };
+    let source = match (status.repo_url.as_str(), status.r#ref.as_str()) {
+        (url, "") => url.to_owned(),
+        (url, git_ref) => format!("{url}@{git_ref}"),
+    };
     Item {
         name: status.build_id.clone(),
         cells: vec![

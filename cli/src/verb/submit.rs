@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use helix_model::{BuildSpec, Command, Executor, OnWorkerLoss, Outputs, Platform, Resources};
+use helix_model::{BuildId, BuildSpec, Command, Executor, OnWorkerLoss, Outputs, Platform, Resources};
 use helix_proto::{convert, v1};
 use serde_json::json;
 
@@ -16,6 +16,38 @@ use crate::failure::Failure;
 use crate::output::{Format, Item, Output};
 use crate::upload;
 use crate::verb::{batch, logs, status, wait};
+
+/// What a batch's lines say themselves.
+const BATCH_HAS_ITS_OWN: [&str; 28] = [
+    "repo",
+    "git_ref",
+    "source",
+    "executor",
+    "dockerfile",
+    "target",
+    "build_arg",
+    "platform",
+    "output",
+    "no_output",
+    "env",
+    "label",
+    "require",
+    "secret",
+    "timeout",
+    "silence_timeout",
+    "priority",
+    "cpu",
+    "memory",
+    "disk",
+    "park",
+    "retries",
+    "on_worker_loss",
+    "push",
+    "keep_workdir",
+    "id",
+    "follow",
+    "command",
+];
 
 /// `helix submit`.
 #[derive(Args)]
@@ -99,7 +131,7 @@ pub(crate) struct SubmitArguments {
     #[arg(long, value_name = "DUR", value_parser = duration)]
     keep_workdir: Option<Duration>,
     /// Id of the build, chosen by you: the same submit twice is one build
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = build_id)]
     id: Option<String>,
     /// Wait for the end; exit with the build's code
     #[arg(long)]
@@ -108,7 +140,7 @@ pub(crate) struct SubmitArguments {
     #[arg(long)]
     follow: bool,
     /// Submit many: one JSON spec a line, from a file or - for standard input
-    #[arg(long, value_name = "FILE|-", exclusive = false, conflicts_with_all = ["repo", "source", "id", "follow", "command"])]
+    #[arg(long, value_name = "FILE|-", conflicts_with_all = BATCH_HAS_ITS_OWN)]
     batch: Option<PathBuf>,
     /// What to run
     #[arg(last = true, value_name = "COMMAND")]
@@ -127,6 +159,10 @@ enum WorkerLoss {
 pub(crate) fn key_value(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not K=V"))?;
     if key.is_empty() { Err(format!("{text:?} has no key")) } else { Ok((key.to_owned(), value.to_owned())) }
+}
+
+fn build_id(text: &str) -> Result<String, String> {
+    BuildId::new(text).map(|id| id.as_str().to_owned()).map_err(|e| e.why)
 }
 
 fn platform(text: &str) -> Result<Platform, String> {

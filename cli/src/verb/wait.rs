@@ -21,10 +21,13 @@ pub(crate) struct WaitArguments {
 pub(crate) async fn run(arguments: WaitArguments, context: &ContextOptions, output: &Output) -> Result<Code, Failure> {
     let connection = Connection::open(context)?;
     let mut ids = Vec::new();
-    for build in &arguments.builds {
-        ids.push(connection.resolve(build).await?);
-    }
     let mut worst = Code::SUCCESS;
+    for build in &arguments.builds {
+        match connection.resolve(build).await {
+            Ok(id) => ids.push(id),
+            Err(failure) => worst = output.one_of_several(build, &failure, worst),
+        }
+    }
     let mut items = Vec::new();
     for id in ids {
         let ended = until_ended(&connection, &id).await?;
@@ -38,7 +41,7 @@ pub(crate) async fn run(arguments: WaitArguments, context: &ContextOptions, outp
         }
     }
     match (output.format, items.as_slice()) {
-        (Format::Table, _) => {}
+        (Format::Table, _) | (_, []) => {}
         (_, [one]) => output.item(one, ""),
         _ => output.items(&[], &items),
     }

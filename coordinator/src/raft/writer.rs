@@ -503,8 +503,9 @@ impl Run {
     }
 
     fn install(&mut self, file: &std::path::Path, reply: oneshot::Sender<io::Result<SnapshotMeta>>) -> io::Result<()> {
-        // What waits is older than the snapshot, and was written before this request was looked at.
-        self.walk = None;
+        // What waits is older than the snapshot, and was written before this request was looked at. So is what a walk
+        // under way would write: whoever waits for it is given the newer one, since an error would stop consensus.
+        let waiting = self.walk.take().map(|walk| walk.replies).unwrap_or_default();
         let name = snapshot::verify(file).and_then(|meta| {
             let path = self.inner.snapshots.join(snapshot::name_of(&meta));
             self.take_file(file, &path)?;
@@ -514,12 +515,14 @@ impl Run {
             Ok((meta, path)) => {
                 self.meta = meta.clone();
                 self.inner.counters.snapshots_installed.add(1);
-                self.keep(meta.clone(), path)?;
+                self.keep(meta.clone(), path.clone())?;
+                tell(waiting, &Ok((meta.clone(), path)));
                 drop(reply.send(Ok(meta)));
                 Ok(())
             }
             Err(error) => {
                 let again = io::Error::new(error.kind(), error.to_string());
+                tell(waiting, &Err(io::Error::new(error.kind(), error.to_string())));
                 drop(reply.send(Err(error)));
                 Err(again)
             }

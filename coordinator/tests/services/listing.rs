@@ -18,7 +18,7 @@ async fn list(client: &mut Caller, request: v1::ListBuildsRequest) -> Vec<String
 }
 
 async fn resolve(client: &mut Caller, text: &str) -> Result<String, tonic::Status> {
-    let request = v1::ResolveBuildRequest { text: text.to_owned() };
+    let request = v1::ResolveBuildRequest { text: text.to_owned(), stale: false };
     client.builds.resolve_build(request).await.map(|found| found.into_inner().build_id)
 }
 
@@ -69,7 +69,7 @@ async fn a_prefix_an_exact_id_and_last_stand_for_a_build() {
     assert_eq!((refused.code(), error_code(&refused)), (Code::NotFound, Some(ErrorCode::BuildUnknown)));
     for bad in ["", "A", "a/b"] {
         let refused = resolve(&mut bob, bad).await.unwrap_err();
-        assert_eq!(metadata(&refused, "field").as_deref(), Some("text"), "{bad}");
+        assert_eq!(metadata(&refused, "field").as_deref(), Some("build_id"), "{bad}");
     }
     assert_eq!(resolve(&mut alice, "last").await.unwrap(), "abx");
     assert_eq!(error_code(&resolve(&mut bob, "last").await.unwrap_err()), Some(ErrorCode::BuildUnknown));

@@ -57,7 +57,7 @@ impl BuildRpc {
         request: v1::ResolveBuildRequest,
     ) -> Result<v1::ResolveBuildResponse, Status> {
         let text = request.text;
-        self.services.freshen(Consistency::Linearizable).await?;
+        self.services.freshen(consistency(request.stale)).await?;
         let found = if text == LAST { self.newest_of(principal)? } else { self.by_prefix(&text)? };
         Ok(v1::ResolveBuildResponse { build_id: found.to_string() })
     }
@@ -70,7 +70,7 @@ impl BuildRpc {
 
     fn by_prefix(&self, text: &str) -> Result<BuildId, Status> {
         // Whatever begins an id is an id itself, but for the reserved word.
-        let exact = BuildId::new(text).map_err(|wrong| invalid(&InvalidField::new("text", wrong.why)))?;
+        let exact = BuildId::new(text).map_err(|wrong| invalid(&InvalidField::new("build_id", wrong.why)))?;
         let found = self.services.registry.with_state(|state| match state.build(&exact) {
             Some(Known::Open(_) | Known::Finished(_) | Known::Purged(_)) => vec![exact.clone()],
             None => state.builds_with_prefix(text, CANDIDATES_SHOWN + 1),
