@@ -3,7 +3,7 @@
 //! Order that matters, and why: the assignment is on disk before anything happens (a new agent can go on); the report is
 //! on disk before the workdir goes (a new agent can repeat it); the workdir is gone before the report is said (nobody
 //! sees a terminal state and a workdir). Every await may be the last: a wish to remove drops the task's life
-//! wherever it is, and [`Attempt::remove`] then finds out from the disk what there is to kill.
+//! wherever it is, and `Attempt::remove` then finds out from the disk what there is to kill.
 
 pub mod environment;
 mod finish;

@@ -1,7 +1,7 @@
 //! The other coordinators: where they are, channels to them, and the check that each is who it was.
 //!
 //! A channel dials lazily and again by itself; its peer's certificate must name the expected node. Every consensus
-//! message also carries cluster, node and epoch, and [`Peers::admit`] refuses whoever was met under another epoch.
+//! message also carries cluster, node and epoch, and `Peers::admit` refuses whoever was met under another epoch.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
