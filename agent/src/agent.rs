@@ -246,8 +246,8 @@ impl Loop {
                 if let Some(key) = assigned {
                     let message = format!("the agent cannot read the assignment: {error}");
                     let verdict = Verdict::Failed { reason: Reason::Internal, message };
-                    let report = Report { verdict, exit_code: None, signal: None, artifacts: Vec::new(), log: None };
-                    self.send(wire::message_to_wire(&Message::Finished { key, report: Arc::new(report) }));
+                    let report = Arc::new(Report::bare(verdict));
+                    self.send(wire::message_to_wire(&Message::Finished { key, report }));
                 }
             }
         }

@@ -112,8 +112,8 @@ pub fn classify(dir: &AttemptDir) -> io::Result<Option<Found>> {
 /// How the part of an attempt that needs processes came to its end.
 #[derive(Debug)]
 enum Ending {
-    /// Before any command ran.
-    NotRun(Verdict),
+    /// Before any command ran, as far as is known.
+    NotRun(Verdict, Death),
     /// With the runner's result.
     Ran(Outcome),
     /// With a runner that died.
@@ -168,9 +168,9 @@ impl Attempt {
             Ok(ending) => ending,
             Err(error) => {
                 // What cannot be followed may run on: it is not reported as ended before it has.
-                self.kill_until_dead().await;
+                let death = self.kill_until_dead().await;
                 let reason = crate::source::reason_of(&error);
-                Ending::NotRun(Verdict::Failed { reason, message: format!("the agent cannot run it: {error}") })
+                Ending::NotRun(Verdict::Failed { reason, message: format!("the agent cannot run it: {error}") }, death)
             }
         };
         self.finish(&assignment, ending).await;
@@ -181,7 +181,7 @@ impl Attempt {
         if !self.dir.order().exists() {
             match self.prepare(assignment).await {
                 Ok(()) => {}
-                Err(verdict) => return Ok(Ending::NotRun(verdict)),
+                Err(verdict) => return Ok(Ending::NotRun(verdict, Death::Proven)),
             }
         } else {
             self.start_push();
@@ -219,8 +219,7 @@ impl Attempt {
         tracing::error!(attempt = %self.key, %error, "an attempt's directory cannot be used");
         let message = format!("the agent cannot use its spool: {error}");
         let verdict = Verdict::Failed { reason: crate::source::reason_of(error), message };
-        let report = Report { verdict, exit_code: None, signal: None, artifacts: Vec::new(), log: None };
-        self.say(Event::AttemptEnded(self.key.clone(), Box::new(report))).await;
+        self.say(Event::AttemptEnded(self.key.clone(), Box::new(Report::bare(verdict)))).await;
     }
 
     async fn say(&self, event: Event) {

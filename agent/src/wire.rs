@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use helix_agent_core::{Artifact, Assignment, Blob, Message, Order, Report, SealedLog, Verdict};
+use helix_agent_core::{Artifact, Assignment, Blob, Death, Message, Order, Report, SealedLog, Verdict};
 use helix_model::{AttemptKey, Digest, InvalidField, NodeId, Platform, Reason};
 use helix_proto::agent::{self, agent_message, coordinator_message};
 use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, spec_to_wire};
@@ -119,6 +119,7 @@ pub fn report_to_wire(key: &AttemptKey, report: &Report) -> agent::Finished {
         signal: report.signal,
         artifacts: report.artifacts.iter().map(artifact_to_wire).collect(),
         log: report.log.as_ref().map(log_to_wire),
+        unproven: report.death == Death::Unproven,
         ..agent::Finished::default()
     };
     match &report.verdict {
@@ -157,6 +158,7 @@ pub fn report_from_wire(wire: agent::Finished) -> Result<Report, InvalidField> {
         signal: wire.signal,
         artifacts: wire.artifacts.into_iter().map(artifact_from_wire).collect::<Result<_, _>>()?,
         log: wire.log.map(log_from_wire).transpose()?,
+        death: if wire.unproven { Death::Unproven } else { Death::Proven },
     })
 }
 
@@ -207,8 +209,11 @@ mod tests {
         ] {
             let log = Some(SealedLog { blob: blob(2), lines: 9 });
             let (exit_code, signal) = (Some(3), Some(9));
-            let report = Report { verdict, exit_code, signal, artifacts: artifacts.clone(), log };
-            assert_eq!(report_from_wire(report_to_wire(&key, &report)).unwrap(), report);
+            for death in [Death::Proven, Death::Unproven] {
+                let (verdict, log, artifacts) = (verdict.clone(), log.clone(), artifacts.clone());
+                let report = Report { verdict, exit_code, signal, artifacts, log, death };
+                assert_eq!(report_from_wire(report_to_wire(&key, &report)).unwrap(), report);
+            }
         }
         let assignment = Assignment {
             key,

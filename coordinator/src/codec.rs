@@ -70,7 +70,9 @@ impl From<CodecError> for std::io::Error {
 /// The bytes of a log entry's commands.
 #[must_use]
 pub fn encode_batch(at: LogTime, commands: Vec<store::Command>) -> Vec<u8> {
-    store::Batch { format: COMMAND_FORMAT, at_ms: at.0, commands }.encode_to_vec()
+    // The lowest that will do, so that what older nodes can read they do read.
+    let format = commands.iter().map(command::format_of).max().unwrap_or(1);
+    store::Batch { format, at_ms: at.0, commands }.encode_to_vec()
 }
 
 /// Reads a log entry's commands.

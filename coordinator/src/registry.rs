@@ -25,8 +25,8 @@ mod shared;
 pub use counters::{BOUNDS_US, Counters, Histogram, Number};
 pub use shared::{Applied, Shared};
 
-/// The highest command format this program understands.
-pub const COMMAND_FORMAT: u32 = 1;
+/// The highest command format this program understands. 2: reports may say that a death is unproven.
+pub const COMMAND_FORMAT: u32 = 2;
 
 /// Bytes of commands in one log entry: above this nothing more is added.
 pub(crate) const ENTRY_BYTES: usize = 256 << 10;

@@ -2,16 +2,19 @@
 //!
 //! Not here: how anything is done. A command says what is to be done, and an event later says what came of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use helix_model::{AttemptKey, Reason};
+use helix_model::{AttemptKey, Death, Reason};
 
 use crate::attempt::{Attempt, Found, Phase, StopCause};
-use crate::message::{Assignment, Message, Report, SealedLog};
+use crate::message::{Assignment, Message, Report, SealedLog, Verdict};
 
 /// What is owed is repeated after so long without an answer: the leader may have changed between saying and committing.
 pub const RESEND_MS: u64 = 5_000;
+
+/// Attempts that are remembered as removed without proof, at most. One needs a runner that was killed.
+const UNPROVEN_MAX: usize = 1_024;
 
 /// Which session speaks. Each connection gets the next number.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -73,15 +76,6 @@ pub enum Order {
     DetachAck,
 }
 
-/// How sure it is that no process of an attempt is left.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Death {
-    /// The kernel said so.
-    Proven,
-    /// None was found, after its runner had died.
-    Unproven,
-}
-
 /// How the process ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ExitKind {
@@ -129,6 +123,8 @@ pub enum Mode {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Agent {
     attempts: BTreeMap<AttemptKey, Attempt>,
+    /// Removed, and not proven dead: who asks is not told that they are.
+    unproven: BTreeSet<AttemptKey>,
     session: Option<SessionNumber>,
     mode: Mode,
     exited: bool,
@@ -136,7 +132,7 @@ pub struct Agent {
 
 impl Default for Agent {
     fn default() -> Self {
-        Self { attempts: BTreeMap::new(), session: None, mode: Mode::Working, exited: false }
+        Self { attempts: BTreeMap::new(), unproven: BTreeSet::new(), session: None, mode: Mode::Working, exited: false }
     }
 }
 
@@ -263,7 +259,7 @@ impl Agent {
 
     fn stop_asked(&mut self, now_ms: u64, key: AttemptKey, cause: StopCause, out: &mut Vec<Command>) {
         let Some(attempt) = self.attempts.get_mut(&key) else {
-            out.push(Command::Send(Message::ProvenDead { key }));
+            out.push(Command::Send(self.gone(key)));
             return;
         };
         match &mut attempt.phase {
@@ -345,10 +341,25 @@ impl Agent {
         let Some(attempt) = self.attempts.get(&key) else { return };
         if let Phase::Removing { owes_proof } = attempt.phase {
             self.attempts.remove(&key);
-            if owes_proof && death == Death::Proven && self.session.is_some() {
-                out.push(Command::Send(Message::ProvenDead { key }));
+            if death == Death::Unproven {
+                if self.unproven.len() >= UNPROVEN_MAX {
+                    self.unproven.pop_first();
+                }
+                self.unproven.insert(key.clone());
+            }
+            if owes_proof && self.session.is_some() {
+                out.push(Command::Send(self.gone(key)));
             }
         }
+    }
+
+    /// What is said of an attempt of which nothing is left to do.
+    fn gone(&self, key: AttemptKey) -> Message {
+        if self.unproven.contains(&key) {
+            let report = Report { death: Death::Unproven, ..Report::bare(Verdict::Stopped) };
+            return Message::Finished { key, report: Arc::new(report) };
+        }
+        Message::ProvenDead { key }
     }
 
     fn drain_asked(&mut self, out: &mut Vec<Command>) {

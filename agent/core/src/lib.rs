@@ -14,6 +14,7 @@ mod agent;
 mod attempt;
 mod message;
 
-pub use agent::{Agent, Command, Death, Event, ExitKind, Mode, Order, RESEND_MS, SessionNumber};
+pub use agent::{Agent, Command, Event, ExitKind, Mode, Order, RESEND_MS, SessionNumber};
 pub use attempt::{Attempt, Found, Phase, StopCause};
+pub use helix_model::Death;
 pub use message::{Artifact, Assignment, Blob, Message, Report, SealedLog, Verdict};

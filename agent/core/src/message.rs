@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use helix_model::{AttemptKey, BuildSpec, Digest, NodeId, Platform, Reason};
+use helix_model::{AttemptKey, BuildSpec, Death, Digest, NodeId, Platform, Reason};
 
 /// An attempt to run.
 #[derive(Clone, PartialEq, Debug)]
@@ -63,7 +63,7 @@ pub enum Verdict {
         /// One line for people.
         message: String,
     },
-    /// It was stopped because the registry asked, and is seen dead.
+    /// It was stopped because the registry asked.
     Stopped,
 }
 
@@ -80,6 +80,16 @@ pub struct Report {
     pub artifacts: Vec<Artifact>,
     /// Its log.
     pub log: Option<SealedLog>,
+    /// Whether its processes were seen dead; always so for a success.
+    pub death: Death,
+}
+
+impl Report {
+    /// The end of an attempt that made nothing, whose processes are dead.
+    #[must_use]
+    pub fn bare(verdict: Verdict) -> Self {
+        Self { verdict, exit_code: None, signal: None, artifacts: Vec::new(), log: None, death: Death::Proven }
+    }
 }
 
 /// What an agent says on its session.

@@ -40,7 +40,7 @@ impl Attempt {
             }
         }
         if report.log.is_none() {
-            self.log_line(last_words(&report.verdict)).await;
+            self.log_line(last_words(&report)).await;
         }
         self.progress.send_modify(|progress| progress.ended = true);
         self.write_report(&report).await;
@@ -52,19 +52,17 @@ impl Attempt {
     /// What follows from how the processes ended; whether the outputs are to be looked at.
     fn judge(&self, ending: Ending) -> (Report, bool) {
         let stop = self.wished.borrow().stop;
-        let bare = |verdict| Report { verdict, exit_code: None, signal: None, artifacts: Vec::new(), log: None };
         match ending {
-            Ending::NotRun(verdict) => (bare(verdict), false),
-            Ending::RunnerLost(Death::Proven) if matches!(stop, Some(StopCause::Registry(_))) => {
-                (bare(Verdict::Stopped), false)
-            }
+            Ending::NotRun(verdict, death) => (Report { death, ..Report::bare(verdict) }, false),
             Ending::RunnerLost(death) => {
-                let proof = match death {
-                    Death::Proven => "all its processes are dead",
-                    Death::Unproven => "no process of it was found",
+                let verdict = match stop {
+                    Some(StopCause::Registry(_)) => Verdict::Stopped,
+                    Some(StopCause::Drained) | None => {
+                        let message = format!("the runner died; {}", proof(death));
+                        Verdict::Failed { reason: Reason::Internal, message }
+                    }
                 };
-                let message = format!("the runner died; {proof}");
-                (bare(Verdict::Failed { reason: Reason::Internal, message }), false)
+                (Report { death, ..Report::bare(verdict) }, false)
             }
             Ending::Ran(outcome) => {
                 let (exit_code, signal) = codes(&outcome.end);
@@ -72,7 +70,7 @@ impl Attempt {
                 let ran_well = verdict.is_none();
                 // Replaced once the outputs are stored.
                 let verdict = verdict.unwrap_or(Verdict::Stopped);
-                (Report { exit_code, signal, ..bare(verdict) }, ran_well)
+                (Report { exit_code, signal, ..Report::bare(verdict) }, ran_well)
             }
         }
     }
@@ -247,11 +245,19 @@ fn verdict(outcome: &Outcome, stop: Option<StopCause>) -> Option<Verdict> {
     }
 }
 
+/// What is known of the processes of an attempt whose runner died.
+fn proof(death: Death) -> &'static str {
+    match death {
+        Death::Proven => "all processes are dead",
+        Death::Unproven => "no process of it was found, and one that hid may still run",
+    }
+}
+
 /// The log's last line where a build did not succeed.
-fn last_words(verdict: &Verdict) -> String {
-    match verdict {
+fn last_words(report: &Report) -> String {
+    match &report.verdict {
         Verdict::Failed { reason, message } => format!("failed ({reason}): {message}"),
-        Verdict::Stopped => "stopped: all processes are dead".to_owned(),
+        Verdict::Stopped => format!("stopped: {}", proof(report.death)),
         Verdict::Succeeded { .. } => "succeeded".to_owned(),
     }
 }

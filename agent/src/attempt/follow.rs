@@ -111,13 +111,10 @@ impl Attempt {
                     continue;
                 }
             };
-            let stop_wished = matches!(self.wished.borrow().stop, Some(StopCause::Registry(_)));
-            if death == Death::Proven || !stop_wished {
-                return Ok(Ending::RunnerLost(death));
+            if death == Death::Unproven {
+                tracing::error!(attempt = %self.key, "its runner died, and that all its processes are dead is not proven");
             }
-            // The registry waits for a proof, and there is none: it will say so itself.
-            tracing::error!(attempt = %self.key, "its runner died, and that all its processes are dead is not proven");
-            tokio::time::sleep(RETRY * 5).await;
+            return Ok(Ending::RunnerLost(death));
         }
     }
 }

@@ -11,6 +11,8 @@ use super::cluster::{Cluster, PATIENCE};
 pub(crate) struct Host {
     pub(crate) dir: PathBuf,
     agent: Option<Child>,
+    /// What the agent is started by: it ends in becoming it.
+    wrapper: Vec<String>,
 }
 
 /// The runner stands beside the agent; a test of this package alone has to build it.
@@ -32,6 +34,19 @@ fn runner() -> &'static Path {
 
 impl Host {
     pub(crate) fn new(dir: &Path, cluster: &Cluster) -> Self {
+        Self::wrapped(dir, cluster, &[])
+    }
+
+    /// A host where no cgroup can be made: an empty file system hides them. `None` where namespaces are forbidden.
+    pub(crate) fn without_cgroups(dir: &Path, cluster: &Cluster) -> Option<Self> {
+        let hide = "mount -t tmpfs none /sys/fs/cgroup && exec \"$@\"";
+        let user = if rustix::process::geteuid().is_root() { "--mount" } else { "--map-root-user" };
+        let wrapper = ["unshare", user, "--mount", "sh", "-c", hide, "sh"];
+        let works = Command::new(wrapper[0]).args(&wrapper[1..]).arg("true").stderr(Stdio::null()).status();
+        works.is_ok_and(|status| status.success()).then(|| Self::wrapped(dir, cluster, &wrapper))
+    }
+
+    fn wrapped(dir: &Path, cluster: &Cluster, wrapper: &[&str]) -> Self {
         let tls = &cluster.tls;
         let text = format!(
             "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\ndata_dir = '{}'\nrunner_path = '{}'\n\
@@ -45,14 +60,22 @@ impl Host {
             tls.key.display(),
         );
         std::fs::write(dir.join("agent.toml"), text).unwrap();
-        let mut host = Self { dir: dir.to_owned(), agent: None };
+        let wrapper = wrapper.iter().map(|&word| word.to_owned()).collect();
+        let mut host = Self { dir: dir.to_owned(), agent: None, wrapper };
         host.start();
         host
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_helix-agent"));
-        command.arg("--config").arg(self.dir.join("agent.toml")).stdin(Stdio::null()).stdout(Stdio::null());
+        let agent = env!("CARGO_BIN_EXE_helix-agent").to_owned();
+        let words = self.wrapper.iter().cloned().chain([agent]).collect::<Vec<_>>();
+        let mut command = Command::new(&words[0]);
+        command
+            .args(&words[1..])
+            .arg("--config")
+            .arg(self.dir.join("agent.toml"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         command
     }
 

@@ -5,6 +5,7 @@
 
 mod cluster;
 mod host;
+mod unproven;
 
 use std::path::Path;
 use std::process::Command as Process;

@@ -144,6 +144,7 @@ fn task_json(task: &v1::TaskStatus) -> Value {
                 "message": text_json(&attempt.message),
                 "exit_code": attempt.exit_code,
                 "signal": attempt.signal,
+                "verified": !attempt.unverified,
             })
         })
         .collect();
@@ -179,6 +180,8 @@ fn detail(status: &v1::BuildStatus) -> String {
     line("state", &status.state);
     line("reason", &reason_text(status));
     line("message", &status.message);
+    let ended = matches!(status.state.as_str(), "cancelled" | "failed");
+    line("unverified", if ended && !status.verified { "a process of it may still run on its worker" } else { "" });
     line("cancel", &status.cancel_reason);
     line("executor", &status.executor);
     line("repository", &status.repo_url);
@@ -208,7 +211,8 @@ fn detail(status: &v1::BuildStatus) -> String {
             } else {
                 &attempt.reason
             };
-            line("", &format!("attempt {} on {}: {how} {}", attempt.number, attempt.worker, attempt.message));
+            let unseen = if attempt.unverified { " (not seen dead)" } else { "" };
+            line("", &format!("attempt {} on {}: {how} {}{unseen}", attempt.number, attempt.worker, attempt.message));
         }
     }
     for artifact in &status.artifacts {

@@ -166,6 +166,9 @@ fn detail(worker: &v1::WorkerStatus) -> String {
     line("version", &worker.version);
     line("seen", &age_text(worker.last_seen_ms));
     line("held by", &worker.held_by.join(" "));
+    if worker.held {
+        line("", "not seen dead there: no new work until its host was started anew, or the worker is removed");
+    }
     line("runs", &worker.attempts.join(" "));
     out
 }

@@ -5,6 +5,7 @@
 
 #![warn(clippy::wildcard_enum_match_arm, clippy::iter_over_hash_type)]
 
+pub mod death;
 pub mod digest;
 pub mod error;
 pub mod ids;
@@ -17,6 +18,7 @@ pub mod spec;
 pub mod state;
 pub mod time;
 
+pub use death::Death;
 pub use digest::Digest;
 pub use error::{ErrorCode, InvalidField};
 pub use ids::{AttemptKey, AttemptNumber, BuildId, Instance, NodeId, TaskIndex, WorkerName};

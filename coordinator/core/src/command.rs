@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use helix_model::{
-    AttemptKey, BuildId, BuildSpec, Digest, Executor, Instance, LogTime, NodeId, Platform, Reason, Resources,
+    AttemptKey, BuildId, BuildSpec, Death, Digest, Executor, Instance, LogTime, NodeId, Platform, Reason, Resources,
     WorkerName,
 };
 
@@ -31,7 +31,7 @@ pub enum Command {
     ExpireAttempt(ExpireAttempt),
     /// The leader gives up waiting for proof that a stopped attempt is dead.
     EndUnverified(EndUnverified),
-    /// An agent proves that an attempt that ended unverified is dead.
+    /// An agent proves after all that an attempt that ended unverified is dead.
     ReleaseHold(ReleaseHold),
     /// An agent introduces itself, or changed what it offers.
     RegisterWorker(RegisterWorker),
@@ -135,7 +135,7 @@ pub enum Outcome {
         /// One line for people.
         message: String,
     },
-    /// It was stopped because the registry asked for it, and is seen dead.
+    /// It was stopped because the registry asked for it.
     Stopped,
 }
 
@@ -158,6 +158,8 @@ pub struct FinishAttempt {
     pub artifacts: Vec<Artifact>,
     /// Its log, sealed and stored; a success has one, a failure may follow up with [`SealLog`].
     pub log: Option<SealedLog>,
+    /// Whether its processes were seen dead. If not, the attempt ends unverified and its worker is held.
+    pub death: Death,
 }
 
 /// See [`Command::SealLog`].

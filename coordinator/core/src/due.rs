@@ -81,7 +81,8 @@ fn expiries(state: &State, in_flight: &InFlight, liveness: &Liveness, now: LogTi
     commands.extend(expired.map(|(key, reason)| Command::ExpireAttempt(ExpireAttempt { key: key.clone(), reason })));
 }
 
-/// Stops that waited long enough for a proof, on workers that are lost. A worker that is there proves in its own time.
+/// Stops that waited long enough for a proof, on workers that are lost. A worker that is there
+/// proves in its own time, or reports that it cannot.
 fn unproven(state: &State, in_flight: &InFlight, now: LogTime, commands: &mut Vec<Command>) {
     let patience = state.policy.cancel_unverified_after_ms;
     for (_, key) in state.index.stopping.iter().take_while(|(at, _)| at.plus_ms(patience) <= now) {

@@ -7,7 +7,7 @@ use helix_core::command::{
     RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
 };
 use helix_core::record::{DrainedBy, Pinned};
-use helix_model::{LogTime, NodeId};
+use helix_model::{Death, LogTime, NodeId};
 use helix_proto::store;
 use helix_proto::store::command::Kind;
 use helix_proto::store::finish_attempt;
@@ -147,6 +147,16 @@ fn finish_wire(it: &FinishAttempt) -> store::FinishAttempt {
         signal: it.signal,
         artifacts: it.artifacts.iter().map(artifact_wire).collect(),
         log: it.log.as_ref().map(log_wire),
+        unproven: it.death == Death::Unproven,
+    }
+}
+
+/// The lowest command format whose readers take a command for what it is.
+pub(super) fn format_of(command: &store::Command) -> u32 {
+    match &command.kind {
+        // A reader of format 1 would pass over the flag and take the attempt for dead.
+        Some(Kind::FinishAttempt(it)) if it.unproven => 2,
+        _ => 1,
     }
 }
 
@@ -261,5 +271,6 @@ fn finish(it: store::FinishAttempt) -> Result<FinishAttempt, CodecError> {
         signal: it.signal,
         artifacts: artifacts(it.artifacts)?,
         log: it.log.map(log).transpose()?,
+        death: if it.unproven { Death::Unproven } else { Death::Proven },
     })
 }

@@ -14,8 +14,8 @@ use helix_core::record::{
 };
 use helix_core::{Policy, Rejection, Reply, Row, Unfit};
 use helix_model::{
-    AttemptKey, AttemptNumber, BuildId, BuildSpec, BuildState, Digest, Executor, Instance, NodeId, Platform, Reason,
-    Resources, TaskIndex, WorkerName,
+    AttemptKey, AttemptNumber, BuildId, BuildSpec, BuildState, Death, Digest, Executor, Instance, NodeId, Platform,
+    Reason, Resources, TaskIndex, WorkerName,
 };
 
 use super::*;
@@ -83,7 +83,15 @@ fn finish(outcome: Outcome) -> Command {
         signal: Some(9),
         artifacts: vec![artifact()],
         log: Some(log()),
+        death: Death::Proven,
     })
+}
+
+fn unproven() -> Command {
+    match finish(Outcome::Stopped) {
+        Command::FinishAttempt(it) => Command::FinishAttempt(FinishAttempt { death: Death::Unproven, ..it }),
+        other => other,
+    }
 }
 
 fn submit() -> Command {
@@ -111,6 +119,7 @@ fn commands() -> Vec<Command> {
         finish(Outcome::Succeeded { digest: Some(Digest([3; 32])), size: 4, image_tag: "t".to_owned() }),
         finish(Outcome::Failed { reason: Reason::Oom, message: "m".to_owned() }),
         finish(Outcome::Stopped),
+        unproven(),
         Command::SealLog(SealLog { key: key.clone(), worker: worker.clone(), log: log() }),
         Command::ExpireAttempt(ExpireAttempt { key: key.clone(), reason: Reason::Timeout }),
         Command::EndUnverified(EndUnverified { key: key.clone() }),
@@ -311,7 +320,7 @@ fn what_is_newer_or_damaged_is_refused_by_name() {
     assert!(matches!(decode_batch(&unknown.encode_to_vec()), Err(CodecError::Newer { .. })));
     let newer = store::Batch { format: COMMAND_FORMAT + 1, at_ms: 1, commands: vec![] };
     let error = decode_batch(&newer.encode_to_vec()).unwrap_err().to_string();
-    assert!(error.contains("format 2") && error.contains("newer"), "{error}");
+    assert!(error.contains("format 3") && error.contains("newer"), "{error}");
     let newer = store::Row { format: ROW_FORMAT + 1, kind: None };
     assert!(matches!(decode_row(&newer.encode_to_vec()), Err(CodecError::Newer { .. })));
     assert!(decode_row(&[0xff; 20]).is_err());

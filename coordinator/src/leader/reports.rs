@@ -7,7 +7,7 @@ use helix_core::command::{DetachWorker, DrainWorker, FinishAttempt, Outcome, Pin
 use helix_core::record::{DrainedBy, SealedLog};
 use helix_core::state::{Offered, State};
 use helix_core::{Command, Rejection, Reply};
-use helix_model::{AttemptKey, Reason};
+use helix_model::{AttemptKey, Death, Reason};
 use helix_proto::agent;
 use helix_proto::agent::coordinator_message::Message;
 use tracing::{debug, warn};
@@ -187,6 +187,7 @@ fn stopped(who: &Speaker, key: AttemptKey) -> FinishAttempt {
         signal: None,
         artifacts: Vec::new(),
         log: None,
+        death: Death::Proven,
     }
 }
 

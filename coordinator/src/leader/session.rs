@@ -338,11 +338,11 @@ impl<'a, C: Consensus> Conversation<'a, C> {
     /// A report that cannot be read still ends its attempt, or its build would hang until its time-out.
     fn finished(&self, said: agent::Finished) -> Result<helix_core::command::FinishAttempt, InvalidField> {
         let key = helix_proto::convert::attempt_from_wire(said.id.clone())?;
-        let (exit_code, signal) = (said.exit_code, said.signal);
+        let (exit_code, signal, unproven) = (said.exit_code, said.signal, said.unproven);
         wire::finished(said, key.clone(), &self.who).or_else(|wrong| {
             warn!(worker = %self.who.worker, attempt = %key, %wrong, "agent's report cannot be read");
-            let bare =
-                agent::Finished { outcome: "stopped".to_owned(), exit_code, signal, ..agent::Finished::default() };
+            let outcome = "stopped".to_owned();
+            let bare = agent::Finished { outcome, exit_code, signal, unproven, ..agent::Finished::default() };
             Ok(invalid_report(wire::finished(bare, key, &self.who)?, &wrong.to_string()))
         })
     }

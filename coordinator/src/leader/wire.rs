@@ -8,7 +8,8 @@ use helix_core::command::{FinishAttempt, Outcome, WorkerOffer};
 use helix_core::record::{Artifact, AttemptEnd, BlobRef, SealedLog};
 use helix_core::state::{Known, State};
 use helix_model::{
-    AttemptKey, Digest, Executor, Instance, InvalidField, NodeId, Platform, Reason, Resources, WorkerName, limits,
+    AttemptKey, Death, Digest, Executor, Instance, InvalidField, NodeId, Platform, Reason, Resources, WorkerName,
+    limits,
 };
 use helix_proto::agent;
 use helix_proto::agent::coordinator_message::Message;
@@ -124,6 +125,7 @@ pub(crate) fn finished(wire: agent::Finished, key: AttemptKey, who: &Speaker) ->
         signal: wire.signal,
         artifacts: wire.artifacts.into_iter().map(artifact).collect::<Result<_, _>>()?,
         log: wire.log.map(|log| sealed_log(Some(log))).transpose()?,
+        death: if wire.unproven { Death::Unproven } else { Death::Proven },
     })
 }
 
@@ -179,7 +181,8 @@ pub(crate) fn assign(state: &State, key: &AttemptKey) -> Option<Message> {
 fn previous(worker: &WorkerName, end: &AttemptEnd) -> String {
     let reason = end.reason.map_or("succeeded", Reason::as_str);
     let told = if end.message.is_empty() { String::new() } else { format!(": {}", end.message) };
-    line(&format!("the attempt before ended on {worker} as {reason}{told}"))
+    let unverified = if end.verified { "" } else { " (not seen dead: a process of it may still run there)" };
+    line(&format!("the attempt before ended on {worker} as {reason}{told}{unverified}"))
 }
 
 /// "Kill it and see it dead."

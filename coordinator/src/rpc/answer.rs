@@ -69,7 +69,7 @@ pub(crate) fn unfit_text(why: &Unfit) -> String {
         Unfit::Lost => "is lost: its lease lapsed".to_owned(),
         Unfit::Detached => "is away for an upgrade".to_owned(),
         Unfit::Draining => "is draining".to_owned(),
-        Unfit::Held => "is held: an attempt on it ended without proof of death".to_owned(),
+        Unfit::Held => "is held: an attempt on it was not seen dead; start its host anew, or remove it".to_owned(),
         Unfit::Full { capacity } => format!("is full: it runs {capacity}, its capacity"),
         Unfit::Platform => "does not build for the platform".to_owned(),
         Unfit::Label(label) => format!("lacks the label {label}"),

@@ -17,7 +17,7 @@ use helix_core::command::{AssignTask, FinishAttempt, Outcome, RegisterWorker, Wo
 use helix_core::record::{BlobRef, SealedLog};
 use helix_core::{Command, Reply};
 use helix_model::{
-    AttemptKey, AttemptNumber, BuildId, Digest, Executor, Instance, NodeId, Reason, TaskIndex, WorkerName,
+    AttemptKey, AttemptNumber, BuildId, Death, Digest, Executor, Instance, NodeId, Reason, TaskIndex, WorkerName,
 };
 use helix_proto::v1;
 use helix_proto::v1::blob_service_client::BlobServiceClient;
@@ -144,6 +144,7 @@ impl One {
                 signal: None,
                 artifacts: Vec::new(),
                 log: Some(SealedLog { blob, lines: 1 }),
+                death: Death::Proven,
             }))
             .await;
         assert_eq!(reply, Reply::Done);

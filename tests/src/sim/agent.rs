@@ -9,7 +9,7 @@ use helix_core::command::{self as cmd, Command, Outcome, WorkerOffer};
 use helix_core::record::{BlobRef, SealedLog, Standing};
 use helix_core::state::Offered;
 use helix_core::{Effect, Rejection, Reply};
-use helix_model::{AttemptKey, Digest, Executor, Instance, NodeId, Platform, Reason, WorkerName};
+use helix_model::{AttemptKey, Death, Digest, Executor, Instance, NodeId, Platform, Reason, WorkerName};
 
 use super::Bug;
 use super::host::Fate;
@@ -388,6 +388,7 @@ impl World {
             signal: None,
             artifacts: Vec::new(),
             log: sealed.then(|| log(holders)),
+            death: Death::Proven,
         }
     }
 

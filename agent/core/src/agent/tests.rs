@@ -17,7 +17,7 @@ fn assignment(attempt: u32) -> Box<Assignment> {
 
 fn failed() -> Report {
     let verdict = Verdict::Failed { reason: Reason::Exit, message: "exit code 1".to_owned() };
-    Report { verdict, exit_code: Some(1), signal: None, artifacts: Vec::new(), log: None }
+    Report { exit_code: Some(1), ..Report::bare(verdict) }
 }
 
 fn log(holder: u64) -> SealedLog {
@@ -149,8 +149,19 @@ fn a_stop_of_what_is_not_here_is_proof_and_of_what_goes_is_proof_when_gone() {
     Story::connected()
         .assigned(1)
         .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
+        .then(Event::AttemptRemoved(key(1), Death::Proven), &[]);
+}
+
+#[test]
+fn what_was_removed_without_proof_is_never_called_dead() {
+    let report = Report { death: Death::Unproven, ..Report::bare(Verdict::Stopped) };
+    let said = Command::Send(Message::Finished { key: key(1), report: Arc::new(report) });
+    Story::connected()
+        .assigned(1)
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
         .said(Order::Stop(key(1), Reason::Cancelled), &[])
-        .then(Event::AttemptRemoved(key(1), Death::Unproven), &[]);
+        .then(Event::AttemptRemoved(key(1), Death::Unproven), std::slice::from_ref(&said))
+        .said(Order::Stop(key(1), Reason::Cancelled), &[said]);
 }
 
 #[test]

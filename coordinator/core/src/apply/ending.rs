@@ -1,7 +1,8 @@
 //! How an attempt ends and what becomes of its task: over, or waiting for another attempt.
 //!
 //! The rules of retries are here alone. A committed cancel beats everything; a stop that was asked for beats
-//! what is reported later; budgets are the build's for the user's failures and the policy's for ours.
+//! what is reported later; budgets are the build's for the user's failures and the policy's for ours. A task may be run
+//! again although its last attempt was not seen dead, as after a loss; who must not have that says so at submit.
 
 use helix_model::limits::ATTEMPTS_PER_TASK_MAX;
 use helix_model::{AttemptKey, BuildState, Fault, LogTime, OnWorkerLoss, Reason};
@@ -37,7 +38,7 @@ pub(super) fn end_attempt(build: &mut BuildRecord, key: &AttemptKey, mut end: At
     let Some(attempt) = task.attempts.last_mut() else { return };
     let stop = attempt.stop.as_ref().map(|stop| stop.reason);
     end.reason = if cancelled { Some(Reason::Cancelled) } else { overruled(stop, end.reason) };
-    let reason = end.reason;
+    let (reason, verified) = (end.reason, end.verified);
     if reason.is_some() {
         (end.digest, end.size, end.image_tag) = (None, 0, String::new());
         attempt.artifacts.clear();
@@ -49,7 +50,8 @@ pub(super) fn end_attempt(build: &mut BuildRecord, key: &AttemptKey, mut end: At
             TaskPhase::Ended { state: BuildState::Cancelled, reason: Some(Reason::Cancelled), at }
         }
         Some(reason) => {
-            let lost_for_good = reason == Reason::WorkerLost && spec.on_worker_loss == OnWorkerLoss::Fail;
+            let may_live = reason == Reason::WorkerLost || !verified;
+            let lost_for_good = may_live && spec.on_worker_loss == OnWorkerLoss::Fail;
             match next_attempt(task, reason, stop, spec.retries, policy, at) {
                 Some(not_before) if !lost_for_good => TaskPhase::Waiting { not_before },
                 Some(_) | None => TaskPhase::Ended { state: BuildState::Failed, reason: Some(reason), at },

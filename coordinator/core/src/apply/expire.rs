@@ -59,17 +59,14 @@ pub(super) fn end_unverified(state: &mut State, at: LogTime, c: &EndUnverified, 
     if at < stop.at.plus_ms(state.policy.cancel_unverified_after_ms) {
         return Err(Rejection::NotDue(c.key.clone()));
     }
-    let worker = state.worker(&name).cloned();
-    let Some(worker) = worker.filter(|worker| worker.standing == Standing::Lost) else {
+    if state.worker(&name).is_none_or(|worker| worker.standing != Standing::Lost) {
         return Err(Rejection::AttemptRunning(c.key.clone()));
-    };
+    }
     let policy = state.policy.clone();
     let end = end_without_result(at, stop.reason, "its worker is lost and nobody saw it dead", false);
     end_attempt(&mut build, &c.key, end, &policy);
     state.put_build(build, out);
-    let mut worker = (*worker).clone();
-    worker.held.insert(c.key.clone());
-    state.put_worker(worker, out);
+    super::hold::hold(state, &name, &c.key, out);
     Ok(Reply::Done)
 }
 

@@ -20,6 +20,14 @@ pub(super) fn release_hold(state: &mut State, c: &ReleaseHold, out: &mut Applied
     Ok(if cleared { Reply::Done } else { Reply::Unchanged })
 }
 
+/// Gives the worker no work until it is proven that an attempt which ended unverified there is dead.
+pub(super) fn hold(state: &mut State, name: &WorkerName, key: &AttemptKey, out: &mut Applied) {
+    let Some(worker) = state.worker(name).filter(|worker| !worker.held.contains(key)) else { return };
+    let mut worker = (**worker).clone();
+    worker.held.insert(key.clone());
+    state.put_worker(worker, out);
+}
+
 /// Clears one hold, if it is there and the reporter sees the host as it was.
 pub(super) fn clear_hold(
     state: &mut State,

@@ -229,6 +229,57 @@ fn a_late_report_of_an_unverified_end_is_the_proof() {
 }
 
 #[test]
+fn an_end_that_its_agent_cannot_prove_is_an_end_and_holds_the_worker_until_a_boot_or_its_removal() {
+    for (outcome, cancelled, shown) in [
+        (Outcome::Stopped, true, "cancelled (cancelled) unverified: cancelled (cancelled) after 1"),
+        (failed(Reason::Internal), true, "cancelled (cancelled) unverified: cancelled (cancelled) after 1"),
+        (failed(Reason::Internal), false, "running: waits from 2000 after 1"),
+        (Outcome::Stopped, false, "running: waits from 2000 after 1"),
+    ] {
+        let mut story = running();
+        if cancelled {
+            story.cancel("b");
+        }
+        let report = unproven(finish("b.0.1", "w1", "data1.boot1", outcome));
+        assert_eq!(story.apply(report.clone()), Reply::Done);
+        assert_eq!(story.show("b"), shown);
+        let end = story.record("b").unwrap().tasks[0].attempts[0].end.clone().unwrap();
+        assert!(!end.verified && (!cancelled || story.due().is_empty()));
+        story.submit("c");
+        story.wait(60_000);
+        story.hear("w1", "data1.boot1");
+        assert_eq!(story.scheduled(9), Vec::<String>::new(), "it is held");
+        // Said again it is no proof, and a new data directory is none either.
+        assert!(matches!(story.apply(report), Reply::Rejected(_)));
+        story.worker_life("w1", "data2.boot1", offer(2));
+        assert_eq!(story.scheduled(1), Vec::<String>::new());
+        story.worker_life("w1", "data2.boot2", offer(2));
+        assert_eq!(story.scheduled(1).len(), 1);
+    }
+    let mut story = running();
+    story.apply(unproven(finish("b.0.1", "w1", "data1.boot1", failed(Reason::Internal))));
+    story.worker("w2", 1);
+    story.wait(1_000).hear("w2", "data1.boot1");
+    assert_eq!(story.schedule(9), 1);
+    story.finish("b.0.2", "w2", success());
+    assert_eq!(story.show("b"), "succeeded: succeeded after 2");
+    assert!(story.record("b").unwrap().verified, "its result is the second attempt's");
+    story.apply(Command::RemoveWorker(cmd::RemoveWorker { worker: worker("w1") }));
+    story.worker("w1", 2);
+    assert!(story.state.worker(&worker("w1")).unwrap().held.is_empty());
+}
+
+#[test]
+fn a_build_that_must_not_run_twice_fails_where_its_death_is_unproven() {
+    let mut story = running_spec(BuildSpec { on_worker_loss: OnWorkerLoss::Fail, ..spec() });
+    story.apply(unproven(finish("b.0.1", "w1", "data1.boot1", failed(Reason::Internal))));
+    assert_eq!(story.show("b"), "failed (internal) unverified: failed (internal) after 1");
+    let mut story = running_spec(BuildSpec { on_worker_loss: OnWorkerLoss::Fail, ..spec() });
+    story.finish("b.0.1", "w1", failed(Reason::Internal));
+    assert_eq!(story.show("b"), "running: waits from 2000 after 1");
+}
+
+#[test]
 fn the_same_life_takes_up_what_it_ran() {
     let mut story = running();
     assert_eq!(story.worker("w1", 2), Reply::Unchanged);

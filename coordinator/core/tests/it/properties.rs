@@ -69,6 +69,8 @@ fn any_command() -> impl Strategy<Value = Command> {
         3 => (any_key(), any_worker(), any_life()).prop_map(|(key, worker, life)| assign(&key, &worker, &life)),
         6 => (any_key(), any_worker(), any_life(), any_outcome())
             .prop_map(|(key, worker, life, outcome)| finish(&key, &worker, &life, outcome)),
+        1 => (any_key(), any_worker(), any_life(), any_outcome())
+            .prop_map(|(key, worker, life, outcome)| unproven(finish(&key, &worker, &life, outcome))),
         1 => (any_key(), any_worker()).prop_map(|(key, worker)| seal(&key, &worker)),
         2 => (any_key(), prop::sample::select(vec![Reason::Timeout, Reason::Silence, Reason::Drained]))
             .prop_map(|(key, reason)| expire(&key, reason)),

@@ -165,6 +165,8 @@ fn reports_by_the_wrong_one_late_or_about_nothing() {
 #[test]
 fn successes_without_their_bytes() {
     let mut story = world();
+    let contradiction = unproven(finish("r.0.1", "w1", "data1.boot1", success()));
+    assert!(matches!(rejected(&mut story, contradiction), Rejection::ReportInvalid(_)));
     let mut out = Applied::default();
     story.state.apply_membership(BTreeSet::from([NodeId(1), NodeId(2), NodeId(3)]), &mut out);
     let mut report = |change: fn(&mut cmd::FinishAttempt)| {

@@ -14,7 +14,7 @@ use helix_core::record::{
 };
 use helix_core::{InFlight, Liveness, Reply, SessionState, State, WorkerLiveness, due, invariants, schedule};
 use helix_model::{
-    AttemptKey, AttemptNumber, BuildId, BuildSpec, Command as Run, Digest, Executor, Instance, LogTime, NodeId,
+    AttemptKey, AttemptNumber, BuildId, BuildSpec, Command as Run, Death, Digest, Executor, Instance, LogTime, NodeId,
     Platform, Reason, TaskIndex, WorkerName,
 };
 
@@ -280,7 +280,16 @@ pub fn finish(attempt: &str, name: &str, life: &str, outcome: Outcome) -> Comman
         signal: None,
         artifacts: if success { vec![artifact("artifact.out", 7)] } else { vec![] },
         log: success.then(|| sealed(9)),
+        death: Death::Proven,
     })
+}
+
+/// The same report of an agent that cannot prove the death.
+pub fn unproven(report: Command) -> Command {
+    match report {
+        Command::FinishAttempt(c) => Command::FinishAttempt(cmd::FinishAttempt { death: Death::Unproven, ..c }),
+        other => panic!("no report: {other:?}"),
+    }
 }
 
 pub fn cancel(id: &str) -> Command {

@@ -4,7 +4,7 @@
 
 use helix_core::Unfit;
 use helix_core::explain::{Explanation, TaskExplanation};
-use helix_core::record::{BuildRecord, TaskPhase};
+use helix_core::record::{AttemptRecord, BuildRecord, TaskPhase, TaskRecord};
 use helix_model::{BuildState, WorkerName};
 use helix_proto::v1;
 
@@ -27,11 +27,26 @@ pub(super) fn of_ended(record: &BuildRecord) -> Vec<v1::TaskExplanation> {
         v1::TaskExplanation {
             platform: view::platform_of(task),
             state: state.as_str().to_owned(),
-            summary: format!("{state}{reason}; {place}, {} attempts", task.attempts.len()),
+            summary: format!("{state}{reason}; {place}, {} attempts{}", task.attempts.len(), unseen(task)),
             ..v1::TaskExplanation::default()
         }
     });
     tasks.collect()
+}
+
+/// Which attempts of a task were not seen dead; empty when all were.
+fn unseen(task: &TaskRecord) -> String {
+    let ended = |attempt: &&AttemptRecord| attempt.end.as_ref().is_some_and(|end| !end.verified);
+    let unseen: Vec<String> = task
+        .attempts
+        .iter()
+        .filter(ended)
+        .map(|attempt| format!("attempt {} on {}", attempt.number, attempt.worker))
+        .collect();
+    if unseen.is_empty() {
+        return String::new();
+    }
+    format!("; not seen dead, so that a process of it may still run: {}", unseen.join(", "))
 }
 
 /// The tasks of a build that has not.

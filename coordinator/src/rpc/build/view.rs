@@ -117,6 +117,7 @@ fn attempt_of(attempt: &AttemptRecord) -> v1::AttemptStatus {
         message: end.map_or_else(String::new, |end| end.message.clone()),
         exit_code: end.and_then(|end| end.exit_code),
         signal: end.and_then(|end| end.signal),
+        unverified: end.is_some_and(|end| !end.verified),
     }
 }
 
