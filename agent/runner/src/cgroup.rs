@@ -55,6 +55,12 @@ impl Cgroup {
         path.join("cgroup.procs").exists().then(|| Self { path: path.to_owned() })
     }
 
+    /// Its directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where a process puts itself in, by writing `0`.
     #[must_use]
     pub fn procs(&self) -> PathBuf {

@@ -17,6 +17,9 @@ use rustix::pipe::{PipeFlags, pipe_with};
 /// A command is this much likelier than its runner to be chosen when memory runs out.
 const OOM_SCORE_ADJ: &str = "500";
 
+/// `clone3`'s flag of that name (Linux 5.7); libc's constant overflows its type.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// The command as started.
 pub(crate) struct Started {
     pub(crate) pid: u32,
@@ -51,18 +54,20 @@ pub(crate) fn start(order: &Order, cgroup: Option<&Cgroup>) -> Result<Started, S
     let ((stdout, stdout_theirs), (stderr, stderr_theirs), (failure, failure_theirs), null) =
         pipes().map_err(|error| StartError::new("cannot make pipes", &error))?;
     let runner = rustix::process::getpid();
-    // SAFETY: one thread, so the child is a whole copy that may do anything.
-    let pid = match unsafe { libc::fork() } {
-        -1 => return Err(StartError::new("cannot fork", &io::Error::last_os_error())),
-        0 => {
+    let directory = cgroup.map(|cgroup| fs::File::open(cgroup.path())).transpose();
+    let directory = directory.map_err(|error| StartError::new("cannot open the cgroup", &error))?;
+    let forked = fork_into(directory.as_ref()).map_err(|error| StartError::new("cannot fork", &error))?;
+    let pid = match forked {
+        Forked::Child { placed } => {
             let outputs = [null.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
-            let (what, error) = become_command(order, &image, cgroup, outputs, runner);
+            let to_enter = if placed { None } else { cgroup };
+            let (what, error) = become_command(order, &image, to_enter, outputs, runner);
             let report = format!("{}:{what}", error.raw_os_error().unwrap_or(0));
             let _ = fs::File::from(failure_theirs).write_all(report.as_bytes());
             // SAFETY: ends this child at once, without running the runner's own exit code.
             unsafe { libc::_exit(127) }
         }
-        pid => pid,
+        Forked::Parent { child } => child,
     };
     drop((stdout_theirs, stderr_theirs, failure_theirs));
     let mut report = String::new();
@@ -79,6 +84,39 @@ pub(crate) fn start(order: &Order, cgroup: Option<&Cgroup>) -> Result<Started, S
             .map_err(|error| StartError::new("cannot set up pipes", &io::Error::from(error)))?;
     }
     Ok(Started { pid: pid.cast_unsigned(), stdout, stderr })
+}
+
+/// What a fork returns, twice.
+enum Forked {
+    /// In the new process; whether it was born in the cgroup.
+    Child { placed: bool },
+    /// In the old one.
+    Parent { child: libc::pid_t },
+}
+
+/// Forks into a cgroup. A process that moves there by itself waits for every processor of the host to pass a point of
+/// rest, about ten milliseconds during which nobody can fork; one that is born there waits for nothing.
+fn fork_into(cgroup: Option<&fs::File>) -> io::Result<Forked> {
+    if let Some(cgroup) = cgroup {
+        // SAFETY: all zeros is a valid value: no flags and no pointers.
+        let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+        arguments.flags = CLONE_INTO_CGROUP;
+        arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+        // SAFETY: as for fork below; neither memory nor descriptors are shared with the child.
+        match unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) } {
+            // An older kernel, or one that wants to be asked differently: the child moves.
+            -1 => {}
+            0 => return Ok(Forked::Child { placed: true }),
+            child => return Ok(Forked::Parent { child: child as libc::pid_t }),
+        }
+    }
+    // SAFETY: one thread, so the child is a whole copy that may do anything.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Forked::Child { placed: false }),
+        child => Ok(Forked::Parent { child }),
+    }
 }
 
 /// Everything exec needs, made before the fork.
