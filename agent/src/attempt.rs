@@ -155,7 +155,13 @@ impl Attempt {
     async fn live(&mut self, begin: Begin) {
         let assignment = match begin {
             Begin::Fresh(assignment) => match self.write_assignment(&assignment).await {
-                Ok(()) => *assignment,
+                Ok(()) => {
+                    // The log opens with what came before it.
+                    if !assignment.previous.is_empty() {
+                        self.log_line(assignment.previous.clone()).await;
+                    }
+                    *assignment
+                }
                 Err(error) => return self.end_without_spool(&error).await,
             },
             Begin::Found => match self.read_back().await {

@@ -107,6 +107,19 @@ async fn failures_have_their_reasons_and_last_words() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_further_attempt_opens_its_log_with_the_end_of_the_one_before() {
+    let world = World::new().await;
+    let id = AttemptId { build_id: "again".to_owned(), task: 0, attempt: 2 };
+    let previous = "the attempt before ended on w2 as disk_full: no room".to_owned();
+    let spec = Some(helix_proto::convert::spec_to_wire(&line("echo now")));
+    let assign = helix_proto::agent::Assign { id: Some(id.clone()), spec, previous, ..Default::default() };
+    world.cluster.say(Message::Assign(assign)).await;
+    world.cluster.finished(&id).await;
+    let sealed = world.cluster.sealed_log(&id).await;
+    assert_eq!(sealed, ["the attempt before ended on w2 as disk_full: no room", "now"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_reaches_a_daemon_and_proves_its_death() {
     let world = World::new().await;
     let pid_file = world.dir().join("daemon.pid");

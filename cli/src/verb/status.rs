@@ -91,6 +91,14 @@ pub(crate) fn reason_text(status: &v1::BuildStatus) -> String {
     if !status.verified && matches!(status.state.as_str(), "cancelled" | "failed") {
         text.push_str(" (unverified)");
     }
+    let waits = |task: &v1::TaskStatus| task.state == "queued" && task.attempt > 0;
+    if status.state == "running"
+        && !status.tasks.iter().any(|task| task.state == "running")
+        && let Some(task) = status.tasks.iter().find(|task| waits(task))
+    {
+        let before = task.attempts.last().map_or("", |attempt| attempt.reason.as_str());
+        text = format!("waits for attempt {} ({before})", task.attempt + 1);
+    }
     if status.cancel_requested && status.state == "running" {
         text = "cancelling".to_owned();
     }
