@@ -25,7 +25,8 @@ mod shared;
 pub use counters::{BOUNDS_US, Counters, Histogram, Number};
 pub use shared::{Applied, Shared};
 
-/// The highest command format this program understands. 2: reports may say that a death is unproven.
+/// The highest command format this program understands. 2: reports may say that a death is unproven,
+/// and workers are probed.
 pub const COMMAND_FORMAT: u32 = 2;
 
 /// Bytes of commands in one log entry: above this nothing more is added.

@@ -11,7 +11,7 @@ use crate::connection::{Connection, workers};
 use crate::context::{ContextOptions, duration};
 use crate::exit::Code;
 use crate::failure::Failure;
-use crate::output::{Item, Output, age_text, text_json, time_json};
+use crate::output::{Item, Output, age_text, text_json, time_json, time_text};
 
 const HEADER: [&str; 8] = ["worker", "standing", "load", "platforms", "executors", "labels", "seen", "version"];
 
@@ -36,7 +36,7 @@ enum WorkersVerb {
         #[arg(long, value_name = "DUR", value_parser = duration)]
         deadline: Option<Duration>,
     },
-    /// Give a worker work again
+    /// Give a worker work again: ends a drain or a quarantine
     Undrain { name: String },
     /// Forget a worker; what it runs is lost
     Remove { name: String },
@@ -103,8 +103,11 @@ fn standing(worker: &v1::WorkerStatus) -> &str {
         worker if worker.held => "held",
         worker if worker.draining => "draining",
         worker if worker.standing != "present" => &worker.standing,
-        worker if worker.healthy => "healthy",
-        _ => "silent",
+        worker if worker.quarantined_until_ms != 0 => "quarantined",
+        worker if !worker.healthy => "silent",
+        worker if !worker.pressure.is_empty() => "pressed",
+        worker if worker.probing => "probing",
+        _ => "healthy",
     }
 }
 
@@ -140,6 +143,9 @@ fn item(worker: &v1::WorkerStatus) -> Item {
             "last_seen": time_json(worker.last_seen_ms),
             "version": worker.version,
             "pressure": text_json(&worker.pressure),
+            "quarantined_until": time_json(worker.quarantined_until_ms),
+            "probing": worker.probing,
+            "failed_builds": worker.failed_builds,
             "attempts": worker.attempts,
         }),
     }
@@ -160,7 +166,17 @@ fn detail(worker: &v1::WorkerStatus) -> String {
     line("executors", &worker.executors.join(" "));
     line("labels", &labels.join(" "));
     line("isolation", &worker.isolation);
-    line("pressure", &worker.pressure);
+    if !worker.pressure.is_empty() {
+        line("pressure", &format!("{}: no new work until there is room again", worker.pressure));
+    }
+    if worker.quarantined_until_ms != 0 {
+        let until = time_text(worker.quarantined_until_ms);
+        line("quarantine", &format!("until {until}, after failures of its own; `helix workers undrain` ends it"));
+    }
+    if worker.probing {
+        line("quarantine", "over: tried with one attempt at a time until one goes well");
+    }
+    line("failures", &worker.failed_builds.join(" "));
     line("address", &worker.address);
     line("instance", &worker.instance);
     line("version", &worker.version);

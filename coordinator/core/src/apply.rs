@@ -27,6 +27,7 @@ mod purge;
 mod register_worker;
 mod seal_log;
 mod submit_build;
+mod trust;
 
 pub(crate) use expire::deadline;
 
@@ -52,6 +53,7 @@ impl State {
             Command::DrainWorker(c) => hold::drain_worker(self, c, out),
             Command::UndrainWorker(c) => hold::undrain_worker(self, c, out),
             Command::RemoveWorker(c) => leave::remove_worker(self, at, c, out),
+            Command::ProbeWorker(c) => trust::probe_worker(self, at, c, out),
             Command::RegisterArtifact(c) => artifact::register_artifact(self, c, out),
             Command::PurgeBuilds(c) => purge::purge_builds(self, at, c, out),
             Command::ExpireTombstones(c) => purge::expire_tombstones(self, at, c, out),

@@ -41,10 +41,12 @@ pub enum Command {
     LoseWorker(LoseWorker),
     /// No new work for this worker.
     DrainWorker(DrainWorker),
-    /// New work again.
+    /// New work again, whatever kept it away: a drain, or a quarantine.
     UndrainWorker(UndrainWorker),
     /// Forget a worker; what it ran is lost.
     RemoveWorker(RemoveWorker),
+    /// The leader finds a worker's quarantine over: it is tried with one attempt.
+    ProbeWorker(ProbeWorker),
     /// A client records an artifact of a build by digest.
     RegisterArtifact(RegisterArtifact),
     /// Remove finished builds.
@@ -275,6 +277,13 @@ pub struct UndrainWorker {
 /// See [`Command::RemoveWorker`].
 #[derive(Clone, PartialEq, Debug)]
 pub struct RemoveWorker {
+    /// The worker.
+    pub worker: WorkerName,
+}
+
+/// See [`Command::ProbeWorker`].
+#[derive(Clone, PartialEq, Debug)]
+pub struct ProbeWorker {
     /// The worker.
     pub worker: WorkerName,
 }

@@ -1,4 +1,4 @@
-//! What the leader should commit because time passed: losses, expiries, unproven ends, retention.
+//! What the leader should commit because time passed: losses, expiries, unproven ends, probes, retention.
 //!
 //! Proposes only; `apply` checks each again. Everything is found through indexes by time, except workers'
 //! leases, which are as many as workers. What is under way is not proposed twice.
@@ -9,7 +9,7 @@ use helix_model::limits::PURGE_IDS_MAX;
 use helix_model::{AttemptKey, BuildId, LogTime, Reason};
 
 use crate::apply::deadline;
-use crate::command::{Command, EndUnverified, ExpireAttempt, ExpireTombstones, PurgeBuilds};
+use crate::command::{Command, EndUnverified, ExpireAttempt, ExpireTombstones, ProbeWorker, PurgeBuilds};
 use crate::liveness::{InFlight, Liveness};
 use crate::record::Standing;
 use crate::state::State;
@@ -25,6 +25,7 @@ pub fn due(state: &State, in_flight: &InFlight, liveness: &Liveness, now: LogTim
     commands.extend(lease::losses(state, in_flight, liveness, now).into_iter().map(Command::LoseWorker));
     expiries(state, in_flight, liveness, now, &mut commands);
     unproven(state, in_flight, now, &mut commands);
+    commands.extend(probes(state, in_flight, now));
     retention(state, in_flight, now, &mut commands);
     commands
 }
@@ -43,6 +44,7 @@ pub fn next(state: &State, liveness: &Liveness) -> Option<LogTime> {
         index.unlimited.first().map(|(start, _)| deadline(*start, 0, policy)),
         stop,
         index.drains.first().map(|(deadline, _)| *deadline),
+        index.quarantined.first().map(|(until, _)| *until),
         index.detached.first().map(|(until, _)| *until),
         if overfull { Some(state.last_at()) } else { first_end },
         index.tombstones.first().map(|(purged, _)| purged.plus_ms(policy.tombstone_ms)),
@@ -92,6 +94,13 @@ fn unproven(state: &State, in_flight: &InFlight, now: LogTime, commands: &mut Ve
             commands.push(Command::EndUnverified(EndUnverified { key: key.clone() }));
         }
     }
+}
+
+/// Workers whose quarantine is over.
+fn probes(state: &State, in_flight: &InFlight, now: LogTime) -> impl Iterator<Item = Command> {
+    let over = state.index.quarantined.iter().take_while(move |(until, _)| *until <= now);
+    let over = over.filter(|(_, worker)| !in_flight.workers.contains(worker));
+    over.map(|(_, worker)| Command::ProbeWorker(ProbeWorker { worker: worker.clone() }))
 }
 
 /// Finished builds over age or number, and tombstones over age.

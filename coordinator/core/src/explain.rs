@@ -8,7 +8,7 @@ use helix_model::{BuildId, BuildSpec, BuildState, LogTime, Platform, TaskIndex, 
 use crate::liveness::Liveness;
 use crate::record::{BuildRecord, TaskPhase, TaskRecord};
 use crate::reply::Unfit;
-use crate::schedule::has_session;
+use crate::schedule::unable;
 use crate::state::fit::{Ask, unready};
 use crate::state::index::Waiting;
 use crate::state::{Known, State};
@@ -149,8 +149,7 @@ fn verdicts(state: &State, liveness: &Liveness, ask: &Ask) -> Vec<(WorkerName, O
     let verdict = |worker: &std::sync::Arc<crate::record::WorkerRecord>| {
         let kind = if own_somewhere { ask.unfit(worker) } else { ask.unfit_leniently(worker) };
         let ready = || unready(worker, state.load_of(&worker.name));
-        let healthy = || (!has_session(liveness, worker)).then_some(Unfit::Unhealthy);
-        (worker.name.clone(), kind.or_else(ready).or_else(healthy))
+        (worker.name.clone(), kind.or_else(ready).or_else(|| unable(liveness, worker)))
     };
     state.workers().map(verdict).collect()
 }

@@ -2,7 +2,7 @@
 
 use helix_model::{BuildState, Reason};
 
-use crate::record::{BuildRecord, Standing, TaskPhase};
+use crate::record::{BuildRecord, Standing, TaskPhase, Trust};
 use crate::state::State;
 use crate::state::index::Index;
 
@@ -67,7 +67,15 @@ fn check_workers(state: &State) -> Result<(), String> {
         let load = state.load_of(&worker.name);
         // A worker may offer less than it runs; it is given nothing then.
         let room = state.index.queue.rooms.get(&worker.name).copied().unwrap_or(0);
-        let within = room == 0 || load + room == worker.offer.capacity;
+        let probing = matches!(worker.trust, Trust::Probing { .. });
+        let most = if probing { 1 } else { worker.offer.capacity };
+        let within = room == 0 || load + room == most;
+        let patient = match &worker.trust {
+            Trust::Full { failed } => failed.len() < 101,
+            Trust::Quarantined { .. } => room == 0,
+            Trust::Probing { since, .. } => *since <= state.last_at(),
+        };
+        ensure(patient, &format!("worker {}: its trust makes no sense", worker.name))?;
         ensure(within, &format!("worker {}: room {room} and load {load} exceed its capacity", worker.name))?;
         ensure(worker.offer.capacity > 0, &format!("worker {}: no capacity", worker.name))?;
         ensure(

@@ -36,7 +36,7 @@ pub struct WorkerLiveness {
     pub session: SessionState,
     /// When it last spoke.
     pub last_seen: LogTime,
-    /// What it says of its host's room; empty when all is well.
+    /// What is short on its host, in short words; empty when all is well. While it is not, the worker gets no new work.
     pub pressure: String,
     /// For each attempt it runs: how long nothing was printed, in milliseconds, at `last_seen`.
     pub silent_ms: BTreeMap<AttemptKey, u64>,
@@ -60,7 +60,7 @@ pub struct InFlight {
     pub assigning: BTreeMap<(BuildId, TaskIndex), WorkerName>,
     /// Attempts about which something else is under way (expiry, unverified end).
     pub attempts: BTreeSet<AttemptKey>,
-    /// Workers about which something is under way (loss).
+    /// Workers about which something is under way (loss, probe).
     pub workers: BTreeSet<WorkerName>,
     /// Builds whose purge is under way.
     pub purging: BTreeSet<BuildId>,

@@ -208,6 +208,38 @@ pub struct WorkerRecord {
     pub held: BTreeSet<AttemptKey>,
     /// When it last registered.
     pub registered_at: LogTime,
+    /// Whether its own failures keep it from work. Outlives its lives: a host does not mend by starting anew.
+    pub trust: Trust,
+}
+
+/// What a worker's own failures make of it. Only [`crate::apply`] moves it on, and an operator's undrain resets it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Trust {
+    /// Work as usual.
+    Full {
+        /// Builds that failed here by the worker's fault since one last went well; fewer than policy bears.
+        failed: BTreeSet<BuildId>,
+    },
+    /// No new work.
+    Quarantined {
+        /// When it is tried again.
+        until: LogTime,
+        /// How many probes have failed.
+        round: u32,
+    },
+    /// One attempt at a time, until one goes well.
+    Probing {
+        /// Attempts that were assigned from then on are probes.
+        since: LogTime,
+        /// How many probes have failed.
+        round: u32,
+    },
+}
+
+impl Default for Trust {
+    fn default() -> Self {
+        Self::Full { failed: BTreeSet::new() }
+    }
 }
 
 /// Whether the registry counts on a worker.
@@ -306,6 +338,10 @@ pub struct Policy {
     pub log_bytes_max: u64,
     /// A coordinator with less free disk refuses submits and bytes.
     pub disk_reserve_bytes: u64,
+    /// Builds in a row that may fail on a worker by its own fault before it is quarantined; 0 for never.
+    pub quarantine_after: u32,
+    /// How long the first quarantine is; it doubles with each probe that fails, up to an hour.
+    pub quarantine_ms: u64,
 }
 
 impl Default for Policy {
@@ -327,6 +363,8 @@ impl Default for Policy {
             blob_bytes_max: 64 << 30,
             log_bytes_max: 4 << 30,
             disk_reserve_bytes: 1 << 30,
+            quarantine_after: 3,
+            quarantine_ms: 60_000,
         }
     }
 }

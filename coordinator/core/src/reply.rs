@@ -1,6 +1,6 @@
 //! What `apply` answers. A rejection states the fact that stood in the way; it is data, never a panic.
 
-use helix_model::{AttemptKey, AttemptNumber, BuildId, BuildState, ErrorCode, NodeId, WorkerName};
+use helix_model::{AttemptKey, AttemptNumber, BuildId, BuildState, ErrorCode, LogTime, NodeId, WorkerName};
 
 /// The answer to one command.
 #[derive(Clone, PartialEq, Debug)]
@@ -68,7 +68,7 @@ pub enum Rejection {
     WorkerUnknown(WorkerName),
     /// The worker's life is another one.
     InstanceStale(WorkerName),
-    /// The worker may not have this task: lost, draining, held, full, or not of the right kind.
+    /// The worker may not have this task: lost, draining, held, quarantined, full, or not of the right kind.
     WorkerUnfit {
         /// The worker.
         worker: WorkerName,
@@ -123,6 +123,15 @@ pub enum Unfit {
     Draining,
     /// It is held: an attempt on it ended without proof of death.
     Held,
+    /// Builds failed on it one after another by its own fault.
+    Quarantined {
+        /// When it is tried again.
+        until: LogTime,
+    },
+    /// It was quarantined, and the attempt that tries it has not ended.
+    Probing,
+    /// Its agent says that something is short on the host.
+    Pressure(String),
     /// As many attempts as its capacity.
     Full {
         /// The worker's capacity.

@@ -17,6 +17,7 @@ use helix_model::{AttemptKey, AttemptNumber, LogTime, WorkerName};
 use crate::command::{AssignTask, Command};
 use crate::liveness::{InFlight, Liveness, SessionState};
 use crate::record::{BuildRecord, TaskRecord, WorkerRecord};
+use crate::reply::Unfit;
 use crate::state::State;
 use crate::state::fit::{Ask, Need};
 use crate::state::index::Waiting;
@@ -48,10 +49,20 @@ pub fn schedule(state: &State, in_flight: &InFlight, liveness: &Liveness, now: L
     commands
 }
 
-/// Whether a worker's session allows new work. Sessions belong to a life of the worker, so another life's does not count.
-pub(crate) fn has_session(liveness: &Liveness, worker: &WorkerRecord) -> bool {
-    let session = liveness.workers.get(&worker.name);
-    session.is_some_and(|live| live.session == SessionState::Open && live.instance == worker.instance)
+/// What of a worker's liveness stands in the way of new work. Sessions belong to a life of the worker, so another life's
+/// does not count; and an agent whose host is short of something says so with its heartbeats.
+pub(crate) fn unable(liveness: &Liveness, worker: &WorkerRecord) -> Option<Unfit> {
+    let live = liveness.workers.get(&worker.name);
+    let live = live.filter(|live| live.session == SessionState::Open && live.instance == worker.instance);
+    match live {
+        None => Some(Unfit::Unhealthy),
+        Some(live) if !live.pressure.is_empty() => Some(Unfit::Pressure(live.pressure.clone())),
+        Some(_) => None,
+    }
+}
+
+fn is_able(liveness: &Liveness, worker: &WorkerRecord) -> bool {
+    unable(liveness, worker).is_none()
 }
 
 fn lookup(state: &State, waiting: Waiting) -> Option<(&Arc<BuildRecord>, &TaskRecord)> {
@@ -180,7 +191,7 @@ impl<'a> Pass<'a> {
         }
         let candidates = self.needs.get_mut(need)?;
         let stale = |name: &WorkerName| {
-            taken.contains_key(name) || !state.workers.get(name).is_some_and(|worker| has_session(liveness, worker))
+            taken.contains_key(name) || !state.workers.get(name).is_some_and(|worker| is_able(liveness, worker))
         };
         while candidates.untouched.next_if(|(_, name)| stale(name)).is_some() {}
         let mut untouched = candidates.untouched.clone();
@@ -222,7 +233,7 @@ impl<'a> Candidates<'a> {
         let touched = taken.iter().filter_map(|(name, taken)| {
             let room = queue.rooms.get(name)?.saturating_sub(*taken);
             let worker = state.workers.get(name)?;
-            let fits = room > 0 && need.unfit(worker).is_none() && has_session(liveness, worker);
+            let fits = room > 0 && need.unfit(worker).is_none() && is_able(liveness, worker);
             fits.then(|| (Reverse(room), name.clone()))
         });
         Some(Self { untouched, touched: touched.collect() })

@@ -8,7 +8,13 @@ mod deadlines;
 mod properties;
 #[path = "it/rejections.rs"]
 mod rejections;
+#[path = "it/retries.rs"]
+#[allow(clippy::unwrap_used)]
+mod retries;
 #[path = "it/scheduling.rs"]
 mod scheduling;
 #[path = "it/story.rs"]
 mod story;
+#[path = "it/trust.rs"]
+#[allow(clippy::unwrap_used)]
+mod trust;

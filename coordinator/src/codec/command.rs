@@ -3,8 +3,8 @@
 use helix_core::Command;
 use helix_core::command::{
     AssignTask, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones, FinishAttempt,
-    LoseWorker, Outcome, PinBuild, PinSource, PurgeBuilds, RegisterArtifact, RegisterNode, RegisterWorker, ReleaseHold,
-    RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
+    LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RegisterArtifact, RegisterNode, RegisterWorker,
+    ReleaseHold, RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
 };
 use helix_core::record::{DrainedBy, Pinned};
 use helix_model::{Death, LogTime, NodeId};
@@ -92,7 +92,8 @@ fn kind(command: &Command) -> Kind {
         | Command::LoseWorker(_)
         | Command::DrainWorker(_)
         | Command::UndrainWorker(_)
-        | Command::RemoveWorker(_) => worker_kind(command),
+        | Command::RemoveWorker(_)
+        | Command::ProbeWorker(_) => worker_kind(command),
     }
 }
 
@@ -121,6 +122,7 @@ fn worker_kind(command: &Command) -> Kind {
         }),
         Command::UndrainWorker(it) => Kind::UndrainWorker(it.worker.to_string()),
         Command::RemoveWorker(it) => Kind::RemoveWorker(it.worker.to_string()),
+        Command::ProbeWorker(it) => Kind::ProbeWorker(it.worker.to_string()),
         other => kind(other),
     }
 }
@@ -156,6 +158,7 @@ pub(super) fn format_of(command: &store::Command) -> u32 {
     match &command.kind {
         // A reader of format 1 would pass over the flag and take the attempt for dead.
         Some(Kind::FinishAttempt(it)) if it.unproven => 2,
+        Some(Kind::ProbeWorker(_)) => 2,
         _ => 1,
     }
 }
@@ -246,6 +249,7 @@ fn worker_command(kind: Kind) -> Result<Command, CodecError> {
         }),
         Kind::UndrainWorker(worker) => Command::UndrainWorker(UndrainWorker { worker: parse(&worker)? }),
         Kind::RemoveWorker(worker) => Command::RemoveWorker(RemoveWorker { worker: parse(&worker)? }),
+        Kind::ProbeWorker(worker) => Command::ProbeWorker(ProbeWorker { worker: parse(&worker)? }),
         other => return command_from_wire(store::Command { kind: Some(other) }),
     })
 }

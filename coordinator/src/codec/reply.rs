@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use helix_core::{Rejection, Reply, Unfit};
-use helix_model::{AttemptNumber, NodeId};
+use helix_model::{AttemptNumber, LogTime, NodeId};
 use helix_proto::store;
 use helix_proto::store::{rejection, reply, worker_unfit};
 
@@ -122,6 +122,9 @@ fn unfit_why(why: &Unfit) -> worker_unfit::Why {
         Unfit::Detached => Why::Detached(store::Nothing {}),
         Unfit::Draining => Why::Draining(store::Nothing {}),
         Unfit::Held => Why::Held(store::Nothing {}),
+        Unfit::Quarantined { until } => Why::QuarantinedUntilMs(until.0),
+        Unfit::Probing => Why::Probing(store::Nothing {}),
+        Unfit::Pressure(words) => Why::Pressure(words.clone()),
         Unfit::Full { capacity } => Why::Full(*capacity),
         Unfit::Platform => Why::Platform(store::Nothing {}),
         Unfit::Label(label) => Why::Label(label.clone()),
@@ -139,6 +142,9 @@ fn unfit(why: worker_unfit::Why) -> Unfit {
         Why::Detached(store::Nothing {}) => Unfit::Detached,
         Why::Draining(store::Nothing {}) => Unfit::Draining,
         Why::Held(store::Nothing {}) => Unfit::Held,
+        Why::QuarantinedUntilMs(until) => Unfit::Quarantined { until: LogTime(until) },
+        Why::Probing(store::Nothing {}) => Unfit::Probing,
+        Why::Pressure(words) => Unfit::Pressure(words),
         Why::Full(capacity) => Unfit::Full { capacity },
         Why::Platform(store::Nothing {}) => Unfit::Platform,
         Why::Label(label) => Unfit::Label(label),

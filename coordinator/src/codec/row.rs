@@ -5,21 +5,21 @@ use std::sync::Arc;
 use helix_core::Row;
 use helix_core::record::{
     Addendum, AttemptEnd, AttemptRecord, BuildRecord, CancelRequest, Counters, Drain, DrainedBy, NodeRecord, Pinned,
-    Policy, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, WorkerRecord,
+    Policy, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
 };
 use helix_model::{AttemptNumber, LogTime, NodeId};
 use helix_proto::store;
-use helix_proto::store::{addendum, row, task, worker};
+use helix_proto::store::{addendum, row, task, trust, worker};
 use prost::Message;
 
 use super::parts::{
-    artifact, artifact_wire, artifacts, digest, digest_to_wire, drained_by, key, key_wire, log, log_wire, need, offer,
-    offer_wire, parse, parse_some, pinned, reason, reason_wire, spec, spec_wire,
+    artifact, artifact_wire, artifacts, builds, digest, digest_to_wire, drained_by, key, key_wire, log, log_wire, need,
+    offer, offer_wire, parse, parse_some, pinned, reason, reason_wire, spec, spec_wire,
 };
 use super::{CodecError, check_format};
 
-/// The highest form of rows this program understands.
-pub const ROW_FORMAT: u32 = 1;
+/// The highest form of rows this program understands. 2: a worker's row may say that it is not trusted.
+pub const ROW_FORMAT: u32 = 2;
 
 /// A row's bytes.
 #[must_use]
@@ -55,7 +55,12 @@ pub fn encode_row(row: &Row) -> Vec<u8> {
             purged_at_ms: it.purged_at.0,
         }),
     };
-    store::Row { format: ROW_FORMAT, kind: Some(kind) }.encode_to_vec()
+    // The lowest that will do, so that what older programs can read they do read.
+    let format = match &kind {
+        row::Kind::Worker(it) if it.trust.is_some() => 2,
+        _ => 1,
+    };
+    store::Row { format, kind: Some(kind) }.encode_to_vec()
 }
 
 /// Reads a row.
@@ -116,6 +121,8 @@ pub(super) fn policy_wire(it: &Policy) -> store::Policy {
         blob_bytes_max: it.blob_bytes_max,
         log_bytes_max: it.log_bytes_max,
         disk_reserve_bytes: it.disk_reserve_bytes,
+        quarantine_after: Some(it.quarantine_after),
+        quarantine_ms: Some(it.quarantine_ms),
     }
 }
 
@@ -137,6 +144,8 @@ pub(super) fn policy(it: &store::Policy) -> Policy {
         blob_bytes_max: it.blob_bytes_max,
         log_bytes_max: it.log_bytes_max,
         disk_reserve_bytes: it.disk_reserve_bytes,
+        quarantine_after: it.quarantine_after.unwrap_or(Policy::default().quarantine_after),
+        quarantine_ms: it.quarantine_ms.unwrap_or(Policy::default().quarantine_ms),
     }
 }
 
@@ -156,7 +165,30 @@ fn worker_wire(it: &WorkerRecord) -> store::Worker {
         }),
         held: it.held.iter().map(key_wire).collect(),
         registered_at_ms: it.registered_at.0,
+        trust: trust_wire(&it.trust),
     }
+}
+
+fn trust_wire(trust: &Trust) -> Option<store::Trust> {
+    let quarantine = |at: LogTime, round| store::Quarantine { at_ms: at.0, round };
+    let kind = match trust {
+        Trust::Full { failed } if failed.is_empty() => return None,
+        Trust::Full { failed } => {
+            trust::Kind::Failed(store::BuildIds { builds: failed.iter().map(ToString::to_string).collect() })
+        }
+        Trust::Quarantined { until, round } => trust::Kind::Quarantined(quarantine(*until, *round)),
+        Trust::Probing { since, round } => trust::Kind::Probing(quarantine(*since, *round)),
+    };
+    Some(store::Trust { kind: Some(kind) })
+}
+
+fn trust(wire: Option<store::Trust>) -> Result<Trust, CodecError> {
+    let Some(wire) = wire else { return Ok(Trust::default()) };
+    Ok(match need("trust", wire.kind)? {
+        trust::Kind::Failed(it) => Trust::Full { failed: builds(&it.builds)?.into_iter().collect() },
+        trust::Kind::Quarantined(it) => Trust::Quarantined { until: LogTime(it.at_ms), round: it.round },
+        trust::Kind::Probing(it) => Trust::Probing { since: LogTime(it.at_ms), round: it.round },
+    })
 }
 
 fn worker_record(it: store::Worker) -> Result<WorkerRecord, CodecError> {
@@ -172,6 +204,7 @@ fn worker_record(it: store::Worker) -> Result<WorkerRecord, CodecError> {
         drain: it.drain.map(|drain| Drain { deadline: drain.deadline_ms.map(LogTime), by: drained_by(drain.by_agent) }),
         held: it.held.into_iter().map(|held| key(Some(held))).collect::<Result<_, _>>()?,
         registered_at: LogTime(it.registered_at_ms),
+        trust: trust(it.trust)?,
     })
 }
 

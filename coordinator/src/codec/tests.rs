@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use helix_core::command::{
     AssignTask, Authority, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones,
-    FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, PurgeBuilds, RegisterArtifact, RegisterNode,
+    FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RegisterArtifact, RegisterNode,
     RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker, WorkerOffer,
 };
 use helix_core::record::{
     Addendum, Artifact, AttemptEnd, AttemptRecord, BlobRef, BuildRecord, CancelRequest, Counters, Drain, DrainedBy,
-    NodeRecord, Pinned, SealedLog, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, WorkerRecord,
+    NodeRecord, Pinned, SealedLog, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
 };
 use helix_core::{Policy, Rejection, Reply, Row, Unfit};
 use helix_model::{
@@ -130,6 +130,7 @@ fn commands() -> Vec<Command> {
         Command::DrainWorker(DrainWorker { worker: worker.clone(), deadline: Some(LogTime(5)), by: DrainedBy::Agent }),
         Command::DrainWorker(DrainWorker { worker: worker.clone(), deadline: None, by: DrainedBy::Operator }),
         Command::UndrainWorker(UndrainWorker { worker: worker.clone() }),
+        Command::ProbeWorker(ProbeWorker { worker: worker.clone() }),
         Command::RemoveWorker(RemoveWorker { worker }),
         Command::RegisterArtifact(RegisterArtifact {
             build: build.clone(),
@@ -216,7 +217,12 @@ fn rows() -> Vec<Row> {
             drain,
             held: BTreeSet::from([key()]),
             registered_at: LogTime(7),
+            trust: Trust::default(),
         }))
+    };
+    let trusted = |trust| match worker(Standing::Present, None) {
+        Row::Worker(record) => Row::Worker(Arc::new(WorkerRecord { trust, ..(*record).clone() })),
+        other => other,
     };
     vec![
         Row::Counters(Counters { next_sequence: 4, last_at: LogTime(5), voters: BTreeSet::from([NodeId(1)]) }),
@@ -235,6 +241,9 @@ fn rows() -> Vec<Row> {
             state: BuildState::Cancelled,
             purged_at: LogTime(3),
         }),
+        trusted(Trust::Full { failed: BTreeSet::from([build()]) }),
+        trusted(Trust::Quarantined { until: LogTime(8), round: 0 }),
+        trusted(Trust::Probing { since: LogTime(8), round: 2 }),
     ]
 }
 
@@ -245,6 +254,9 @@ fn rejections() -> Vec<Rejection> {
         Unfit::Detached,
         Unfit::Draining,
         Unfit::Held,
+        Unfit::Quarantined { until: LogTime(4) },
+        Unfit::Probing,
+        Unfit::Pressure("disk".to_owned()),
         Unfit::Full { capacity: 3 },
         Unfit::Platform,
         Unfit::Label("a=b".to_owned()),
@@ -284,7 +296,7 @@ fn rejections() -> Vec<Rejection> {
 fn every_command_reads_back() {
     let commands = commands();
     let kinds: BTreeSet<_> = commands.iter().map(|c| format!("{:?}", std::mem::discriminant(c))).collect();
-    assert_eq!(kinds.len(), 21, "a kind of command is not tested");
+    assert_eq!(kinds.len(), 22, "a kind of command is not tested");
     let wire = commands.iter().map(command_to_wire).collect();
     let bytes = encode_batch(LogTime(99), wire);
     assert_eq!(decode_batch(&bytes).unwrap(), (LogTime(99), commands));

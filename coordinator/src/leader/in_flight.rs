@@ -17,6 +17,9 @@ pub(crate) fn enter(in_flight: &mut InFlight, command: &Command) {
         Command::LoseWorker(lose) => {
             in_flight.workers.insert(lose.worker.clone());
         }
+        Command::ProbeWorker(probe) => {
+            in_flight.workers.insert(probe.worker.clone());
+        }
         Command::PurgeBuilds(purge) => in_flight.purging.extend(purge.builds.iter().cloned()),
         Command::ExpireTombstones(expire) => in_flight.expiring.extend(expire.builds.iter().cloned()),
         _ => {}
@@ -37,6 +40,9 @@ pub(crate) fn leave(in_flight: &mut InFlight, command: &Command) {
         }
         Command::LoseWorker(lose) => {
             in_flight.workers.remove(&lose.worker);
+        }
+        Command::ProbeWorker(probe) => {
+            in_flight.workers.remove(&probe.worker);
         }
         Command::PurgeBuilds(purge) => {
             for build in &purge.builds {

@@ -136,10 +136,14 @@ impl Leading {
         session.drain_backlog();
         let Some(live) = self.liveness.workers.get_mut(worker) else { return false };
         live.last_seen = live.last_seen.max(now);
+        let relieved = !live.pressure.is_empty() && beat.pressure.is_empty();
+        if live.pressure != beat.pressure {
+            info!(%worker, before = live.pressure, pressure = beat.pressure, "pressure on a worker's host changed");
+        }
         live.pressure = beat.pressure;
         live.silent_ms = beat.silent_ms;
         let was = std::mem::replace(&mut live.session, SessionState::Open);
-        was != SessionState::Open
+        relieved || was != SessionState::Open
     }
 
     /// The agent's stream is gone. Its lease goes on; new work stops at once.

@@ -70,6 +70,11 @@ pub(crate) fn unfit_text(why: &Unfit) -> String {
         Unfit::Detached => "is away for an upgrade".to_owned(),
         Unfit::Draining => "is draining".to_owned(),
         Unfit::Held => "is held: an attempt on it was not seen dead; start its host anew, or remove it".to_owned(),
+        Unfit::Quarantined { until } => {
+            format!("is quarantined after failures of its own, until {}", super::build::view::time_text(*until))
+        }
+        Unfit::Probing => "is being tried with one attempt after failures of its own".to_owned(),
+        Unfit::Pressure(words) => format!("takes no new work: its host is short of {words}"),
         Unfit::Full { capacity } => format!("is full: it runs {capacity}, its capacity"),
         Unfit::Platform => "does not build for the platform".to_owned(),
         Unfit::Label(label) => format!("lacks the label {label}"),

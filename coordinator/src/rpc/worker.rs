@@ -1,8 +1,10 @@
 //! `helix.v1.WorkerService`: workers as people see them. Workers come by their agents' sessions, never by a call here.
 
+use std::collections::BTreeSet;
+
 use helix_common::status::invalid;
 use helix_core::command::{DrainWorker, RemoveWorker, UndrainWorker};
-use helix_core::record::{DrainedBy, Standing, WorkerRecord};
+use helix_core::record::{DrainedBy, Standing, Trust, WorkerRecord};
 use helix_core::state::State;
 use helix_core::{Command, Liveness, SessionState};
 use helix_model::{LogTime, WorkerName};
@@ -117,6 +119,12 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
     let heard = liveness.workers.get(&worker.name).filter(|heard| heard.instance == worker.instance);
     let connected = heard.is_some_and(|heard| heard.session == SessionState::Open);
     let offer = &worker.offer;
+    let no_builds = BTreeSet::new();
+    let (quarantined_until_ms, probing, failed) = match &worker.trust {
+        Trust::Full { failed } => (0, false, failed),
+        Trust::Quarantined { until, .. } => (unix_ms(*until), false, &no_builds),
+        Trust::Probing { .. } => (0, true, &no_builds),
+    };
     v1::WorkerStatus {
         name: worker.name.to_string(),
         instance: worker.instance.to_string(),
@@ -139,6 +147,9 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
         memory_bytes: offer.resources.memory_bytes,
         disk_bytes: offer.resources.disk_bytes,
         held_by: worker.held.iter().map(ToString::to_string).collect(),
+        quarantined_until_ms,
+        probing,
+        failed_builds: failed.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -3,7 +3,7 @@
 use helix_model::{AttemptKey, Instance, WorkerName};
 
 use crate::command::{DrainWorker, ReleaseHold, UndrainWorker};
-use crate::record::{Applied, Drain, DrainedBy};
+use crate::record::{Applied, Drain, DrainedBy, Trust, WorkerRecord};
 use crate::reply::{Rejection, Reply};
 use crate::state::State;
 
@@ -45,23 +45,25 @@ pub(super) fn clear_hold(
 }
 
 pub(super) fn drain_worker(state: &mut State, c: &DrainWorker, out: &mut Applied) -> Outcome {
-    set_drain(state, &c.worker, Some(Drain { deadline: c.deadline, by: c.by }), out)
-}
-
-pub(super) fn undrain_worker(state: &mut State, c: &UndrainWorker, out: &mut Applied) -> Outcome {
-    set_drain(state, &c.worker, None, out)
-}
-
-fn set_drain(state: &mut State, name: &WorkerName, drain: Option<Drain>, out: &mut Applied) -> Outcome {
-    let Some(worker) = state.worker(name) else { return Err(Rejection::WorkerUnknown(name.clone())) };
+    let Some(worker) = state.worker(&c.worker) else { return Err(Rejection::WorkerUnknown(c.worker.clone())) };
+    let drain = Drain { deadline: c.deadline, by: c.by };
     // An operator's drain outlives an agent's wish, whichever came first.
-    let overruled = drain.is_some_and(|drain| drain.by == DrainedBy::Agent)
-        && worker.drain.is_some_and(|drain| drain.by == DrainedBy::Operator);
-    if worker.drain == drain || overruled {
+    let overruled = c.by == DrainedBy::Agent && worker.drain.is_some_and(|present| present.by == DrainedBy::Operator);
+    if worker.drain == Some(drain) || overruled {
         return Ok(Reply::Unchanged);
     }
-    let mut worker = (**worker).clone();
-    worker.drain = drain;
+    let worker = WorkerRecord { drain: Some(drain), ..(**worker).clone() };
+    state.put_worker(worker, out);
+    Ok(Reply::Done)
+}
+
+/// An operator's word that the worker is well: no drain, and none of its failures counts any more.
+pub(super) fn undrain_worker(state: &mut State, c: &UndrainWorker, out: &mut Applied) -> Outcome {
+    let Some(worker) = state.worker(&c.worker) else { return Err(Rejection::WorkerUnknown(c.worker.clone())) };
+    if worker.drain.is_none() && worker.trust == Trust::default() {
+        return Ok(Reply::Unchanged);
+    }
+    let worker = WorkerRecord { drain: None, trust: Trust::default(), ..(**worker).clone() };
     state.put_worker(worker, out);
     Ok(Reply::Done)
 }

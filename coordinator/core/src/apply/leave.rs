@@ -1,6 +1,6 @@
 //! Ways for a worker to go: for an upgrade, silently, or for good.
 
-use helix_model::{AttemptKey, Instance, LogTime, WorkerName};
+use helix_model::{AttemptKey, BuildId, Instance, LogTime, Reason, WorkerName};
 
 use crate::command::{DetachWorker, LoseWorker, RemoveWorker};
 use crate::record::{Applied, Standing, WorkerRecord};
@@ -33,7 +33,12 @@ pub(super) fn lose_worker(state: &mut State, at: LogTime, c: &LoseWorker, out: &
     }
     state.put_worker(WorkerRecord { standing: Standing::Lost, ..worker }, out);
     let keys = running(state, &c.worker);
+    // However much it ran, it was lost once.
+    let first = first_of(state, &keys);
     lose_attempts(state, at, &keys, Stopping::Wait, false, "its worker fell silent for longer than its lease", out);
+    if let Some((build, assigned_at)) = first {
+        super::trust::note_end(state, at, &c.worker, &build, assigned_at, Some(Reason::WorkerLost), out);
+    }
     Ok(Reply::Done)
 }
 
@@ -50,6 +55,16 @@ pub(super) fn remove_worker(state: &mut State, at: LogTime, c: &RemoveWorker, ou
 
 pub(super) fn running(state: &State, worker: &WorkerName) -> Vec<AttemptKey> {
     state.running_on(worker).cloned().collect()
+}
+
+/// The build of the first attempt that was not to stop, and since when it ran: what a loss is counted by. A probe among
+/// them comes first.
+pub(super) fn first_of(state: &State, keys: &[AttemptKey]) -> Option<(BuildId, LogTime)> {
+    let of = |key: &AttemptKey| {
+        let attempt = state.running_attempt(key).filter(|attempt| attempt.stop.is_none())?;
+        Some((key.build.clone(), attempt.assigned_at))
+    };
+    keys.iter().filter_map(of).max_by_key(|(_, assigned_at)| *assigned_at)
 }
 
 fn worker_of(state: &State, name: &WorkerName, instance: &Instance) -> Result<WorkerRecord, Rejection> {

@@ -13,6 +13,9 @@ const LEASE_MS_MIN: u64 = 300;
 /// No duration may be longer than ten years: sums of times stay far from the end of the number line.
 const DURATION_MS_MAX: u64 = 3_650 * 86_400_000;
 
+/// The builds that count against a worker stand in its row.
+const QUARANTINE_AFTER_MAX: u32 = 100;
+
 pub(super) fn set_policy(state: &mut State, c: &SetPolicy, out: &mut Applied) -> Outcome {
     check(&c.policy)?;
     if state.policy == c.policy {
@@ -34,6 +37,7 @@ fn check(policy: &Policy) -> Result<(), Rejection> {
         policy.timeout_grace_ms,
         policy.retain_ms,
         policy.tombstone_ms,
+        policy.quarantine_ms,
     ];
     let wrong = |why| Err(Rejection::PolicyInvalid(why));
     if durations.iter().any(|ms| *ms > DURATION_MS_MAX) {
@@ -44,6 +48,9 @@ fn check(policy: &Policy) -> Result<(), Rejection> {
     }
     if policy.queue_max == 0 {
         return wrong("queue_max is 0: no build could be submitted");
+    }
+    if policy.quarantine_after > QUARANTINE_AFTER_MAX {
+        return wrong("quarantine_after is above 100: builds that failed are kept with each worker");
     }
     if policy.copies == 0 {
         return wrong("copies is 0: a success would name bytes that nobody holds");

@@ -2,17 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use helix_model::LogTime;
 use helix_model::limits::{LABEL_BYTES_MAX, MAP_ENTRIES_MAX, WORKER_CAPACITY_MAX};
+use helix_model::{LogTime, Reason};
 
 use crate::command::{RegisterWorker, WorkerOffer};
-use crate::record::{Applied, DrainedBy, Standing, WorkerRecord};
+use crate::record::{Applied, DrainedBy, Standing, Trust, WorkerRecord};
 use crate::reply::{Rejection, Reply};
 use crate::state::State;
 
 use super::Outcome;
 use super::ending::{Stopping, lose_attempts};
-use super::leave::running;
+use super::leave::{first_of, running};
+use super::trust;
 
 /// An address, isolation or version is a short text.
 const TEXT_BYTES_MAX: usize = 512;
@@ -28,11 +29,13 @@ pub(super) fn register_worker(state: &mut State, at: LogTime, c: &RegisterWorker
         drain: None,
         held: BTreeSet::new(),
         registered_at: at,
+        trust: Trust::default(),
     };
     let Some(before) = before else {
         state.put_worker(record, out);
         return Ok(Reply::Done);
     };
+    record.trust.clone_from(&before.trust);
     // An agent drained itself because it was about to go: now it is back.
     record.drain = before.drain.filter(|drain| drain.by == DrainedBy::Operator);
     if before.instance == c.instance {
@@ -50,6 +53,11 @@ pub(super) fn register_worker(state: &mut State, at: LogTime, c: &RegisterWorker
     }
     let keys = running(state, &c.worker);
     let message = "its worker came back as another instance";
+    if let Some((build, assigned_at)) = first_of(state, &keys) {
+        let lost = Some(Reason::WorkerLost);
+        let trust = trust::after(&record.trust, at, &build, assigned_at, lost, &state.policy);
+        record.trust = trust.unwrap_or(record.trust);
+    }
     let unproven = lose_attempts(state, at, &keys, Stopping::End, booted, message, out);
     record.held.extend(unproven);
     state.put_worker(record, out);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use helix_model::{BuildSpec, Executor, LogTime, Platform, Resources};
 
-use crate::record::{Standing, WorkerRecord};
+use crate::record::{Standing, Trust, WorkerRecord};
 use crate::reply::Unfit;
 
 /// What a task asks of a worker's kind. Tasks with equal needs wait for the same workers.
@@ -128,12 +128,15 @@ pub fn unready(worker: &WorkerRecord, load: u32) -> Option<Unfit> {
         Standing::Present => {}
     }
     if worker.drain.is_some() {
-        Some(Unfit::Draining)
-    } else if !worker.held.is_empty() {
-        Some(Unfit::Held)
-    } else if load >= worker.offer.capacity {
-        Some(Unfit::Full { capacity: worker.offer.capacity })
-    } else {
-        None
+        return Some(Unfit::Draining);
     }
+    if !worker.held.is_empty() {
+        return Some(Unfit::Held);
+    }
+    match worker.trust {
+        Trust::Quarantined { until, .. } => return Some(Unfit::Quarantined { until }),
+        Trust::Probing { .. } if load > 0 => return Some(Unfit::Probing),
+        Trust::Probing { .. } | Trust::Full { .. } => {}
+    }
+    if load >= worker.offer.capacity { Some(Unfit::Full { capacity: worker.offer.capacity }) } else { None }
 }

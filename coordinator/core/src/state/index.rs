@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use helix_model::{AttemptKey, BuildId, BuildState, Digest, LogTime, TaskIndex, WorkerName};
 
-use crate::record::{BuildRecord, FinishedBuild, Pinned, Standing, TaskPhase, TaskRecord, WorkerRecord};
+use crate::record::{BuildRecord, FinishedBuild, Pinned, Standing, TaskPhase, TaskRecord, Trust, WorkerRecord};
 
 use super::fit::unready;
 
@@ -58,6 +58,8 @@ pub(crate) struct Index {
     pub(crate) present: BTreeSet<WorkerName>,
     /// Workers that said when they will be back.
     pub(crate) detached: BTreeSet<(LogTime, WorkerName)>,
+    /// Quarantined workers, by the end of their quarantine.
+    pub(crate) quarantined: BTreeSet<(LogTime, WorkerName)>,
     /// Draining workers with a deadline.
     pub(crate) drains: BTreeSet<(LogTime, WorkerName)>,
     /// Finished builds by end.
@@ -84,7 +86,7 @@ impl Index {
 
     pub(crate) fn add_build(&mut self, build: &BuildRecord, now: LogTime, workers: &Workers) {
         self.by_sequence.insert(build.sequence, build.id.clone());
-        *self.count_of(build.state) += 1;
+        *self.count_of(standing(build)) += 1;
         each_blob(build, |digest| *self.blobs.entry(*digest).or_default() += 1);
         for (index, task) in build.indexed_tasks() {
             match &task.phase {
@@ -100,7 +102,7 @@ impl Index {
 
     pub(crate) fn remove_build(&mut self, build: &BuildRecord, workers: &Workers) {
         self.by_sequence.remove(&build.sequence);
-        *self.count_of(build.state) -= 1;
+        *self.count_of(standing(build)) -= 1;
         each_blob(build, |digest| {
             if let Some(count) = self.blobs.get_mut(digest) {
                 *count -= 1;
@@ -183,6 +185,9 @@ impl Index {
             if let Some(deadline) = worker.drain.and_then(|drain| drain.deadline) {
                 self.drains.remove(&(deadline, worker.name.clone()));
             }
+            if let Trust::Quarantined { until, .. } = worker.trust {
+                self.quarantined.remove(&(until, worker.name.clone()));
+            }
             self.queue.forget_worker(worker);
         }
         if let Some(worker) = after {
@@ -198,6 +203,9 @@ impl Index {
             }
             if let Some(deadline) = worker.drain.and_then(|drain| drain.deadline) {
                 self.drains.insert((deadline, worker.name.clone()));
+            }
+            if let Trust::Quarantined { until, .. } = worker.trust {
+                self.quarantined.insert((until, worker.name.clone()));
             }
             let room = room(worker, self.load(&worker.name));
             self.queue.learn_worker(worker, room);
@@ -237,9 +245,17 @@ impl Waiting {
     }
 }
 
+/// What an open build is counted as. Its state is `running` from its first assignment to its end, but between attempts
+/// nothing of it runs, and numbers are about load.
+fn standing(build: &BuildRecord) -> BuildState {
+    let runs = build.tasks.iter().any(|task| task.running().is_some());
+    if runs { BuildState::Running } else { BuildState::Queued }
+}
+
 /// How many more attempts the worker may be given: 0 unless it stands ready.
 fn room(worker: &WorkerRecord, load: u32) -> u32 {
     match unready(worker, load) {
+        None if matches!(worker.trust, Trust::Probing { .. }) => 1,
         None => worker.offer.capacity.saturating_sub(load),
         Some(_) => 0,
     }

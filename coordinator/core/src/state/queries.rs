@@ -29,9 +29,9 @@ pub struct Totals {
     pub capacity: u64,
     /// Attempts that run.
     pub load: u64,
-    /// Builds never assigned yet.
+    /// Unfinished builds of which nothing runs: never assigned yet, or between attempts.
     pub queued: u64,
-    /// Builds between their first assignment and their end.
+    /// Builds of which an attempt runs.
     pub running: u64,
     /// Finished builds that are kept, by state.
     pub succeeded: u64,

@@ -89,6 +89,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         }),
         1 => (any_worker(), any::<bool>()).prop_map(|(worker, at)| drain(&worker, at.then_some(2_000))),
         1 => any_worker().prop_map(|name| Command::UndrainWorker(cmd::UndrainWorker { worker: worker(&name) })),
+        1 => any_worker().prop_map(|name| Command::ProbeWorker(cmd::ProbeWorker { worker: worker(&name) })),
         1 => any_worker().prop_map(|name| Command::RemoveWorker(cmd::RemoveWorker { worker: worker(&name) })),
         1 => (any_worker(), any_life(), any_key()).prop_map(|(name, life, attempt)| {
             let (worker, instance, key) = (worker(&name), instance(&life), key(&attempt));
@@ -100,8 +101,9 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => (build_id(), any::<bool>()).prop_map(|(id, yes)| pin(&id, if yes { Pinned::Yes } else { Pinned::No })),
         1 => (any_key(), any_worker()).prop_map(|(key, worker)| pin_source(&key, &worker, &"a".repeat(40))),
         1 => (1..4u64, 1..3u64).prop_map(|(node, epoch)| register_node(node, epoch)),
-        1 => (1..10u64, 0..3u32).prop_map(|(queue_max, infra_retries)| {
-            let policy = Policy { queue_max, infra_retries, tombstone_ms: 1_000, ..Policy::default() };
+        1 => (1..10u64, 0..3u32, 0..3u32).prop_map(|(queue_max, infra_retries, quarantine_after)| {
+            let policy =
+                Policy { queue_max, infra_retries, quarantine_after, tombstone_ms: 1_000, ..Policy::default() };
             Command::SetPolicy(cmd::SetPolicy { policy })
         }),
     ]

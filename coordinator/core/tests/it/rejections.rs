@@ -239,6 +239,8 @@ fn workers() {
     expect(lose("w1", "data2.boot1"), Rejection::InstanceStale(worker("w1")));
     expect(drain("w9", None), Rejection::WorkerUnknown(worker("w9")));
     expect(Command::RemoveWorker(cmd::RemoveWorker { worker: worker("w9") }), Rejection::WorkerUnknown(worker("w9")));
+    expect(Command::UndrainWorker(cmd::UndrainWorker { worker: worker("w9") }), Rejection::WorkerUnknown(worker("w9")));
+    expect(Command::ProbeWorker(cmd::ProbeWorker { worker: worker("w9") }), Rejection::WorkerUnknown(worker("w9")));
     let release = |name: &str, life: &str| {
         let (worker, instance, key) = (worker(name), instance(life), key("r.0.1"));
         Command::ReleaseHold(cmd::ReleaseHold { worker, instance, key })

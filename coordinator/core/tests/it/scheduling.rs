@@ -76,6 +76,19 @@ fn only_open_sessions_of_the_right_life_get_work() {
 }
 
 #[test]
+fn a_worker_whose_host_is_short_of_something_gets_nothing_new() {
+    let mut story = Story::new();
+    story.worker("w1", 1);
+    story.submit("b");
+    story.liveness.workers.get_mut(&worker("w1")).unwrap().pressure = "disk,memory".to_owned();
+    assert_eq!(story.scheduled(9), Vec::<String>::new());
+    let told = explain::explain(&story.state, &story.liveness, &build("b"), LogTime(story.now));
+    assert_eq!(told.tasks[0].verdicts, [(worker("w1"), Some(Unfit::Pressure("disk,memory".to_owned())))]);
+    story.hear("w1", "data1.boot1");
+    assert_eq!(story.scheduled(9), ["b.0.1@w1"]);
+}
+
+#[test]
 fn a_task_goes_elsewhere_after_a_failure_if_anyone_else_fits() {
     let mut story = Story::new();
     story.worker("w1", 9);

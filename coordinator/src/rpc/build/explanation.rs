@@ -93,7 +93,15 @@ pub(super) fn unsatisfiable_text(mut against: Vec<(WorkerName, Unfit)>) -> Strin
 /// How far a worker of this kind is from fitting: what an operator changes most easily comes first.
 fn distance(unfit: &Unfit) -> u8 {
     match unfit {
-        Unfit::Unhealthy | Unfit::Lost | Unfit::Detached | Unfit::Draining | Unfit::Held | Unfit::Full { .. } => 0,
+        Unfit::Unhealthy
+        | Unfit::Lost
+        | Unfit::Detached
+        | Unfit::Draining
+        | Unfit::Held
+        | Unfit::Quarantined { .. }
+        | Unfit::Probing
+        | Unfit::Pressure(_)
+        | Unfit::Full { .. } => 0,
         Unfit::Resources(_) => 1,
         Unfit::Command => 2,
         Unfit::Label(_) => 3,

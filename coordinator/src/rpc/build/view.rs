@@ -62,6 +62,12 @@ pub(crate) fn unix_ms(at: LogTime) -> i64 {
     i64::try_from(at.0).unwrap_or(i64::MAX)
 }
 
+/// Log time for people, in UTC.
+pub(crate) fn time_text(at: LogTime) -> String {
+    let seconds = at.unix_s().rem_euclid(86_400);
+    format!("{:02}:{:02}:{:02} UTC", seconds / 3_600, seconds / 60 % 60, seconds % 60)
+}
+
 /// The word for where a task stands; a task between attempts waits, whatever its build does.
 pub(crate) fn task_state(task: &TaskRecord) -> BuildState {
     match &task.phase {
