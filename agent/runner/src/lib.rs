@@ -28,6 +28,7 @@ pub mod codec;
 pub mod control;
 pub mod forker;
 mod inspect;
+pub mod isolation;
 pub mod locks;
 mod order;
 mod outcome;

@@ -7,6 +7,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::codec::{self, Decoder, Encoder, FormatError, Kind};
+use crate::isolation::Isolation;
 use crate::paths::AttemptDir;
 
 const KIND: Kind = Kind { magic: b"HLXORDR\0", version: 1 };
@@ -57,6 +58,8 @@ pub struct Order {
     pub leftover_ms: u64,
     /// Bytes of spool on disk, at most, framing included; see [`crate::SpoolWriter`].
     pub log_bytes_max: u64,
+    /// What it sees of the host; `None` for the host as it is.
+    pub isolation: Option<Isolation>,
 }
 
 impl Order {
@@ -110,6 +113,12 @@ impl Order {
             };
         }
         out.u64(self.grace_ms).u64(self.leftover_ms).u64(self.log_bytes_max);
+        match &self.isolation {
+            None => {
+                out.u8(0);
+            }
+            Some(isolation) => isolation.encode(&mut out),
+        }
         codec::seal(&KIND, &out.finish())
     }
 
@@ -137,6 +146,11 @@ impl Order {
         let cgroup = Some(field(&mut fields, "cgroup")?).filter(|path| !path.is_empty()).map(PathBuf::from);
         let (wall_ms, silence_ms) = (optional_ms(&mut fields)?, optional_ms(&mut fields)?);
         let (grace_ms, leftover_ms, log_bytes_max) = (fields.u64()?, fields.u64()?, fields.u64()?);
+        // An order of an agent before there was isolation ends here.
+        let isolation = match if fields.is_empty() { 0 } else { fields.u8()? } {
+            0 => None,
+            tool => Some(Isolation::decode(tool, &mut fields)?),
+        };
         fields.end()?;
         let order = Self {
             argv,
@@ -150,6 +164,7 @@ impl Order {
             grace_ms,
             leftover_ms,
             log_bytes_max,
+            isolation,
         };
         Ok(order)
     }
@@ -201,6 +216,7 @@ mod tests {
             grace_ms: 1,
             leftover_ms: 2,
             log_bytes_max: u64::MAX,
+            isolation: None,
         }
     }
 

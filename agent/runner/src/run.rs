@@ -6,6 +6,8 @@ mod attempt;
 mod clock;
 mod command;
 mod connections;
+mod fork;
+mod isolated;
 mod lines;
 mod setup;
 mod tree;

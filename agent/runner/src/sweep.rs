@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use crate::cgroup::Cgroup;
 use crate::inspect::{AttemptState, inspect};
+use crate::isolation::{Isolation, Tool};
 use crate::order::Order;
 use crate::paths::AttemptDir;
-use crate::pids::{PidFile, boot_id};
-use crate::processes::{Process, kill_all};
+use crate::pids::{PidFile, ProcessId, boot_id};
+use crate::processes::{Process, kill_all, signal};
+use rustix::process::Signal;
 
 /// The variables that, together, name an attempt in its processes' environments.
 const MARKS: [&str; 2] = ["HELIX_BUILD_ID", "HELIX_ATTEMPT"];
@@ -19,7 +21,8 @@ const MARKS: [&str; 2] = ["HELIX_BUILD_ID", "HELIX_ATTEMPT"];
 /// What a sweep can say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Sweep {
-    /// No process of the attempt is left: its cgroup is empty, or the host was started anew since.
+    /// No process of the attempt is left: its cgroup is empty, or the init of its PID namespace is dead, or the host was
+    /// started anew since.
     Proven {
         /// How many were found and killed one by one; the cgroup's kill does not count.
         killed: u32,
@@ -49,6 +52,7 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
         return Ok(Sweep::Proven { killed: 0 });
     }
     let order = Order::read(dir)?;
+    let namespace = Namespace::of(&order, notes.as_ref());
     let cgroup = order.cgroup.as_deref().and_then(Cgroup::existing);
     let deadline = Instant::now() + patience;
     let mut killed = 0;
@@ -56,9 +60,11 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
         if let Some(cgroup) = &cgroup {
             cgroup.kill()?;
         }
+        namespace.kill()?;
         let found = kill_all(|| recognised(&order, notes.as_ref()))?;
         killed += found;
-        if found == 0 && !cgroup.as_ref().map_or(Ok(false), Cgroup::populated)? {
+        let populated = cgroup.as_ref().map_or(Ok(false), Cgroup::populated)?;
+        if found == 0 && !populated && namespace.is_gone() {
             break;
         }
         if Instant::now() >= deadline {
@@ -68,7 +74,44 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
     }
     match cgroup {
         Some(cgroup) => cgroup.remove().map(|()| Sweep::Proven { killed }),
-        None => Ok(Sweep::Unproven { killed }),
+        None if namespace == Namespace::None => Ok(Sweep::Unproven { killed }),
+        None => Ok(Sweep::Proven { killed }),
+    }
+}
+
+/// The PID namespace of an isolated command: the kernel lets its init be gone only after everybody else in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Namespace {
+    /// The command had none of its own, or its init is not ours to know.
+    None,
+    /// The init was never noted, and before it is it begins nothing.
+    NotBegun,
+    /// Its init.
+    Begun(ProcessId),
+}
+
+impl Namespace {
+    fn of(order: &Order, notes: Option<&PidFile>) -> Self {
+        match (&order.isolation, notes.and_then(|notes| notes.command)) {
+            (Some(Isolation { tool: Tool::Namespaces, .. }), Some(init)) => Self::Begun(init),
+            (Some(Isolation { tool: Tool::Namespaces, .. }), None) => Self::NotBegun,
+            (None | Some(_), _) => Self::None,
+        }
+    }
+
+    fn kill(self) -> io::Result<()> {
+        match self {
+            Self::Begun(init) => signal(init, Signal::KILL),
+            Self::None | Self::NotBegun => Ok(()),
+        }
+    }
+
+    fn is_gone(self) -> bool {
+        match self {
+            // A zombie has seen the others go.
+            Self::Begun(init) => Process::read(init.pid).is_none_or(|now| now.id != init || now.zombie),
+            Self::None | Self::NotBegun => true,
+        }
     }
 }
 

@@ -100,7 +100,11 @@ impl Attempt {
 
     /// Starts the command. False when it could not be started; then that is its end.
     pub(crate) fn start(&mut self, mut notes: &File) -> bool {
-        let started = match command::start(&self.order, self.tree.cgroup()) {
+        let note = |pid| {
+            let process = Process::read(pid).ok_or(io::ErrorKind::NotFound)?;
+            notes.write_all(PidFile::command_line(process.id).as_bytes())
+        };
+        let started = match command::start(&self.order, self.tree.cgroup(), note) {
             Ok(started) => started,
             Err(error) => {
                 self.spool.append(self.clock.now_ms(), Stream::System, error.text.as_bytes());
@@ -111,9 +115,8 @@ impl Attempt {
         self.outputs = vec![Output::new(started.stdout, Stream::Stdout), Output::new(started.stderr, Stream::Stderr)];
         self.command = Some(started.pid);
         (self.started, self.last_output) = (Instant::now(), Instant::now());
-        if let Some(process) = Process::read(started.pid) {
-            // Only of use to a sweep after our death, which has other signs as well.
-            let _ = notes.write_all(PidFile::command_line(process.id).as_bytes());
+        if let Some(status) = started.status {
+            self.tree.set_init(started.pid, status);
         }
         true
     }
@@ -170,6 +173,7 @@ impl Attempt {
             Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: i64::from(left.subsec_nanos()) }
         });
         let mut polled = vec![PollFd::new(&self.signals, PollFlags::IN)];
+        polled.extend(self.tree.status().map(|status| PollFd::new(status, PollFlags::IN)));
         if self.stuck_since.is_none() {
             polled.extend(self.outputs.iter().filter_map(Output::pipe).map(|pipe| PollFd::new(pipe, PollFlags::IN)));
         }

@@ -4,27 +4,29 @@
 
 #![allow(unsafe_code)] // fork, execve, signal dispositions and credentials: libc only.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs;
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use helix_runner::cgroup::Cgroup;
 use helix_runner::{Order, Privileges};
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use super::fork::{Forked, fork};
+use super::isolated;
+
 /// A command is this much likelier than its runner to be chosen when memory runs out.
 const OOM_SCORE_ADJ: &str = "500";
-
-/// `clone3`'s flag of that name (Linux 5.7); libc's constant overflows its type.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// The command as started.
 pub(crate) struct Started {
     pub(crate) pid: u32,
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
+    /// Where the command's end is told when the process is not the command itself but its namespaces' init.
+    pub(crate) status: Option<OwnedFd>,
 }
 
 /// What could not be done, and why.
@@ -40,13 +42,22 @@ impl StartError {
     }
 }
 
-/// Starts it. Returns when it runs or has failed to.
-pub(crate) fn start(order: &Order, cgroup: Option<&Cgroup>) -> Result<Started, StartError> {
+/// Starts it. Returns when it runs or has failed to. `note` learns of the new process; one that begins namespaces waits
+/// until it has.
+pub(crate) fn start(
+    order: &Order,
+    cgroup: Option<&Cgroup>,
+    note: impl FnOnce(u32) -> io::Result<()>,
+) -> Result<Started, StartError> {
     let Some(program) = order.argv.first() else {
         return Err(StartError { errno: libc::EINVAL, text: "there is nothing to run".to_owned() });
     };
     let image =
         Image::new(order).map_err(|error| StartError::new(format!("cannot start {}", program.display()), &error))?;
+    let cannot_isolate = |error| StartError::new("cannot isolate the command", &error);
+    let bubblewrap = isolated::prepare_bubblewrap(order).map_err(cannot_isolate)?;
+    let namespaces = isolated::clone_flags(order);
+    let hold = (namespaces != 0).then(isolated::Hold::new).transpose().map_err(cannot_isolate)?;
     let pipes = || -> io::Result<_> {
         let flags = PipeFlags::CLOEXEC;
         Ok((pipe_with(flags)?, pipe_with(flags)?, pipe_with(flags)?, fs::File::open("/dev/null")?))
@@ -56,20 +67,31 @@ pub(crate) fn start(order: &Order, cgroup: Option<&Cgroup>) -> Result<Started, S
     let runner = rustix::process::getpid();
     let directory = cgroup.map(|cgroup| fs::File::open(cgroup.path())).transpose();
     let directory = directory.map_err(|error| StartError::new("cannot open the cgroup", &error))?;
-    let forked = fork_into(directory.as_ref()).map_err(|error| StartError::new("cannot fork", &error))?;
-    let pid = match forked {
+    let cannot_fork = if namespaces == 0 { "cannot fork" } else { "cannot make namespaces" };
+    // SAFETY: this process has one thread.
+    let forked = unsafe { fork(namespaces, directory.as_ref()) };
+    let pid = match forked.map_err(|error| StartError::new(cannot_fork, &error))? {
         Forked::Child { placed } => {
             let outputs = [null.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
-            let to_enter = if placed { None } else { cgroup };
-            let (what, error) = become_command(order, &image, to_enter, outputs, runner);
-            let report = format!("{}:{what}", error.raw_os_error().unwrap_or(0));
-            let _ = fs::File::from(failure_theirs).write_all(report.as_bytes());
+            let failure = failure_theirs.as_fd();
+            let cgroup = if placed { None } else { cgroup };
+            let (what, error) = match hold {
+                Some(hold) => {
+                    isolated::be_init(isolated::Plan { order, image: &image, cgroup, outputs, failure }, hold)
+                }
+                None => become_command(order, &image, bubblewrap.as_ref(), cgroup, outputs, runner),
+            };
+            report(failure, &what, &error);
             // SAFETY: ends this child at once, without running the runner's own exit code.
             unsafe { libc::_exit(127) }
         }
         Forked::Parent { child } => child,
     };
     drop((stdout_theirs, stderr_theirs, failure_theirs));
+    let noted = note(pid.cast_unsigned());
+    // An init that is not noted must not begin: a sweep takes it that it did not.
+    let release = |hold: isolated::Hold| noted.and_then(|()| hold.release());
+    let status = hold.map(release).transpose().map_err(cannot_isolate)?;
     let mut report = String::new();
     // Ends empty when exec closes the other side.
     let _ = fs::File::from(failure).read_to_string(&mut report);
@@ -83,44 +105,17 @@ pub(crate) fn start(order: &Order, cgroup: Option<&Cgroup>) -> Result<Started, S
         rustix::io::ioctl_fionbio(pipe, true)
             .map_err(|error| StartError::new("cannot set up pipes", &io::Error::from(error)))?;
     }
-    Ok(Started { pid: pid.cast_unsigned(), stdout, stderr })
+    Ok(Started { pid: pid.cast_unsigned(), stdout, stderr, status })
 }
 
-/// What a fork returns, twice.
-enum Forked {
-    /// In the new process; whether it was born in the cgroup.
-    Child { placed: bool },
-    /// In the old one.
-    Parent { child: libc::pid_t },
-}
-
-/// Forks into a cgroup. A process that moves there by itself waits for every processor of the host to pass a point of
-/// rest, about ten milliseconds during which nobody can fork; one that is born there waits for nothing.
-fn fork_into(cgroup: Option<&fs::File>) -> io::Result<Forked> {
-    if let Some(cgroup) = cgroup {
-        // SAFETY: all zeros is a valid value: no flags and no pointers.
-        let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-        arguments.flags = CLONE_INTO_CGROUP;
-        arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-        arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
-        // SAFETY: as for fork below; neither memory nor descriptors are shared with the child.
-        match unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) } {
-            // An older kernel, or one that wants to be asked differently: the child moves.
-            -1 => {}
-            0 => return Ok(Forked::Child { placed: true }),
-            child => return Ok(Forked::Parent { child: child as libc::pid_t }),
-        }
-    }
-    // SAFETY: one thread, so the child is a whole copy that may do anything.
-    match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => Ok(Forked::Child { placed: false }),
-        child => Ok(Forked::Parent { child }),
-    }
+/// Tells the runner what a new process could not do.
+pub(super) fn report(failure: BorrowedFd<'_>, what: &str, error: &io::Error) {
+    let report = format!("{}:{what}", error.raw_os_error().unwrap_or(0));
+    let _ = rustix::io::write(failure, report.as_bytes());
 }
 
 /// Everything exec needs, made before the fork.
-struct Image {
+pub(super) struct Image {
     programs: Vec<CString>,
     argv: Vec<CString>,
     environment: Vec<CString>,
@@ -128,8 +123,6 @@ struct Image {
 
 impl Image {
     fn new(order: &Order) -> io::Result<Self> {
-        let argv =
-            order.argv.iter().map(|argument| Ok(CString::new(argument.as_bytes())?)).collect::<io::Result<_>>()?;
         let entry = |(name, value): &(std::ffi::OsString, std::ffi::OsString)| {
             let mut entry = name.clone().into_vec();
             entry.push(b'=');
@@ -139,12 +132,18 @@ impl Image {
         let environment = order.environment.iter().map(entry).collect::<io::Result<_>>()?;
         let program = order.argv.first().map_or(OsStr::new(""), |program| program.as_os_str());
         let programs = candidates(program, order.variable("PATH").unwrap_or_default());
+        Ok(Self { environment, ..Self::bare(&order.argv, programs)? })
+    }
+
+    /// One without an environment.
+    pub(super) fn bare(argv: &[OsString], programs: Vec<Vec<u8>>) -> io::Result<Self> {
+        let argv = argv.iter().map(|argument| Ok(CString::new(argument.as_bytes())?)).collect::<io::Result<_>>()?;
         let programs = programs.into_iter().map(|path| Ok(CString::new(path)?)).collect::<io::Result<_>>()?;
-        Ok(Self { programs, argv, environment })
+        Ok(Self { programs, argv, environment: Vec::new() })
     }
 
     /// Becomes the first candidate that can be run; returns why none could.
-    fn exec(&self) -> io::Error {
+    pub(super) fn exec(&self) -> io::Error {
         let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
             strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
         };
@@ -179,11 +178,16 @@ fn candidates(program: &OsStr, path: &OsStr) -> Vec<Vec<u8>> {
 fn become_command(
     order: &Order,
     image: &Image,
+    bubblewrap: Option<&isolated::Bubblewrap>,
     cgroup: Option<&Cgroup>,
     descriptors: [std::os::fd::BorrowedFd<'_>; 3],
     runner: rustix::process::Pid,
 ) -> (String, io::Error) {
     let program = order.argv.first().map_or(OsStr::new(""), |program| program.as_os_str()).display();
+    // With root's rights, if we have them; nothing of the build's is run with them.
+    if let Some(Err(failed)) = bubblewrap.map(|bubblewrap| bubblewrap.lay_out(order)) {
+        return failed;
+    }
     // Order matters: the cgroup first, so that nothing escapes it; credentials after what needs ours; the working directory
     // after them, so that it is entered with the command's own rights.
     let steps: [(&str, &dyn Fn() -> io::Result<()>); 6] = [
@@ -192,7 +196,11 @@ fn become_command(
         ("cannot set limits", &|| set_limits(order)),
         ("cannot take the ordered user", &|| set_user(order, runner)),
         ("cannot set up descriptors", &|| set_descriptors(descriptors)),
-        ("cannot enter the working directory", &|| std::env::set_current_dir(&order.workdir)),
+        ("cannot enter the working directory", &|| match bubblewrap {
+            // It goes there itself, where the build sees it.
+            Some(_) => Ok(()),
+            None => std::env::set_current_dir(&order.workdir),
+        }),
     ];
     for (what, step) in steps {
         if let Err(error) = step() {
@@ -200,10 +208,13 @@ fn become_command(
         }
     }
     reset_signals();
-    (format!("cannot start {program}"), image.exec())
+    match bubblewrap {
+        Some(bubblewrap) => bubblewrap.run(),
+        None => (format!("cannot start {program}"), image.exec()),
+    }
 }
 
-fn set_limits(order: &Order) -> io::Result<()> {
+pub(super) fn set_limits(order: &Order) -> io::Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_bits_retain(0o022));
     let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(rustix::process::Resource::Core, none)?;
@@ -238,7 +249,7 @@ fn set_user(order: &Order, runner: rustix::process::Pid) -> io::Result<()> {
 }
 
 /// Exactly 0, 1 and 2 remain after exec.
-fn set_descriptors([stdin, stdout, stderr]: [std::os::fd::BorrowedFd<'_>; 3]) -> io::Result<()> {
+pub(super) fn set_descriptors([stdin, stdout, stderr]: [std::os::fd::BorrowedFd<'_>; 3]) -> io::Result<()> {
     // None of the three can be among 0 to 2 itself: those were taken when the runner started.
     debug_assert!(stdin.as_raw_fd() > 2 && stdout.as_raw_fd() > 2 && stderr.as_raw_fd() > 2);
     for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
@@ -254,7 +265,7 @@ fn set_descriptors([stdin, stdout, stderr]: [std::os::fd::BorrowedFd<'_>; 3]) ->
 }
 
 /// Ignored and blocked signals survive exec; a build expects none.
-fn reset_signals() {
+pub(super) fn reset_signals() {
     // All zeros is the default disposition in the kernel's form, which is four words at most.
     let default = [0_usize; 4];
     // SAFETY: dispositions and mask only, the set is initialised by sigemptyset. The system call itself, because libc keeps

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // waitpid with __WALL: libc only.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use helix_runner::cgroup::Cgroup;
@@ -29,38 +30,71 @@ pub(crate) struct Tree {
     cgroup: Option<Cgroup>,
     childless: bool,
     rounds: u32,
+    init: Option<Init>,
+}
+
+/// The first process of the command's PID namespace: it outlives all others in there, and none outlives it.
+#[derive(Debug)]
+struct Init {
+    pid: u32,
+    /// Where it tells how the command ended.
+    status: OwnedFd,
+}
+
+impl Init {
+    /// How the command ended, once.
+    fn told(&self) -> Option<End> {
+        let mut status = [0; size_of::<libc::c_int>()];
+        // Few bytes are written as one.
+        let read = rustix::io::read(&self.status, &mut status).ok()?;
+        (read == status.len()).then(|| end_of(libc::c_int::from_ne_bytes(status)))
+    }
 }
 
 impl Tree {
     pub(crate) fn new(cgroup: Option<Cgroup>) -> Self {
-        Self { cgroup, childless: false, rounds: 0 }
+        Self { cgroup, childless: false, rounds: 0, init: None }
     }
 
     pub(crate) fn cgroup(&self) -> Option<&Cgroup> {
         self.cgroup.as_ref()
     }
 
-    /// Takes everybody who is dead. Gives the command's end if it was among them.
+    /// What was started is the init of namespaces, and tells there how the command ended.
+    pub(crate) fn set_init(&mut self, pid: u32, status: OwnedFd) {
+        self.init = Some(Init { pid, status });
+    }
+
+    /// What can be waited for besides deaths.
+    pub(crate) fn status(&self) -> Option<&OwnedFd> {
+        self.init.as_ref().map(|init| &init.status)
+    }
+
+    /// Takes everybody who is dead. Gives the command's end if it was among them, or if the init told it.
     pub(crate) fn reap(&mut self, command: Option<u32>) -> Option<End> {
         let mut end = None;
+        let mut init_died = false;
         loop {
             let mut status = 0;
             // __WALL: a process cloned with another exit signal than SIGCHLD would else be left out, even of ECHILD.
             // SAFETY: the status outlives the call.
             let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
-            match pid {
-                -1 => {
-                    self.childless = io::Error::last_os_error().raw_os_error() == Some(libc::ECHILD);
-                    return end;
-                }
-                0 => {
-                    self.childless = false;
-                    return end;
-                }
-                pid if Some(pid.cast_unsigned()) == command => end = Some(end_of(status)),
-                _ => {}
+            if pid <= 0 {
+                self.childless = pid == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ECHILD);
+                break;
             }
+            let pid = Some(pid.cast_unsigned());
+            if pid == command {
+                end = Some(end_of(status));
+            }
+            init_died |= pid == self.init.as_ref().map(|init| init.pid);
         }
+        // Asked after the reaping: an init that is dead has said what it ever will, and its word goes before its own end.
+        let told = self.init.as_ref().and_then(Init::told);
+        if init_died {
+            self.init = None;
+        }
+        told.or(end)
     }
 
     /// Whether no descendant is left, as [`Self::reap`] last saw it.
@@ -88,6 +122,15 @@ impl Tree {
     /// Gives the command's end like [`Self::reap`].
     pub(crate) fn kill(&mut self, command: Option<u32>) -> Option<End> {
         self.rounds = self.rounds.saturating_add(1);
+        if let Some(init) = &self.init
+            && let Some(pid) = rustix::process::Pid::from_raw(init.pid.cast_signed())
+        {
+            // Everybody in there dies with it, at once, forks in flight included. The number is its own until it is reaped.
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+            if self.rounds <= CGROUP_ROUNDS {
+                return None;
+            }
+        }
         let killed = self.cgroup.as_ref().is_some_and(|cgroup| cgroup.kill().is_ok());
         if killed && self.rounds <= CGROUP_ROUNDS {
             return None;
@@ -112,7 +155,8 @@ impl Tree {
 
     /// How many are alive.
     pub(crate) fn count(&self) -> u32 {
-        u32::try_from(self.descendants().len()).unwrap_or(u32::MAX)
+        let inits = usize::from(self.init.is_some());
+        u32::try_from(self.descendants().len().saturating_sub(inits)).unwrap_or(u32::MAX)
     }
 
     fn descendants(&self) -> Vec<Process> {

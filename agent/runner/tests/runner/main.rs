@@ -6,6 +6,7 @@ mod control;
 mod ending;
 mod environment;
 mod forker;
+mod isolation;
 mod output;
 mod spool;
 mod support;
