@@ -64,6 +64,7 @@ impl Attempt {
             grace_ms: GRACE_MS,
             leftover_ms: LEFTOVER_MS,
             log_bytes_max: settings.log_bytes_max,
+            isolation: None,
         };
         let dir = self.dir.clone();
         let host = |what: &str, error: &io::Error| Verdict::Failed {
