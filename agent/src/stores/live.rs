@@ -1,7 +1,9 @@
 //! Live log lines to a coordinator: one stream to each, shared by all attempts.
 //!
 //! Lines are read from the spool as fast as they are acknowledged and never kept otherwise. When a stream breaks, the
-//! next coordinator gets the log from its first line: it drops what it has by number.
+//! next coordinator gets the log from its first line: it drops what it has by number. Live logs have no holes: where the
+//! spool has one, or is damaged, the rest is read when the log is sealed. What is wrong with one attempt's log ends that
+//! attempt's pushing alone.
 
 use std::collections::HashMap;
 use std::io;
@@ -33,6 +35,12 @@ const UNACKNOWLEDGED_MAX: usize = 4;
 /// Messages of all attempts that wait to be sent to one coordinator.
 const WAITING_MAX: usize = 32;
 
+/// Looks at a place in a spool that seems damaged: its writer may have taken back what was half read.
+const DAMAGED_LOOKS_MAX: u32 = 5;
+
+/// Between those looks.
+const DAMAGED_PAUSE: Duration = Duration::from_millis(200);
+
 /// How an attempt's spool stands, told to whoever pushes it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Progress {
@@ -56,7 +64,8 @@ impl LiveLogs {
         Self { nodes, links: Arc::default() }
     }
 
-    /// Pushes an attempt's log until its last line is acknowledged. Ends early only when the spool is damaged.
+    /// Pushes an attempt's log until its last line is acknowledged. Ends early where the spool has a hole, or is damaged,
+    /// and when a coordinator takes no more of it.
     pub async fn push(self, key: AttemptKey, dir: AttemptDir, mut progress: watch::Receiver<Progress>) {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         let name = key.to_string();
@@ -65,6 +74,11 @@ impl LiveLogs {
                 let feed = self.open(node, channel, &key).await;
                 match self.push_to(feed, &key, &dir, &mut progress, &mut backoff).await {
                     Pushed::All => return,
+                    Pushed::Again => {}
+                    Pushed::Refused(why) => {
+                        tracing::warn!(attempt = %key, why, "the log is not shown on while it grows");
+                        return;
+                    }
                     Pushed::SpoolLost(error) => {
                         tracing::error!(attempt = %key, %error, "the log cannot be read on; what follows is not shown");
                         return;
@@ -86,6 +100,7 @@ impl LiveLogs {
     ) -> Pushed {
         let Some(mut feed) = feed else { return Pushed::Broken };
         let mut reader = SpoolReader::new(dir);
+        let (mut pushed, mut damaged_looks) = (0, 0);
         loop {
             let now = *progress.borrow_and_update();
             let growth = if now.ended { Growth::Ended } else { Growth::Open };
@@ -94,29 +109,41 @@ impl LiveLogs {
                 let records = read_some(&mut reader, growth);
                 Ok((reader, records))
             });
-            let (back, records) = match read.await {
+            let (back, mut records) = match read.await {
                 Ok((reader, Ok(records))) => (reader, records),
-                Ok((_, Err(error))) => return Pushed::SpoolLost(error.into()),
-                Err(error) => return Pushed::SpoolLost(error),
+                Ok((back, Err(SpoolError::Damaged { .. }))) if damaged_looks < DAMAGED_LOOKS_MAX => {
+                    damaged_looks += 1;
+                    reader = SpoolReader::resume(dir, back.position());
+                    tokio::time::sleep(DAMAGED_PAUSE).await;
+                    continue;
+                }
+                Ok((_, Err(error))) => return feed.cut(error.into()).await,
+                Err(error) => return feed.cut(error).await,
             };
             reader = back;
+            let whole = before_hole(&records, pushed);
+            let cut = whole < records.len();
+            records.truncate(whole);
             let more = !records.is_empty();
-            let last = now.ended && !more;
-            if more || last {
-                let seq = records.last().map_or(0, |record| record.seq);
-                let message = PushLog { id: Some(attempt_to_wire(key)), records, last };
-                if feed.send(message, seq).await.is_err() {
-                    return Pushed::Broken;
+            let last = now.ended && !more && !cut;
+            if let Some(record) = records.last() {
+                (pushed, damaged_looks) = (record.seq, 0);
+            }
+            if more || last || cut {
+                let message = PushLog { id: Some(attempt_to_wire(key)), records, last, cut };
+                let sent = feed.send(message, if more { pushed } else { 0 }).await;
+                if let Err(end) = sent {
+                    return end.into();
                 }
                 backoff.reset();
             }
-            if last {
-                return if feed.wait_for_all().await.is_ok() { Pushed::All } else { Pushed::Broken };
+            if last || cut {
+                return feed.wait_for_all().await.map_or_else(Pushed::from, |()| Pushed::All);
             }
             if !more {
                 tokio::select! {
                     changed = progress.changed() => if changed.is_err() { return Pushed::All },
-                    () = feed.broken() => return Pushed::Broken,
+                    end = feed.end() => return end.into(),
                 }
             }
         }
@@ -132,7 +159,7 @@ impl LiveLogs {
             let link = links.get(&node)?;
             (link.tx.clone(), Arc::clone(&link.acks))
         };
-        let (ack_tx, ack_rx) = watch::channel(0);
+        let (ack_tx, ack_rx) = watch::channel(Acked::default());
         acks.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), ack_tx);
         Some(Feed { key: key.clone(), tx, acks, acked: ack_rx, unacknowledged: Vec::new() })
     }
@@ -151,8 +178,26 @@ impl std::fmt::Debug for LiveLogs {
 
 enum Pushed {
     All,
+    /// From the first line, if need be at the same coordinator.
+    Again,
     Broken,
+    Refused(String),
     SpoolLost(io::Error),
+}
+
+impl From<FeedEnd> for Pushed {
+    fn from(end: FeedEnd) -> Self {
+        match end {
+            FeedEnd::Gone => Self::Broken,
+            FeedEnd::Again => Self::Again,
+            FeedEnd::Refused(why) => Self::Refused(why),
+        }
+    }
+}
+
+/// How many of the records follow each other and the line before them.
+fn before_hole(records: &[v1::LogRecord], before: u64) -> usize {
+    records.iter().zip(before + 1..).take_while(|(record, expected)| record.seq == *expected).count()
 }
 
 /// Reads lines for one message.
@@ -178,51 +223,86 @@ fn to_wire(record: Record) -> v1::LogRecord {
 }
 
 /// Who waits for acknowledgements on a stream.
-type Acks = Arc<Mutex<HashMap<AttemptKey, watch::Sender<u64>>>>;
+type Acks = Arc<Mutex<HashMap<AttemptKey, watch::Sender<Acked>>>>;
+
+/// What a coordinator said of an attempt's lines.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Acked {
+    seq: u64,
+    again: bool,
+    refused: Option<String>,
+}
 
 /// An attempt's share in a stream.
 struct Feed {
     key: AttemptKey,
     tx: mpsc::Sender<PushLog>,
     acks: Acks,
-    acked: watch::Receiver<u64>,
+    acked: watch::Receiver<Acked>,
     /// Last numbers of messages under way.
     unacknowledged: Vec<u64>,
 }
 
-/// The stream is gone.
-struct Gone;
+/// Why an attempt is not pushed on here.
+enum FeedEnd {
+    /// The stream is gone.
+    Gone,
+    /// Lines are missing there.
+    Again,
+    /// No more of it is taken.
+    Refused(String),
+}
 
 impl Feed {
-    async fn send(&mut self, message: PushLog, seq: u64) -> Result<(), Gone> {
+    async fn send(&mut self, message: PushLog, seq: u64) -> Result<(), FeedEnd> {
+        self.note_acks()?;
         while self.unacknowledged.len() >= UNACKNOWLEDGED_MAX {
-            self.acked.changed().await.map_err(|_| Gone)?;
-            self.note_acks();
+            self.next_ack().await?;
         }
         if seq > 0 {
             self.unacknowledged.push(seq);
         }
-        self.tx.send(message).await.map_err(|_| Gone)
+        self.tx.send(message).await.map_err(|_| FeedEnd::Gone)
     }
 
-    async fn wait_for_all(&mut self) -> Result<(), Gone> {
-        self.note_acks();
+    async fn wait_for_all(&mut self) -> Result<(), FeedEnd> {
+        self.note_acks()?;
         while !self.unacknowledged.is_empty() {
-            self.acked.changed().await.map_err(|_| Gone)?;
-            self.note_acks();
+            self.next_ack().await?;
         }
         Ok(())
     }
 
-    fn note_acks(&mut self) {
-        let acked = *self.acked.borrow_and_update();
-        self.unacknowledged.retain(|seq| *seq > acked);
+    async fn next_ack(&mut self) -> Result<(), FeedEnd> {
+        self.acked.changed().await.map_err(|_| FeedEnd::Gone)?;
+        self.note_acks()
     }
 
-    async fn broken(&mut self) {
-        while self.acked.changed().await.is_ok() {
-            self.note_acks();
+    fn note_acks(&mut self) -> Result<(), FeedEnd> {
+        let acked = self.acked.borrow_and_update().clone();
+        self.unacknowledged.retain(|seq| *seq > acked.seq);
+        match acked {
+            Acked { refused: Some(why), .. } => Err(FeedEnd::Refused(why)),
+            Acked { again: true, .. } => Err(FeedEnd::Again),
+            Acked { .. } => Ok(()),
         }
+    }
+
+    /// Waits until there is nothing to wait for here.
+    async fn end(&mut self) -> FeedEnd {
+        loop {
+            if let Err(end) = self.next_ack().await {
+                return end;
+            }
+        }
+    }
+
+    /// Says that no more comes, because the spool cannot be read on.
+    async fn cut(&mut self, error: io::Error) -> Pushed {
+        let message = PushLog { id: Some(attempt_to_wire(&self.key)), cut: true, ..PushLog::default() };
+        // Where that is not heard, the end of the stream says it.
+        let _ = self.send(message, 0).await;
+        Pushed::SpoolLost(error)
     }
 }
 
@@ -259,16 +339,34 @@ async fn serve(channel: Channel, rx: mpsc::Receiver<PushLog>, acks: Acks) {
 async fn exchange(channel: Channel, rx: mpsc::Receiver<PushLog>, acks: &Acks) -> Result<(), tonic::Status> {
     let mut client = AgentServiceClient::new(channel);
     let mut answers = client.push_logs(ReceiverStream::new(rx)).await?.into_inner();
-    while let Some(PushLogAck { id, seq }) = answers.message().await? {
+    while let Some(PushLogAck { id, seq, again, refused }) = answers.message().await? {
         let Ok(key) = attempt_from_wire(id) else { continue };
         let acks = acks.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(waiting) = acks.get(&key) {
             waiting.send_if_modified(|acked| {
-                let newer = seq > *acked;
-                *acked = (*acked).max(seq);
-                newer
+                let before = acked.clone();
+                acked.seq = acked.seq.max(seq);
+                acked.again |= again;
+                acked.refused = acked.refused.take().or_else(|| (!refused.is_empty()).then(|| refused.clone()));
+                *acked != before
             });
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_behind_a_hole_is_not_pushed() {
+        let records = |seqs: &[u64]| -> Vec<v1::LogRecord> {
+            seqs.iter().map(|seq| v1::LogRecord { seq: *seq, ..v1::LogRecord::default() }).collect()
+        };
+        assert_eq!(before_hole(&records(&[1, 2, 3]), 0), 3);
+        assert_eq!(before_hole(&records(&[5, 6, 9, 10]), 4), 2);
+        assert_eq!(before_hole(&records(&[7]), 4), 0);
+        assert_eq!(before_hole(&[], 4), 0);
+    }
 }

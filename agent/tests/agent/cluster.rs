@@ -245,7 +245,7 @@ impl AgentService for Service {
                     seen.logs_ended.push(id.build_id.clone());
                 }
             });
-            Ok(PushLogAck { id: push.id, seq })
+            Ok(PushLogAck { id: push.id, seq, ..PushLogAck::default() })
         });
         Ok(Response::new(Box::pin(acks)))
     }

@@ -1,8 +1,9 @@
 //! Agents push lines here. One stream carries many attempts.
 //!
 //! Only the worker that runs or ran an attempt may push its log. Lines are acknowledged when readers can read them;
-//! what is sealed already or belongs to nothing is acknowledged and dropped. Lines after a hole end the stream: the agent begins
-//! anew from line 1, as it does at every coordinator that it comes to, and what is here already is passed over.
+//! what is sealed already or belongs to nothing is acknowledged and dropped. After a hole the agent is asked to begin anew from
+//! line 1, as it does at every coordinator that it comes to, and what is here already is passed over. What is wrong with one
+//! attempt's log is said in its acknowledgement; the stream ends only when nobody's lines can be taken.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -34,6 +35,8 @@ enum Admission {
     Keep(Arc<LiveLog>, Arc<Pushing>),
     /// Nobody needs them here.
     Drop,
+    /// They are not taken, and the agent is told why.
+    Refuse(Arc<str>),
 }
 
 impl LogHub {
@@ -79,7 +82,7 @@ impl LogHub {
             }
             AttemptFacts::Open { worker: owner, .. } => {
                 tracing::warn!(attempt = %key, %worker, %owner, "an agent pushes the log of another's attempt");
-                Err(status(ErrorCode::NotOwner, format!("attempt {key} is not {worker}'s")))
+                Ok(Admission::Refuse(format!("attempt {key} is not {worker}'s").into()))
             }
         }
     }
@@ -121,8 +124,8 @@ impl Push {
                 }
                 None => self.hub.admit(&key, &self.worker).await?,
             };
-            if message.last {
-                // An attempt's last word; should more come, it is admitted anew.
+            if message.last || message.cut {
+                // An attempt's last word here; should more come, it is admitted anew.
                 self.admitted.remove(&key);
             } else {
                 self.admitted.insert(key.clone(), admission.clone());
@@ -132,7 +135,14 @@ impl Push {
         self.hub.check_room()?;
         let limit = self.hub.bytes_max();
         let job = tokio::task::spawn_blocking(move || write(work, limit));
-        let (acks, failed) = job.await.map_err(|_| status(ErrorCode::ShuttingDown, "this node is stopping"))?;
+        let Written { acks, refused, failed } =
+            job.await.map_err(|_| status(ErrorCode::ShuttingDown, "this node is stopping"))?;
+        for (key, why) in refused {
+            // Its followers look elsewhere from now on, and what still comes needs no second look.
+            if let Some(admission) = self.admitted.get_mut(&key) {
+                *admission = Admission::Refuse(why);
+            }
+        }
         for ack in acks {
             let sent = self.tx.send_timeout(Ok(ack), STALL).await;
             sent.map_err(|_| Status::deadline_exceeded("acknowledgements are not read"))?;
@@ -141,41 +151,51 @@ impl Push {
     }
 }
 
+/// What became of messages that were written together.
+#[derive(Default)]
+struct Written {
+    acks: Vec<PushLogAck>,
+    /// Attempts whose lines are not taken any more, and why.
+    refused: Vec<(AttemptKey, Arc<str>)>,
+    /// The disk failed: nobody's lines can be taken.
+    failed: Option<Status>,
+}
+
 /// Appends what came, in order. Acknowledges all that was taken, also when something then failed.
-fn write(work: Vec<(AttemptKey, Admission, PushLog)>, limit: u64) -> (Vec<PushLogAck>, Option<Status>) {
-    let mut acks = Vec::with_capacity(work.len());
+fn write(work: Vec<(AttemptKey, Admission, PushLog)>, limit: u64) -> Written {
+    let mut written = Written::default();
     for (key, admission, message) in work {
-        let seq = match admission {
-            Admission::Drop => message.records.last().map_or(0, |record| record.seq),
+        let last_seq = message.records.last().map_or(0, |record| record.seq);
+        let mut ack = PushLogAck { id: Some(attempt_to_wire(&key)), seq: last_seq, ..PushLogAck::default() };
+        match admission {
+            Admission::Drop => {}
+            Admission::Refuse(why) => ack.refused = why.to_string(),
             Admission::Keep(log, _pushing) => match log.append(&message.records, limit) {
                 Ok(seq) => {
                     if message.last {
                         log.complete();
                     }
                     // Of a log that was closed meanwhile, everything is readable in its sealed form.
-                    seq.max(if log.head().borrow().closed {
-                        message.records.last().map_or(0, |last| last.seq)
-                    } else {
-                        0
-                    })
+                    ack.seq = if log.head().borrow().closed { seq.max(last_seq) } else { seq };
                 }
-                Err(error) => return (acks, Some(to_status(&key, &error))),
+                Err(AppendError::Gap { have, got }) => {
+                    tracing::debug!(attempt = %key, have, got, "a pushed log has a hole; it is asked for again");
+                    (ack.seq, ack.again) = (have, true);
+                }
+                Err(error @ (AppendError::Malformed { .. } | AppendError::TooLarge(_))) => {
+                    tracing::warn!(attempt = %key, %error, "a live log is not taken any more");
+                    let why: Arc<str> = error.to_string().into();
+                    (ack.seq, ack.refused) = (log.head().borrow().last_seq, why.to_string());
+                    written.refused.push((key, why));
+                }
+                Err(error @ AppendError::Io(_)) => {
+                    tracing::error!(attempt = %key, %error, "live log lines cannot be written");
+                    written.failed = Some(status(ErrorCode::Internal, format!("attempt {key}: {error}")));
+                    return written;
+                }
             },
-        };
-        acks.push(PushLogAck { id: Some(attempt_to_wire(&key)), seq });
-    }
-    (acks, None)
-}
-
-fn to_status(key: &AttemptKey, error: &AppendError) -> Status {
-    let text = format!("attempt {key}: {error}");
-    match error {
-        AppendError::Gap { .. } => status(ErrorCode::WrongState, text),
-        AppendError::Malformed { .. } => status(ErrorCode::InvalidField, text),
-        AppendError::TooLarge(_) => status(ErrorCode::BlobTooLarge, text),
-        AppendError::Io(_) => {
-            tracing::error!(attempt = %key, %error, "live log lines cannot be written");
-            status(ErrorCode::Internal, text)
         }
+        written.acks.push(ack);
     }
+    written
 }

@@ -87,7 +87,7 @@ fn line(seq: u64) -> v1::LogRecord {
 }
 
 fn message(seqs: std::ops::RangeInclusive<u64>, last: bool) -> PushLog {
-    PushLog { id: Some(attempt_to_wire(&key())), records: seqs.map(line).collect(), last }
+    PushLog { id: Some(attempt_to_wire(&key())), records: seqs.map(line).collect(), last, cut: false }
 }
 
 /// An agent's stream to a node.
@@ -109,12 +109,17 @@ impl Pusher {
     }
 
     async fn last(&mut self) {
-        self.tx.send(Ok(PushLog { id: Some(attempt_to_wire(&key())), records: vec![], last: true })).await.unwrap();
+        let last = PushLog { id: Some(attempt_to_wire(&key())), last: true, ..PushLog::default() };
+        self.tx.send(Ok(last)).await.unwrap();
         self.ack().await.unwrap();
     }
 
     async fn ack(&mut self) -> Result<u64, Status> {
-        timeout(DEADLINE, self.acks.next()).await.unwrap().unwrap().map(|ack| ack.seq)
+        self.whole_ack().await.map(|ack| ack.seq)
+    }
+
+    async fn whole_ack(&mut self) -> Result<PushLogAck, Status> {
+        timeout(DEADLINE, self.acks.next()).await.unwrap().unwrap()
     }
 }
 
@@ -197,20 +202,32 @@ async fn holes_strangers_and_nonsense_are_refused_and_what_nobody_needs_is_ackno
     let mut pusher = Pusher::to(node);
     pusher.send(1..=10).await;
     pusher.tx.send(Ok(message(12..=13, false))).await.unwrap();
-    assert_eq!(error_code(&pusher.ack().await.unwrap_err()), Some(ErrorCode::WrongState));
-    // It begins anew.
-    let mut pusher = Pusher::to(node);
+    let hole = pusher.whole_ack().await.unwrap();
+    assert!(hole.again && hole.refused.is_empty() && hole.seq == 10, "{hole:?}");
+    // It begins anew, on the same stream.
     pusher.send(1..=13).await;
+    // Another attempt on the stream is not bothered by what happens to this one.
+    let other = AttemptKey { task: TaskIndex(1), ..key() };
+    cluster.ledger.set(&other, running());
     let long = v1::LogRecord { data: vec![b'x'; 64 * 1024 + 1].into(), ..line(14) };
     let message_long = PushLog { records: vec![long], ..message(14..=14, false) };
     pusher.tx.send(Ok(message_long)).await.unwrap();
-    assert_eq!(error_code(&pusher.ack().await.unwrap_err()), Some(ErrorCode::InvalidField));
+    for _ in 0..2 {
+        let refused = pusher.whole_ack().await.unwrap();
+        assert!(refused.refused.contains("too long") && !refused.again, "{refused:?}");
+        // Nor is what follows taken.
+        pusher.tx.send(Ok(message(14..=14, false))).await.unwrap();
+    }
+    pusher.whole_ack().await.unwrap();
+    let others = PushLog { id: Some(attempt_to_wire(&other)), ..message(1..=3, false) };
+    pusher.tx.send(Ok(others)).await.unwrap();
+    assert_eq!(pusher.ack().await.unwrap(), 3);
     assert_eq!(read(node, query(0, 0, false)).await, lines(1..=13));
 
     cluster.ledger.set(&key(), AttemptFacts::Open { worker: WorkerName::new("w2").unwrap(), end: None });
     let mut stranger = Pusher::to(node);
     stranger.tx.send(Ok(message(14..=15, false))).await.unwrap();
-    assert_eq!(error_code(&stranger.ack().await.unwrap_err()), Some(ErrorCode::NotOwner));
+    assert!(stranger.whole_ack().await.unwrap().refused.contains("is not w1's"));
     cluster.ledger.purge(&key().build);
     let mut late = Pusher::to(node);
     late.tx.send(Ok(message(14..=15, false))).await.unwrap();
@@ -446,7 +463,7 @@ async fn a_long_log_and_a_reader_that_sleeps_take_little_memory() {
     for batch in 0..BATCHES {
         let first = batch * LINES + 1;
         let records = (first..first + LINES).map(|seq| v1::LogRecord { seq, data: data.clone(), ..line(1) });
-        let message = PushLog { id: Some(attempt_to_wire(&key())), records: records.collect(), last: false };
+        let message = PushLog { id: Some(attempt_to_wire(&key())), records: records.collect(), ..PushLog::default() };
         pusher.tx.send(Ok(message)).await.unwrap();
         while pusher.ack().await.unwrap() < first + LINES - 1 {}
     }
