@@ -108,7 +108,7 @@ fn reload(shutdown: &Shutdown, tls: Arc<TlsStore>, telemetry: telemetry::Handle,
         while reloads.changed().await.is_ok() {
             match tls.reload() {
                 Ok(closed) => tracing::info!(closed, "certificates were read again"),
-                Err(error) => tracing::error!(%error, "certificates cannot be read again; the old ones stay"),
+                Err(error) => tracing::error!(%error, closed = error.cut, "certificates were read again in part"),
             }
             let filter = Some(filter.as_str()).filter(|filter| !filter.is_empty());
             if let Err(error) = telemetry.reload(filter) {

@@ -3,7 +3,7 @@
 //! TLS 1.3 only, both sides always show a certificate, no session resumption (a resumed session would skip
 //! the check for revocation). Servers are known by their SPIFFE id, not by their host name, so that addresses may change.
 //! Invariant: a connection registered with a [`TlsStore`] is trusted by the newest material that the store loaded;
-//! one that no longer is, is cut.
+//! one that no longer is, is cut, and so is one whose peer's certificate has run out.
 
 mod guard;
 mod material;
@@ -123,6 +123,20 @@ pub enum TlsError {
     },
 }
 
+/// Parts of a reload that failed. What those files held before stays in use; all other parts were taken over.
+#[derive(Debug, thiserror::Error)]
+#[error("{}; what was there before stays in use, all else was read again", joined(.failed))]
+pub struct ReloadFailed {
+    /// What is wrong with which file.
+    pub failed: Vec<TlsError>,
+    /// Connections that were cut all the same.
+    pub cut: usize,
+}
+
+fn joined(errors: &[TlsError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
 /// A process's TLS material, reloadable, and the connections that depend on it.
 pub struct TlsStore {
     files: TlsFiles,
@@ -161,7 +175,7 @@ impl TlsStore {
         let material = Material::load(&files)?;
         Ok(Arc::new_cyclic(|this| Self {
             files,
-            identity: material.identity.clone(),
+            identity: material.identity().clone(),
             current: ArcSwap::from_pointee(material),
             connections: Mutex::new(HashMap::new()),
             next_connection: AtomicU64::new(0),
@@ -172,17 +186,13 @@ impl TlsStore {
     /// Reads the files again. New connections use the new material; connections whose peer is revoked by it, or no
     /// longer issued by a trusted authority, are cut. Returns how many were cut. Blocks for the reading of four small files.
     ///
+    /// Authorities, revocations, and our certificate with its key are three parts: one that cannot be read keeps none of
+    /// the others out.
+    ///
     /// # Errors
-    /// [`TlsError`]; everything then stays as it was.
-    pub fn reload(&self) -> Result<usize, TlsError> {
-        let material = Material::load(&self.files)?;
-        if material.identity != self.identity {
-            return Err(TlsError::IdentityChanged {
-                path: self.files.cert.clone(),
-                running: Box::new(self.identity.clone()),
-                found: Box::new(material.identity),
-            });
-        }
+    /// [`ReloadFailed`] names the parts that stay as they were.
+    pub fn reload(&self) -> Result<usize, ReloadFailed> {
+        let (material, failed) = self.current.load().reload(&self.files);
         // The order matters: first the new material, then the sweep. A handshake that ends in between registers
         // itself and is then checked against the new material.
         self.current.store(Arc::new(material));
@@ -195,7 +205,7 @@ impl TlsStore {
                 tracing::warn!(target: "audit", peer = %connection.identity, serial = %connection.serial, why, "connection cut");
             }
         }
-        Ok(cut)
+        if failed.is_empty() { Ok(cut) } else { Err(ReloadFailed { failed, cut }) }
     }
 
     /// Who we are.
@@ -207,7 +217,7 @@ impl TlsStore {
     /// When our certificate ends, as last loaded.
     #[must_use]
     pub fn not_after(&self) -> SystemTime {
-        self.current.load().not_after
+        self.current.load().not_after()
     }
 
     /// The files this store reads.
@@ -280,7 +290,7 @@ impl TlsStore {
             return Err(rustls::Error::General(why.to_owned()));
         }
         let peer = PeerInfo { identity: info.identity, address, serial: info.serial };
-        Ok((Guarded::new(stream, cut, registration), peer))
+        Ok((Guarded::new(stream, cut, info.not_after, registration), peer))
     }
 
     fn forget(&self, id: u64) {

@@ -96,7 +96,7 @@ async fn reload(node: &Node, logging: &Handle, reread: &impl Fn() -> Result<Conf
     let tls = node.tls();
     match tokio::task::spawn_blocking(move || tls.reload()).await {
         Ok(Ok(cut)) => tracing::info!(cut, "certificates reloaded"),
-        Ok(Err(error)) => tracing::error!(%error, "the certificates stay as they were"),
+        Ok(Err(error)) => tracing::error!(%error, cut = error.cut, "certificates were reloaded in part"),
         Err(error) => tracing::error!(%error, "reloading certificates panicked"),
     }
 }

@@ -22,70 +22,78 @@ use crate::pki::{PkiError, Revoked, describe};
 const ALPN: &[u8] = b"h2";
 
 pub(super) struct Material {
-    pub(super) identity: Identity,
-    pub(super) not_after: SystemTime,
     pub(super) server: Arc<ServerConfig>,
-    members: Arc<Members>,
-    roots: Arc<RootCertStore>,
-    key: Arc<SingleCertAndKey>,
-    revoked: Arc<Revoked>,
+    own: Own,
+    trust: Trust,
     provider: Arc<CryptoProvider>,
+}
+
+/// Whom we believe.
+#[derive(Clone)]
+struct Trust {
+    roots: Arc<RootCertStore>,
+    chain: Arc<dyn ClientCertVerifier>,
+    revoked: Arc<Revoked>,
+}
+
+/// Who we are, and the proof.
+#[derive(Clone)]
+struct Own {
+    identity: Identity,
+    not_after: SystemTime,
+    key: Arc<SingleCertAndKey>,
 }
 
 impl Material {
     pub(super) fn load(files: &TlsFiles) -> Result<Self, TlsError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let roots = Arc::new(load_roots(&files.ca)?);
-        let revoked = Arc::new(load_revoked(files.revoked.as_deref())?);
-        let chain = load_certificates(&files.cert)?;
-        let info = describe(&chain[0]).map_err(|error| malformed(&files.cert, error.to_string()))?;
-        let identity = info.identity.map_err(|source| TlsError::Identity { path: files.cert.clone(), source })?;
-        if revoked.contains(&info.serial) {
-            return Err(TlsError::Unusable {
+        let (roots, chain) = load_roots(files, &provider)?;
+        let trust = Trust { roots, chain, revoked: load_revoked(files.revoked.as_deref())? };
+        let own = Own::load(files, &trust, &provider)?;
+        Ok(Self::new(own, trust, provider))
+    }
+
+    /// Reads the files again. A part that cannot be used stays as it is here; the errors say which.
+    pub(super) fn reload(&self, files: &TlsFiles) -> (Self, Vec<TlsError>) {
+        let mut failed = Vec::new();
+        let mut trust = self.trust.clone();
+        match load_roots(files, &self.provider) {
+            Ok((roots, chain)) => (trust.roots, trust.chain) = (roots, chain),
+            Err(error) => failed.push(error),
+        }
+        match load_revoked(files.revoked.as_deref()) {
+            Ok(revoked) => trust.revoked = revoked,
+            Err(error) => failed.push(error),
+        }
+        // Our own certificate has no say in whom we believe: without a usable new one the old one is shown on.
+        let own = Own::load(files, &trust, &self.provider).and_then(|own| {
+            if own.identity == self.own.identity {
+                return Ok(own);
+            }
+            Err(TlsError::IdentityChanged {
                 path: files.cert.clone(),
-                why: format!("its serial {} is revoked", info.serial),
-            });
-        }
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
-            .build()
-            .map_err(|error| malformed(&files.ca, error.to_string()))?;
-        let members =
-            Arc::new(Members { chain: verifier, cluster: identity.cluster.clone(), revoked: Arc::clone(&revoked) });
-        check_own(files, &chain, &members, &info.not_before.into(), &info.not_after.into())?;
-        let key = Arc::new(SingleCertAndKey::from(load_key(files, chain, &provider)?));
-        let material = Self {
-            identity,
-            not_after: info.not_after.into(),
-            server: Arc::new(server_config(&provider, &members, &key)),
-            members,
-            roots,
-            key,
-            revoked,
-            provider,
-        };
-        if material.identity.role == Role::Coordinator {
-            material.check_serves(files)?;
-        }
-        Ok(material)
+                running: Box::new(self.own.identity.clone()),
+                found: Box::new(own.identity),
+            })
+        });
+        let own = own.unwrap_or_else(|error| {
+            failed.push(error);
+            self.own.clone()
+        });
+        (Self::new(own, trust, Arc::clone(&self.provider)), failed)
     }
 
-    /// A coordinator's certificate must do for a server as well: better known at start than by every client.
-    fn check_serves(&self, files: &TlsFiles) -> Result<(), TlsError> {
-        let expect = Expect { cluster: self.identity.cluster.clone(), node: self.identity.node() };
-        let chain = load_certificates(&files.cert)?;
-        self.coordinators(&expect)
-            .verify_server_cert(&chain[0], &chain[1..], &nobody(), &[], UnixTime::now())
-            .map(|_| ())
-            .map_err(|error| TlsError::Unusable { path: files.cert.clone(), why: format!("cannot serve: {error}") })
+    fn new(own: Own, trust: Trust, provider: Arc<CryptoProvider>) -> Self {
+        let members = Arc::new(trust.members(&own.identity));
+        Self { server: Arc::new(server_config(&provider, &members, &own.key)), own, trust, provider }
     }
 
-    fn coordinators(&self, expect: &Expect) -> Coordinators {
-        Coordinators {
-            roots: Arc::clone(&self.roots),
-            provider: Arc::clone(&self.provider),
-            expect: expect.clone(),
-            revoked: Arc::clone(&self.revoked),
-        }
+    pub(super) fn identity(&self) -> &Identity {
+        &self.own.identity
+    }
+
+    pub(super) fn not_after(&self) -> SystemTime {
+        self.own.not_after
     }
 
     pub(super) fn client(&self, expect: &Expect) -> Arc<ClientConfig> {
@@ -93,28 +101,65 @@ impl Material {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("ring has cipher suites for TLS 1.3")
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(self.coordinators(expect)))
-            .with_client_cert_resolver(Arc::clone(&self.key) as _);
+            .with_custom_certificate_verifier(Arc::new(self.trust.coordinators(expect.clone(), &self.provider)))
+            .with_client_cert_resolver(Arc::clone(&self.own.key) as _);
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
         Arc::new(config)
     }
 
-    /// Why this material would not accept a connection that an older one accepted. A certificate that was valid at
-    /// the handshake and has run out since is no reason: the connection lives, and its successor is refused.
+    /// Why this material would not accept a connection that an older one accepted. That a certificate has run out since is
+    /// noticed by the connection itself.
     pub(super) fn distrusts(&self, connection: &Connection) -> Option<&'static str> {
-        if self.revoked.contains(&connection.serial) {
+        if self.trust.revoked.contains(&connection.serial) {
             return Some("certificate revoked");
         }
         let (leaf, rest) = connection.chain.split_first()?;
         let trusted = match connection.side {
-            Side::Client => self.members.verify_client_cert(leaf, rest, connection.since).is_ok(),
+            Side::Client => {
+                self.trust.members(&self.own.identity).verify_client_cert(leaf, rest, connection.since).is_ok()
+            }
             Side::Server => {
-                let expect = Expect { cluster: self.identity.cluster.clone(), node: None };
-                self.coordinators(&expect).verify_server_cert(leaf, rest, &nobody(), &[], connection.since).is_ok()
+                let expect = Expect { cluster: self.own.identity.cluster.clone(), node: None };
+                let verifier = self.trust.coordinators(expect, &self.provider);
+                verifier.verify_server_cert(leaf, rest, &nobody(), &[], connection.since).is_ok()
             }
         };
         if trusted { None } else { Some("authority no longer trusted") }
+    }
+}
+
+impl Trust {
+    fn members(&self, own: &Identity) -> Members {
+        Members { chain: Arc::clone(&self.chain), cluster: own.cluster.clone(), revoked: Arc::clone(&self.revoked) }
+    }
+
+    fn coordinators(&self, expect: Expect, provider: &Arc<CryptoProvider>) -> Coordinators {
+        let (roots, provider) = (Arc::clone(&self.roots), Arc::clone(provider));
+        Coordinators { roots, provider, expect, revoked: Arc::clone(&self.revoked) }
+    }
+}
+
+impl Own {
+    /// Reads certificate and key, and checks that those we believe would believe us.
+    fn load(files: &TlsFiles, trust: &Trust, provider: &Arc<CryptoProvider>) -> Result<Self, TlsError> {
+        let unusable = |why| TlsError::Unusable { path: files.cert.clone(), why };
+        let chain = load_certificates(&files.cert)?;
+        let info = describe(&chain[0]).map_err(|error| malformed(&files.cert, error.to_string()))?;
+        let identity = info.identity.map_err(|source| TlsError::Identity { path: files.cert.clone(), source })?;
+        if trust.revoked.contains(&info.serial) {
+            return Err(unusable(format!("its serial {} is revoked", info.serial)));
+        }
+        check_own(files, &chain, &trust.members(&identity), &info.not_before.into(), &info.not_after.into())?;
+        if identity.role == Role::Coordinator {
+            // It must do for a server as well: better known here than by every client.
+            let expect = Expect { cluster: identity.cluster.clone(), node: identity.node() };
+            let verifier = trust.coordinators(expect, provider);
+            let served = verifier.verify_server_cert(&chain[0], &chain[1..], &nobody(), &[], UnixTime::now());
+            served.map_err(|error| unusable(format!("cannot serve: {error}")))?;
+        }
+        let key = Arc::new(SingleCertAndKey::from(load_key(files, chain, provider)?));
+        Ok(Self { identity, not_after: info.not_after.into(), key })
     }
 }
 
@@ -141,17 +186,25 @@ fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErr
     Ok(chain)
 }
 
-fn load_roots(path: &Path) -> Result<RootCertStore, TlsError> {
+fn load_roots(
+    files: &TlsFiles,
+    provider: &Arc<CryptoProvider>,
+) -> Result<(Arc<RootCertStore>, Arc<dyn ClientCertVerifier>), TlsError> {
+    let path = &files.ca;
     let mut roots = RootCertStore::empty();
     for certificate in load_certificates(path)? {
         roots.add(certificate).map_err(|error| malformed(path, format!("is no authority's certificate: {error}")))?;
     }
-    Ok(roots)
+    let roots = Arc::new(roots);
+    let chain = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(provider))
+        .build()
+        .map_err(|error| malformed(path, error.to_string()))?;
+    Ok((roots, chain))
 }
 
-fn load_revoked(path: Option<&Path>) -> Result<Revoked, TlsError> {
-    let Some(path) = path else { return Ok(Revoked::default()) };
-    Revoked::load(path).map_err(|error| match error {
+fn load_revoked(path: Option<&Path>) -> Result<Arc<Revoked>, TlsError> {
+    let Some(path) = path else { return Ok(Arc::default()) };
+    Revoked::load(path).map(Arc::new).map_err(|error| match error {
         PkiError::File { path, source } if source.kind() == std::io::ErrorKind::NotFound => malformed(
             &path,
             "does not exist; create it, empty if nothing is revoked, or take it out of the configuration",

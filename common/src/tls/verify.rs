@@ -1,6 +1,7 @@
 //! The two verifiers: rustls checks the chain and the dates, we add identity, cluster, role and revocation.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -20,13 +21,14 @@ use crate::pki::{Revoked, Serial, describe};
 pub(super) struct Leaf {
     pub(super) identity: Identity,
     pub(super) serial: Serial,
+    pub(super) not_after: SystemTime,
 }
 
-/// Reads identity and serial.
+/// Reads identity, serial and end.
 pub(super) fn read(leaf: &CertificateDer<'_>) -> Result<Leaf, Error> {
     let info = describe(leaf).map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
     let identity = info.identity.map_err(|why| refuse(why.to_string()))?;
-    Ok(Leaf { identity, serial: info.serial })
+    Ok(Leaf { identity, serial: info.serial, not_after: info.not_after.into() })
 }
 
 /// A refusal of ours, with its reason for the log; the peer sees a plain `bad_certificate`.

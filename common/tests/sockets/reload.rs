@@ -7,14 +7,14 @@ use helix_common::accept::Limits;
 use helix_common::channel::{self, Traffic};
 use helix_common::identity::Role;
 use helix_common::pki::{Authority, REVOKED_FILE, VALID_FOR_DEFAULT, revoke, show};
-use helix_common::tls::{TlsError, TlsStore};
+use helix_common::tls::{TlsError, TlsFiles, TlsStore};
 use tokio::time::timeout;
 use tonic::Streaming;
 use tonic::transport::Channel;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-use crate::cluster::{Cluster, Running, check, start, until};
+use crate::cluster::{Cluster, PATIENCE, Running, check, start, until};
 
 /// Well before the keep-alive would look at a connection again: a cut must not wait for that.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -34,6 +34,10 @@ async fn watch(channel: Channel) -> Streaming<HealthCheckResponse> {
 fn revoke_own(cluster: &Cluster, tls: &TlsStore) {
     let serial = show(&std::fs::read_to_string(&tls.files().cert).unwrap()).unwrap().serial;
     revoke(cluster.directory.path(), &serial).unwrap();
+}
+
+fn failed(tls: &TlsStore) -> Vec<TlsError> {
+    tls.reload().unwrap_err().failed
 }
 
 #[tokio::test]
@@ -66,7 +70,7 @@ async fn a_revoked_server_is_hung_up_on() {
     assert_eq!(client.reload().unwrap(), 1);
     assert!(timeout(AT_ONCE, stream.message()).await.expect("hung up").is_err());
     // The server itself notices at its next reload, and goes on with what it has.
-    assert!(matches!(server.tls.reload(), Err(TlsError::Unusable { .. })));
+    assert!(matches!(failed(&server.tls)[..], [TlsError::Unusable { .. }]));
 }
 
 #[tokio::test]
@@ -98,10 +102,52 @@ async fn a_bad_reload_changes_nothing() {
     assert!(server.tls.reload().is_err());
     std::fs::copy(cluster.files(Role::Coordinator, "2").key, &files.key).unwrap();
     std::fs::copy(cluster.path("coordinator-2.pem"), &files.cert).unwrap();
-    assert!(matches!(server.tls.reload(), Err(TlsError::IdentityChanged { .. })));
+    assert!(matches!(failed(&server.tls)[..], [TlsError::IdentityChanged { .. }]));
     std::fs::write(cluster.path(REVOKED_FILE), "not hex").unwrap();
     assert!(server.tls.reload().is_err());
     check(dial(&server, &client).await).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_part_that_cannot_be_read_keeps_no_other_out() {
+    let cluster = Cluster::new();
+    let server = start(cluster.store(Role::Coordinator, "1"), Limits::default()).await;
+    let (good, bad) = (cluster.store(Role::Client, "good"), cluster.store(Role::Client, "bad"));
+    let mut bad_stream = watch(dial(&server, &bad).await).await;
+    std::fs::remove_file(&server.tls.files().key).unwrap();
+    revoke_own(&cluster, &bad);
+    let error = server.tls.reload().unwrap_err();
+    assert_eq!((error.failed.len(), error.cut), (1, 1), "{error}");
+    assert!(error.to_string().contains("key"), "{error}");
+    assert!(timeout(AT_ONCE, bad_stream.message()).await.expect("cut").is_err());
+    // A list that is gone keeps what it held: nobody is let in again, and a new authority is believed all the same.
+    std::fs::remove_file(cluster.path(REVOKED_FILE)).unwrap();
+    let (old_ca, next) = (std::fs::read_to_string(cluster.path("ca.pem")).unwrap(), Authority::create("demo").unwrap());
+    std::fs::write(cluster.path("ca.pem"), format!("{old_ca}{}", next.certificate_pem())).unwrap();
+    assert_eq!(failed(&server.tls).len(), 2);
+    assert!(check(dial(&server, &bad).await).await.is_err(), "let in again");
+    let stem = "client-next";
+    let (cert, key) =
+        next.issue(Role::Client, "next", &[], VALID_FOR_DEFAULT).unwrap().save(cluster.directory.path(), stem).unwrap();
+    let files = TlsFiles { cert, key, revoked: None, ..good.files().clone() };
+    check(dial(&server, &TlsStore::load(files).unwrap()).await).await.unwrap();
+    check(dial(&server, &good).await).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_peers_certificate() {
+    let cluster = Cluster::new();
+    let server = start(cluster.store(Role::Coordinator, "1"), Limits::default()).await;
+    let issued = cluster.authority.issue(Role::Client, "brief", &[], Duration::from_secs(3)).unwrap();
+    let (cert, key) = issued.save(cluster.directory.path(), "client-brief").unwrap();
+    let files = TlsFiles { cert, key, ..server.tls.files().clone() };
+    let brief = TlsStore::load(files).unwrap();
+    let channel = dial(&server, &brief).await;
+    let mut stream = watch(channel.clone()).await;
+    let ended = timeout(PATIENCE, stream.message()).await.expect("the stream outlives the certificate");
+    assert!(ended.is_err(), "{ended:?}");
+    assert!(std::time::SystemTime::now() >= brief.not_after());
+    assert!(check(channel).await.is_err(), "let in again");
 }
 
 #[tokio::test]
