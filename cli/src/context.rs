@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use helix_model::parse;
 use serde::{Deserialize, Serialize};
 
@@ -13,12 +14,17 @@ use crate::failure::Failure;
 #[derive(Args, Clone)]
 pub(crate) struct ContextOptions {
     /// Context file: cluster, endpoints and certificates [default: ~/.config/helix/context.toml]
-    #[arg(long, env = "HELIX_CONTEXT", global = true, value_name = "FILE")]
+    #[arg(long, env = "HELIX_CONTEXT", global = true, value_name = "FILE", value_parser = maybe_empty())]
     pub(crate) context: Option<PathBuf>,
 
     /// How long to look for a coordinator that answers
     #[arg(long, default_value = "30s", global = true, value_name = "DUR", value_parser = duration)]
     pub(crate) connect_timeout: Duration,
+}
+
+/// A path; an empty one, as an empty variable gives it, is no mistake.
+fn maybe_empty() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 /// A duration as a flag takes it.
@@ -45,7 +51,8 @@ pub(crate) struct Context {
 impl ContextOptions {
     /// Finds and reads the context file.
     pub(crate) fn load(&self) -> Result<Context, Failure> {
-        let path = match &self.context {
+        // An empty variable counts as none.
+        let path = match self.context.as_ref().filter(|path| !path.as_os_str().is_empty()) {
             Some(path) => path.clone(),
             None => default_path()?,
         };

@@ -6,6 +6,7 @@ mod dev;
 mod exit;
 mod failure;
 mod output;
+mod unpack;
 mod upload;
 mod verb;
 

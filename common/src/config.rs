@@ -195,15 +195,15 @@ fn unknown(schema: &Schema, path: &[&str], origin: &str) -> ConfigError {
     let known: Vec<String> = schema.leaves().iter().map(|(path, _)| path.join(".")).collect();
     let last = path.last().copied().unwrap_or_default();
     // A key may be misspelt, or stand in the wrong table.
-    let nearest = known
+    let found = known
         .iter()
         .map(|candidate| {
             let name = candidate.rsplit('.').next().unwrap_or_default();
             (distance(candidate, &key).min(distance(name, last)), candidate)
         })
         .min_by_key(|(far, candidate)| (*far, candidate.len()));
-    let hint = match nearest {
-        Some((far, candidate)) if far <= (last.len() / 3).max(1) => format!("; did you mean `{candidate}`?"),
+    let hint = match found {
+        Some((far, candidate)) if far <= slips_max(last) => format!("; did you mean `{candidate}`?"),
         _ => format!("; known: {}", known.join(", ")),
     };
     ConfigError::UnknownKey { key, origin: origin.to_owned(), hint }
@@ -237,6 +237,16 @@ fn merge(below: &mut Table, above: Table) {
             }
         }
     }
+}
+
+/// The known name that a misspelt one most likely stands for.
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let found = known.into_iter().map(|candidate| (distance(candidate, name), candidate)).min_by_key(|(far, _)| *far);
+    found.filter(|(far, _)| *far <= slips_max(name)).map(|(_, candidate)| candidate)
+}
+
+fn slips_max(name: &str) -> usize {
+    (name.len() / 3).max(1)
 }
 
 /// Single-character edits between two words.

@@ -8,6 +8,7 @@ use helix_model::Outputs;
 
 use super::workdir::Workdir;
 use crate::config::Config;
+use crate::source::git::Resolved;
 
 /// A build's variables, each name once. What comes later in the contract wins, but nothing wins over `HELIX_*`.
 #[must_use]
@@ -15,7 +16,7 @@ pub fn environment(
     config: &Config,
     assignment: &Assignment,
     workdir: &Workdir,
-    commit_time_s: Option<i64>,
+    commit: Option<&Resolved>,
 ) -> Vec<(OsString, OsString)> {
     let spec = &assignment.spec;
     let mut variables: BTreeMap<String, OsString> = BTreeMap::new();
@@ -27,8 +28,8 @@ pub fn environment(
     put("TMPDIR", workdir.tmp().into());
     put("LANG", "C.UTF-8".into());
     put("CI", "true".into());
-    if let Some(seconds) = commit_time_s {
-        put("SOURCE_DATE_EPOCH", seconds.to_string().into());
+    if let Some(commit) = commit {
+        put("SOURCE_DATE_EPOCH", commit.time_s.to_string().into());
     }
     for (name, value) in config.exec.env.iter().chain(&spec.build_args).chain(&spec.env) {
         put(name, value.into());
@@ -38,6 +39,9 @@ pub fn environment(
     put("HELIX_ATTEMPT", assignment.key.attempt.to_string().into());
     put("HELIX_REF", spec.git_ref.clone().into());
     put("HELIX_REPO_URL", spec.repo_url.clone().into());
+    if let Some(commit) = commit {
+        put("HELIX_COMMIT", commit.commit.clone().into());
+    }
     put("HELIX_WORKDIR", workdir.work().into());
     put("HELIX_OUTPUT", workdir.work().join(first_output(config, &spec.outputs)).into());
     put("HELIX_WORKER", config.name.clone().into());
@@ -84,7 +88,8 @@ mod tests {
             previous: String::new(),
         };
         let workdir = Workdir::new(Path::new("/base"), &assignment.key);
-        let variables = environment(&config, &assignment, &workdir, Some(77));
+        let commit = Resolved { commit: "c0ffee".to_owned(), time_s: 77 };
+        let variables = environment(&config, &assignment, &workdir, Some(&commit));
         let text: Vec<String> =
             variables.iter().map(|(name, value)| format!("{}={}", name.display(), value.display())).collect();
         let expected = [
@@ -95,6 +100,7 @@ mod tests {
             "HELIX=true",
             "HELIX_ATTEMPT=3",
             "HELIX_BUILD_ID=b",
+            "HELIX_COMMIT=c0ffee",
             "HELIX_OUTPUT=/base/b.0.3/work/out/x",
             "HELIX_PLATFORM=linux/arm64",
             "HELIX_REF=main",

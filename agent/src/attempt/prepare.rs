@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use helix_agent_core::{Assignment, Event, StopCause, Verdict};
@@ -13,7 +15,7 @@ use tokio_util::io::{StreamReader, SyncIoBridge};
 use super::Attempt;
 use super::environment::environment;
 use crate::blocking::blocking;
-use crate::config::Config;
+use crate::config::{Config, ExecConfig};
 use crate::source::archive::{Limits, unpack};
 use crate::source::git::Resolved;
 use crate::source::{SourceError, reason_of};
@@ -48,13 +50,13 @@ impl Attempt {
             cause = self.stop_wished() => return Err(stopped(cause)),
             made = self.make_source(assignment) => made,
         };
-        let commit_time_s = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
+        let commit = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
         self.start_push();
         let settings = self.services.stores.nodes().settings().await;
         let ms = |value: u64| (value > 0).then_some(value);
         let order = Order {
             argv,
-            environment: environment(&self.services.config, assignment, &self.workdir, commit_time_s),
+            environment: environment(&self.services.config, assignment, &self.workdir, commit.as_ref()),
             workdir: self.workdir.work(),
             user: None,
             privileges: Privileges::NeverMore,
@@ -80,8 +82,8 @@ impl Attempt {
         Ok(())
     }
 
-    /// Makes the workdir with the source in it. Gives the commit's time, if there is one.
-    async fn make_source(&self, assignment: &Assignment) -> Result<Option<i64>, SourceError> {
+    /// Makes the workdir with the source in it. Gives the commit, if there is one.
+    async fn make_source(&self, assignment: &Assignment) -> Result<Option<Resolved>, SourceError> {
         let workdir = self.workdir.clone();
         let made = blocking(move || workdir.create()).await;
         made.map_err(|error| SourceError::host("cannot make the workdir", &error))?;
@@ -91,7 +93,7 @@ impl Attempt {
             self.log_line(format!("checking out {}", resolved.commit)).await;
             let index = self.dir.root().join("index");
             self.services.mirrors.check_out(&spec.repo_url, &resolved, &self.workdir.work(), &index).await?;
-            return Ok(Some(resolved.time_s));
+            return Ok(Some(resolved));
         }
         if let Some(source) = &spec.source {
             self.log_line(format!("unpacking the uploaded source {}", source.digest)).await;
@@ -147,7 +149,7 @@ fn check_policy(config: &Config, assignment: &Assignment) -> Result<Vec<OsString
         let message = "file:// URLs are not allowed on this agent (source.allow_file_urls)";
         return Err((Reason::Policy, message.to_owned()));
     }
-    let shell = |line: &str| vec![config.exec.shell.clone().into(), "-c".into(), line.into()];
+    let shell = |line: &str| vec![shell_path(&config.exec), "-c".into(), line.into()];
     match &spec.command {
         Some(_) if !config.exec.allow_job_commands => {
             let message = "builds may not bring a command to this agent (exec.allow_job_commands)";
@@ -162,6 +164,17 @@ fn check_policy(config: &Config, assignment: &Assignment) -> Result<Vec<OsString
     }
 }
 
+/// The agent's shell where the agent's own `PATH` has it: whatever `PATH` a build brings, its line is run by that one. A
+/// shell that is not there keeps its name, and the start says so.
+fn shell_path(exec: &ExecConfig) -> OsString {
+    let runs = |path: &PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.mode() & 0o111 != 0);
+    if exec.shell.contains('/') {
+        return exec.shell.clone().into();
+    }
+    let found = exec.path.split(':').filter(|dir| dir.starts_with('/')).map(|dir| Path::new(dir).join(&exec.shell));
+    found.into_iter().find(runs).map_or_else(|| exec.shell.clone().into(), OsString::from)
+}
+
 fn nothing_to_run() -> (Reason, String) {
     let message = "there is no command: the build brings none, and this agent has none of its own (exec.command)";
     (Reason::NoCommand, message.to_owned())
@@ -172,7 +185,6 @@ mod tests {
     use super::*;
     use helix_model::BuildSpec;
     use std::collections::BTreeSet;
-    use std::path::Path;
 
     #[test]
     fn policy_comes_first() {
@@ -187,9 +199,11 @@ mod tests {
         assert_eq!(check(&config, with(line("true"))).unwrap_err().0, Reason::Policy);
         assert_eq!(check(&config, with(None)).unwrap_err().0, Reason::NoCommand);
         config.exec.command = "make".to_owned();
-        assert_eq!(check(&config, with(None)).unwrap(), ["sh", "-c", "make"]);
+        let sh = shell_path(&config.exec);
+        assert!(Path::new(&sh).is_absolute(), "{sh:?}");
+        assert_eq!(check(&config, with(None)).unwrap(), [sh.clone(), "-c".into(), "make".into()]);
         config.exec.allow_job_commands = true;
-        assert_eq!(check(&config, with(line("x y"))).unwrap(), ["sh", "-c", "x y"]);
+        assert_eq!(check(&config, with(line("x y"))).unwrap(), [sh, "-c".into(), "x y".into()]);
         let argv = Command::Argv(vec!["a".to_owned(), "b c".to_owned()]);
         assert_eq!(check(&config, with(Some(argv))).unwrap(), ["a", "b c"]);
         assert_eq!(check(&config, with(line(" "))).unwrap_err().0, Reason::NoCommand);

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,16 @@ struct Process {
     member: Member,
     pid: Option<Pid>,
     started: Instant,
+    /// Where its log began at its start: what is before is of an earlier life.
+    log_from: u64,
+}
+
+impl Process {
+    fn start(member: &Member) -> Result<Self, Failure> {
+        let log_from = fs::metadata(&member.log).map_or(0, |log| log.len());
+        let pid = Some(spawn(member)?);
+        Ok(Self { member: member.clone(), pid, started: Instant::now(), log_from })
+    }
 }
 
 /// All processes.
@@ -53,8 +63,7 @@ impl Fleet {
         set_child_subreaper(own).map_err(|error| Failure::plain(format!("cannot become a subreaper: {error}")))?;
         let mut fleet = Self { processes: Vec::new(), cluster_path: layout.cluster_path(), restart };
         for member in &layout.members {
-            let pid = spawn(member)?;
-            fleet.processes.push(Process { member: member.clone(), pid: Some(pid), started: Instant::now() });
+            fleet.processes.push(Process::start(member)?);
         }
         fleet.write_cluster()?;
         Ok(fleet)
@@ -74,7 +83,7 @@ impl Fleet {
                 let member = &self.processes[index].member;
                 let what = format!("{} {} {how}; its log is {}", member.role, member.id, member.log.display());
                 if phase == Phase::Starting {
-                    let tail = last_lines(&member.log);
+                    let tail = last_lines(&member.log, self.processes[index].log_from);
                     return Failure::plain(format!("{what}\n{tail}"));
                 }
                 output.say(&what);
@@ -102,8 +111,7 @@ impl Fleet {
                 if process.started.elapsed() < HASTY {
                     continue;
                 }
-                process.pid = Some(spawn(&process.member)?);
-                process.started = Instant::now();
+                *process = Process::start(&process.member)?;
                 output.say(&format!("{} {} started again", process.member.role, process.member.id));
                 changed = true;
             }
@@ -126,7 +134,7 @@ impl Fleet {
             reap();
             let left = descendants();
             if left.is_empty() || Instant::now() > deadline {
-                return;
+                break;
             }
             for pid in left {
                 // It may be gone already.
@@ -134,6 +142,9 @@ impl Fleet {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        // Whoever finds the file must not take these numbers for somebody's.
+        self.processes.iter_mut().for_each(|process| process.pid = None);
+        let _ = self.write_cluster();
     }
 
     fn signal(&self, role: &str, signal: Signal) {
@@ -244,9 +255,11 @@ fn descendants() -> Vec<Pid> {
     parents.keys().copied().filter(|pid| below(*pid)).filter_map(Pid::from_raw).collect()
 }
 
-fn last_lines(log: &PathBuf) -> String {
+/// The last lines of a log, of those behind `from`.
+fn last_lines(log: &Path, from: u64) -> String {
     let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
+    let from = usize::try_from(from).unwrap_or(usize::MAX).min(text.len());
+    let text = String::from_utf8_lossy(&text[from..]);
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(10)..].join("\n")
 }

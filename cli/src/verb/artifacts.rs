@@ -13,6 +13,7 @@ use crate::context::ContextOptions;
 use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Item, Output, size_text};
+use crate::unpack;
 use crate::upload::progress_bar;
 use crate::verb::status;
 
@@ -31,8 +32,11 @@ enum ArtifactsVerb {
         /// A build id, a unique prefix of it, or `last`
         #[arg(value_name = "ID")]
         build: String,
+        /// Answer from what the coordinator at hand knows, without asking the leader
+        #[arg(long)]
+        stale: bool,
     },
-    /// Fetch an artifact
+    /// Fetch an artifact; a directory comes as a tar
     Get {
         /// A build id, a unique prefix of it, or `last`
         #[arg(value_name = "ID")]
@@ -42,6 +46,12 @@ enum ArtifactsVerb {
         /// Where to write it [default: its name in this directory; - for standard output]
         #[arg(short = 'O', long = "output", value_name = "PATH")]
         path: Option<PathBuf>,
+        /// Unpack a directory's tar into PATH, which must not exist yet, instead of writing the tar
+        #[arg(long)]
+        extract: bool,
+        /// Answer from what the coordinator at hand knows, without asking the leader
+        #[arg(long)]
+        stale: bool,
     },
 }
 
@@ -52,8 +62,8 @@ pub(crate) async fn run(
 ) -> Result<Code, Failure> {
     let connection = Connection::open(context)?;
     match arguments.verb {
-        ArtifactsVerb::Ls { build } => {
-            let found = list(&connection, &build).await?.1;
+        ArtifactsVerb::Ls { build, stale } => {
+            let found = list(&connection, &build, stale).await?.1;
             let items: Vec<Item> = found
                 .iter()
                 .map(|artifact| Item {
@@ -64,18 +74,22 @@ pub(crate) async fn run(
                 .collect();
             output.items(&["name", "size", "sha256"], &items);
         }
-        ArtifactsVerb::Get { build, name, path } => {
-            let (id, found) = list(&connection, &build).await?;
+        ArtifactsVerb::Get { build, name, path, extract, stale } => {
+            let (id, found) = list(&connection, &build, stale).await?;
             let artifact = choose(&id, &found, name.as_deref())?;
-            fetch(&connection, artifact, path, output).await?;
+            if extract {
+                fetch_directory(&connection, artifact, path, output).await?;
+            } else {
+                fetch(&connection, artifact, path, output).await?;
+            }
         }
     }
     Ok(Code::SUCCESS)
 }
 
-async fn list(connection: &Connection, build: &str) -> Result<(String, Vec<v1::ArtifactInfo>), Failure> {
-    let id = connection.resolve(build).await?;
-    let request = v1::GetArtifactsRequest { build_id: id.clone() };
+async fn list(connection: &Connection, build: &str, stale: bool) -> Result<(String, Vec<v1::ArtifactInfo>), Failure> {
+    let id = connection.resolve_as(build, stale).await?;
+    let request = v1::GetArtifactsRequest { build_id: id.clone(), stale };
     let response = connection
         .call(|channel| {
             let request = request.clone();
@@ -109,25 +123,20 @@ async fn fetch(
     path: Option<PathBuf>,
     output: &Output,
 ) -> Result<(), Failure> {
-    let path = match path {
-        Some(path) => path,
-        None => Path::new(&artifact.name)
-            .file_name()
-            .map(PathBuf::from)
-            .ok_or_else(|| Failure::plain("name a path with -O"))?,
-    };
+    let named = path.is_some();
+    let mut path = path.map_or_else(|| own_name(artifact), Ok)?;
     let digest = Digest::parse(&artifact.digest)?;
-    let cannot = |error: std::io::Error| Failure::plain(format!("cannot write {}: {error}", path.display()));
-    let target = Target::of(&path).map_err(cannot)?;
-    let in_directory = match &target {
-        Target::File(path) => {
-            path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")).to_owned()
-        }
+    let in_directory = match Target::of(&path).map_err(|error| cannot_write(&path, &error))? {
+        Target::File(path) => directory_of(&path),
         Target::Stream(_) => std::env::temp_dir(),
     };
-    let mut file = tempfile::NamedTempFile::new_in(in_directory).map_err(cannot)?;
+    let mut file = tempfile::NamedTempFile::new_in(in_directory).map_err(|error| cannot_write(&path, &error))?;
     download(connection, digest, artifact.size, &mut file).await?;
-    match target {
+    if !named && path.extension().is_none_or(|extension| extension != "tar") && unpack::is_tar(file.as_file()) {
+        path.as_mut_os_string().push(".tar");
+    }
+    let cannot = |error: std::io::Error| cannot_write(&path, &error);
+    match Target::of(&path).map_err(cannot)? {
         // Nobody may have seen a byte before the digest was right.
         Target::Stream(mut stream) => {
             let mut reader = std::fs::File::open(file.path()).map_err(cannot)?;
@@ -150,6 +159,46 @@ async fn fetch(
         );
     }
     Ok(())
+}
+
+/// Fetches a directory's tar and unpacks it: whole, or nothing is left.
+async fn fetch_directory(
+    connection: &Connection,
+    artifact: &v1::ArtifactInfo,
+    path: Option<PathBuf>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let path = path.map_or_else(|| own_name(artifact), Ok)?;
+    let digest = Digest::parse(&artifact.digest)?;
+    let cannot = |error: std::io::Error| cannot_write(&path, &error);
+    if std::fs::symlink_metadata(&path).is_ok() {
+        return Err(cannot(std::io::ErrorKind::AlreadyExists.into()));
+    }
+    let mut file = tempfile::tempfile().map_err(cannot)?;
+    download(connection, digest, artifact.size, &mut file).await?;
+    let into = tempfile::Builder::new().prefix(".helix-unpacking-").tempdir_in(directory_of(&path)).map_err(cannot)?;
+    unpack::unpack(file, into.path()).map_err(cannot)?;
+    std::fs::set_permissions(into.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777 & !umask()))
+        .map_err(cannot)?;
+    // Takes the place of nothing but, at most, an empty directory.
+    std::fs::rename(into.path(), &path).map_err(cannot)?;
+    let _ = into.keep();
+    let shown = path.display().to_string();
+    let text = format!("{shown} sha256:{digest}");
+    output.item(&Item { name: shown, cells: Vec::new(), json: status::artifact_json(artifact) }, &text);
+    Ok(())
+}
+
+fn own_name(artifact: &v1::ArtifactInfo) -> Result<PathBuf, Failure> {
+    Path::new(&artifact.name).file_name().map(PathBuf::from).ok_or_else(|| Failure::plain("name a path with -O"))
+}
+
+fn directory_of(path: &Path) -> PathBuf {
+    path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")).to_owned()
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::plain(format!("cannot write {}: {error}", path.display()))
 }
 
 /// Where an artifact goes: a file that is replaced whole, or something that only takes a stream.
@@ -176,24 +225,20 @@ impl Target {
 
 /// The mode of the file that is replaced; of a new one, what the user's mask leaves of it.
 fn permissions(path: &Path) -> std::fs::Permissions {
-    let mode = std::fs::metadata(path).map_or_else(
-        |_| {
-            let mask = rustix::process::umask(rustix::fs::Mode::empty());
-            rustix::process::umask(mask);
-            0o666 & !mask.bits()
-        },
-        |there| std::os::unix::fs::MetadataExt::mode(&there) & 0o777,
-    );
+    let mode = std::fs::metadata(path)
+        .map_or_else(|_| 0o666 & !umask(), |there| std::os::unix::fs::MetadataExt::mode(&there) & 0o777);
     std::os::unix::fs::PermissionsExt::from_mode(mode)
 }
 
+/// What a new file's mode lacks.
+pub(crate) fn umask() -> u32 {
+    let mask = rustix::process::umask(rustix::fs::Mode::empty());
+    rustix::process::umask(mask);
+    mask.bits()
+}
+
 /// Streams a blob into a file, resuming by offset, and checks its sha256.
-async fn download(
-    connection: &Connection,
-    digest: Digest,
-    size: u64,
-    file: &mut tempfile::NamedTempFile,
-) -> Result<(), Failure> {
+async fn download(connection: &Connection, digest: Digest, size: u64, file: &mut impl Write) -> Result<(), Failure> {
     let bar = progress_bar("fetching", size);
     let mut hasher = Sha256::new();
     let mut offset = 0u64;

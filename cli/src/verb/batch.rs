@@ -60,6 +60,37 @@ struct Line {
     argv: Option<Vec<String>>,
 }
 
+/// The keys of a [`Line`], to name the one that was meant.
+const KEYS: [&str; 27] = [
+    "id",
+    "repo",
+    "ref",
+    "executor",
+    "file",
+    "target",
+    "build_arg",
+    "platform",
+    "output",
+    "no_output",
+    "env",
+    "label",
+    "require",
+    "secret",
+    "timeout",
+    "silence_timeout",
+    "priority",
+    "cpu",
+    "memory",
+    "disk",
+    "park",
+    "retries",
+    "on_worker_loss",
+    "push",
+    "keep_workdir",
+    "command",
+    "argv",
+];
+
 /// A size as a number of bytes or as text.
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -87,7 +118,7 @@ fn request_of(text: &str) -> Result<v1::SubmitBuildRequest, Failure> {
     if !text.trim_start().starts_with('{') {
         return Err(Failure::usage("a line is one JSON object"));
     }
-    let line: Line = serde_json::from_str(text).map_err(|error| Failure::usage(error.to_string()))?;
+    let line: Line = serde_json::from_str(text).map_err(|error| Failure::usage(what_is_wrong(text, &error)))?;
     let command = match (line.command, line.argv) {
         (Some(_), Some(_)) => return Err(Failure::usage("command and argv are both given")),
         (Some(shell), None) => Some(spec_details::Command::Shell(shell)),
@@ -137,6 +168,18 @@ fn request_of(text: &str) -> Result<v1::SubmitBuildRequest, Failure> {
         return Err(Failure { word: Some(ErrorCode::SpecTooLarge.as_str().to_owned()), ..Failure::plain(message) });
     }
     Ok(request)
+}
+
+/// A line's error, with the key that was meant where one is not known.
+fn what_is_wrong(text: &str, error: &serde_json::Error) -> String {
+    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).unwrap_or_default();
+    match keys.keys().find(|key| !KEYS.contains(&key.as_str())) {
+        Some(key) => match helix_common::config::nearest(key, KEYS) {
+            Some(meant) => format!("unknown key {key:?}; did you mean {meant:?}?"),
+            None => format!("unknown key {key:?}; known: {}", KEYS.join(", ")),
+        },
+        None => error.to_string(),
+    }
 }
 
 /// A line's fate: refused here, or sent and to be answered.
@@ -324,7 +367,14 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_a_line_is_said() {
-        assert!(request_of(r#"{"comand":"true"}"#).unwrap_err().message.contains("comand"));
+        let misspelt = request_of(r#"{"comand":"true"}"#).unwrap_err().message;
+        assert_eq!(misspelt, r#"unknown key "comand"; did you mean "command"?"#);
+        assert!(request_of(r#"{"colour":"red"}"#).unwrap_err().message.contains("known: id, repo"));
+        for key in KEYS {
+            let error =
+                request_of(&format!(r#"{{"{key}":{{"a":[]}}}}"#)).err().map_or_else(String::new, |error| error.message);
+            assert!(!error.contains("unknown"), "{key}: {error}");
+        }
         assert!(request_of(r#"{"command":"a","argv":["b"]}"#).unwrap_err().message.contains("both"));
         assert!(request_of(r#"{"timeout":"5"}"#).unwrap_err().message.contains("timeout"));
         assert!(request_of("nonsense").is_err() && request_of("[]").is_err());

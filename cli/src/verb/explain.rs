@@ -65,7 +65,8 @@ fn text(build: &v1::BuildStatus, tasks: &[v1::TaskExplanation]) -> String {
     let mut out = format!("{}\n", wait::verdict(build));
     for task in tasks {
         let platform = if task.platform.is_empty() { "task" } else { &task.platform };
-        let _ = writeln!(out, "{platform}: {} ({})", task.summary, task.state);
+        let summary = task.summary.strip_prefix(&format!("{platform}: ")).unwrap_or(&task.summary);
+        let _ = writeln!(out, "{platform}: {summary} ({})", task.state);
         if task.not_before_ms != 0 {
             let _ = writeln!(out, "  backs off until {}", time_text(task.not_before_ms));
         }

@@ -2,6 +2,7 @@
 //!
 //! Lines are numbered per attempt, so that a stream that breaks goes on at the next number, wherever it is resumed.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use clap::Args;
@@ -26,9 +27,9 @@ pub(crate) struct LogsArguments {
     /// Go on until the build has ended
     #[arg(short = 'f', long)]
     follow: bool,
-    /// Only the last N lines
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    tail: u64,
+    /// Only the last N lines of what is there; with 0 and -f, only what comes
+    #[arg(long, value_name = "N")]
+    tail: Option<u64>,
     /// Only lines numbered N and up
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "tail")]
     since_seq: u64,
@@ -41,6 +42,9 @@ pub(crate) struct LogsArguments {
     /// Print when each line was said
     #[arg(long)]
     timestamps: bool,
+    /// Answer from what the coordinator at hand knows, without asking the leader
+    #[arg(long)]
+    stale: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -52,6 +56,7 @@ enum Attempts {
 fn attempts(text: &str) -> Result<Attempts, String> {
     match text {
         "all" => Ok(Attempts::All),
+        "0" => Err("attempts are numbered from 1".to_owned()),
         _ => text.parse().map(Attempts::One).map_err(|_| format!("{text:?} is neither a number nor all")),
     }
 }
@@ -67,24 +72,41 @@ struct Query<'a> {
     timestamps: bool,
     to_stdout: bool,
     follow: bool,
-    tail: u64,
+    tail: Option<u64>,
     since_seq: u64,
+    stale: bool,
+    /// Records printed; with `-o json` they are the elements of one array.
+    printed: Cell<u64>,
 }
 
 pub(crate) async fn run(arguments: LogsArguments, context: &ContextOptions, output: &Output) -> Result<Code, Failure> {
+    if arguments.follow && output.format == Format::Json {
+        return Err(Failure::usage("-o json is one document, and a log that is followed has no end yet: use -o jsonl"));
+    }
     let connection = Connection::open(context)?;
-    let id = connection.resolve(&arguments.build).await?;
-    let status = connection.status(&id, false).await?;
+    let id = connection.resolve_as(&arguments.build, arguments.stale).await?;
+    let status = connection.status(&id, arguments.stale).await?;
     let wanted: Vec<usize> = match &arguments.task {
         None => (0..status.tasks.len()).collect(),
         Some(platform) => match status.tasks.iter().position(|task| &task.platform == platform) {
             Some(index) => vec![index],
             None => {
                 let known: Vec<_> = status.tasks.iter().map(|task| task.platform.as_str()).collect();
-                return Err(Failure::usage(format!("build {id} has no task {platform}; it has {}", known.join(", "))));
+                let known = known.join(", ");
+                let advice = if known.is_empty() {
+                    "it names no platform and has one task: leave out --task".to_owned()
+                } else {
+                    format!("it has {known}")
+                };
+                return Err(Failure::usage(format!("build {id} has no task {platform}; {advice}")));
             }
         },
     };
+    let as_array = output.format == Format::Json;
+    if as_array {
+        output.block(b"[");
+    }
+    let mut printed = 0;
     let mut readers = FuturesUnordered::new();
     for index in wanted.iter().copied() {
         let query = Query {
@@ -99,13 +121,19 @@ pub(crate) async fn run(arguments: LogsArguments, context: &ContextOptions, outp
             follow: arguments.follow,
             tail: arguments.tail,
             since_seq: arguments.since_seq,
+            stale: arguments.stale,
+            printed: Cell::new(printed),
         };
         let attempt = arguments.attempt;
         if arguments.follow {
             readers.push(async move { query.run(attempt).await });
         } else {
             query.run(attempt).await?;
+            printed = query.printed.get();
         }
+    }
+    if as_array {
+        output.block(if printed > 0 { b"\n]\n" } else { b"]\n" });
     }
     let reading = async {
         while let Some(result) = readers.next().await {
@@ -132,8 +160,10 @@ pub(crate) async fn follow(connection: &Connection, id: &str, output: &Output) -
             timestamps: false,
             to_stdout: output.format == Format::Table,
             follow: true,
-            tail: 0,
+            tail: None,
             since_seq: 0,
+            stale: false,
+            printed: Cell::new(0),
         };
         readers.push(async move { query.run(Some(Attempts::All)).await });
     }
@@ -188,6 +218,10 @@ impl Query<'_> {
                 continue;
             }
             let ended = matches!(task.state.as_str(), "succeeded" | "failed" | "cancelled");
+            if ended && task.attempt == 0 {
+                // It never ran, and its log says why.
+                return self.attempt(0).await;
+            }
             if ended || !self.follow {
                 return Ok(());
             }
@@ -197,7 +231,7 @@ impl Query<'_> {
     }
 
     async fn task_status(&self) -> Result<v1::TaskStatus, Failure> {
-        let status = self.connection.status(self.build, false).await?;
+        let status = self.connection.status(self.build, self.stale).await?;
         Ok(status.tasks.into_iter().nth(self.task).unwrap_or_default())
     }
 
@@ -208,9 +242,24 @@ impl Query<'_> {
             task: u32::try_from(self.task).unwrap_or(u32::MAX),
             attempt,
             from_seq: self.since_seq,
-            tail: self.tail,
+            tail: self.tail.unwrap_or(0),
             follow: self.follow,
+            stale: self.stale,
         };
+        if self.tail == Some(0) {
+            if !self.follow {
+                return Ok(());
+            }
+            // Behind the last line that is there now.
+            let mut last = 0;
+            let look = v1::ReadLogRequest { tail: 1, follow: false, ..request.clone() };
+            self.read(look, |chunk| last = chunk.records.last().map_or(last, |record| record.seq)).await?;
+            request.from_seq = last + 1;
+        }
+        self.read(request, |chunk| self.print(attempt, chunk)).await
+    }
+
+    async fn read(&self, mut request: v1::ReadLogRequest, mut take: impl FnMut(&v1::LogChunk)) -> Result<(), Failure> {
         loop {
             let call = |channel| {
                 let request = request.clone();
@@ -221,7 +270,7 @@ impl Query<'_> {
                 match stream.message().await {
                     Ok(Some(chunk)) => {
                         self.connection.succeeded();
-                        self.print(attempt, &chunk);
+                        take(&chunk);
                         if let Some(last) = chunk.records.last() {
                             request.from_seq = last.seq + 1;
                             request.tail = 0;
@@ -240,7 +289,15 @@ impl Query<'_> {
     fn print(&self, attempt: u32, chunk: &v1::LogChunk) {
         let as_json = self.to_stdout && matches!(self.output.format, Format::Json | Format::Jsonl);
         let mut block = Vec::with_capacity(chunk.records.iter().map(|record| record.data.len() + 32).sum());
+        let as_array = as_json && self.output.format == Format::Json;
         for record in &chunk.records {
+            if as_array {
+                block.extend_from_slice(if self.printed.replace(self.printed.get() + 1) > 0 {
+                    b",\n  "
+                } else {
+                    b"\n  "
+                });
+            }
             if as_json {
                 let line = json!({
                     "build_id": self.build,
@@ -265,7 +322,9 @@ impl Query<'_> {
                 }
                 block.extend_from_slice(&record.data);
             }
-            block.push(b'\n');
+            if !as_array {
+                block.push(b'\n');
+            }
         }
         if self.to_stdout {
             self.output.block(&block);

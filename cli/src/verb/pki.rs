@@ -1,11 +1,11 @@
 //! `helix pki init|issue|show|revoke`: a certificate authority and identities for a cluster.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use helix_common::identity::Role;
-use helix_common::pki::{self, Authority, PkiError, Serial};
+use helix_common::pki::{self, Authority, PkiError, Revoked, Serial};
 use serde_json::json;
 
 use crate::context::duration;
@@ -50,9 +50,17 @@ enum PkiVerb {
         /// Where to write the files [default: the authority's directory]
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
+        /// Replace an identity that is there; its certificate stays valid until it is revoked
+        #[arg(long)]
+        force: bool,
     },
-    /// Show what a certificate says
-    Show { certificate: PathBuf },
+    /// Show what a certificate says, and whether it is revoked
+    Show {
+        certificate: PathBuf,
+        /// Where the list of revoked ones is [default: the certificate's directory]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
     /// Put a certificate on the authority's list of revoked ones; carry the list to the coordinators and reload them
     Revoke {
         certificate: PathBuf,
@@ -95,15 +103,29 @@ pub(crate) fn run(arguments: PkiArguments, output: &Output) -> Result<Code, Fail
             let json = json!({ "cluster": cluster, "ca": path });
             output.item(&Item { name: path.clone(), cells: Vec::new(), json }, &path);
         }
-        PkiVerb::Issue { role, name, hosts, valid_for, dir, out } => {
+        PkiVerb::Issue { role, name, hosts, valid_for, dir, out, force } => {
             let role = Role::from(role);
             let issued = Authority::load(&dir)?.issue(role, &name, &hosts, valid_for)?;
-            let (cert, key) = issued.save(&out.unwrap_or(dir), &format!("{}-{name}", role.as_str()))?;
+            let (out, stem) = (out.unwrap_or(dir), format!("{}-{name}", role.as_str()));
+            let there = [out.join(format!("{stem}.pem")), out.join(format!("{stem}-key.pem"))];
+            if let Some(there) = there.iter().find(|path| !force && path.exists()) {
+                let there = there.display();
+                return Err(Failure::plain(format!(
+                    "{there} exists already; --force replaces it, --out writes elsewhere, and `helix pki revoke` ends an old one"
+                )));
+            }
+            let (cert, key) = issued.save(&out, &stem)?;
             let (cert, key) = (cert.display().to_string(), key.display().to_string());
             let json = json!({ "cert": cert, "key": key });
             output.item(&Item { name: cert.clone(), cells: Vec::new(), json }, &format!("{cert}\n{key}"));
         }
-        PkiVerb::Show { certificate } => show(&read(&certificate)?, output)?,
+        PkiVerb::Show { certificate, dir } => {
+            let beside = certificate.parent().unwrap_or(Path::new("")).to_owned();
+            let list = dir.clone().unwrap_or(beside).join(pki::REVOKED_FILE);
+            // A list that was named must be there; one that was not may be elsewhere.
+            let list = if dir.is_some() || list.exists() { Some(Revoked::load(&list)?) } else { None };
+            show(&read(&certificate)?, list.as_ref(), output)?;
+        }
         PkiVerb::Revoke { certificate, dir } => {
             let serial = pki::show(&read(&certificate)?)?.serial;
             revoke(&dir, serial, output)?;
@@ -112,11 +134,11 @@ pub(crate) fn run(arguments: PkiArguments, output: &Output) -> Result<Code, Fail
     Ok(Code::SUCCESS)
 }
 
-fn read(path: &std::path::Path) -> Result<String, Failure> {
+fn read(path: &Path) -> Result<String, Failure> {
     std::fs::read_to_string(path).map_err(|error| Failure::plain(format!("cannot read {}: {error}", path.display())))
 }
 
-fn show(pem: &str, output: &Output) -> Result<(), Failure> {
+fn show(pem: &str, list: Option<&Revoked>, output: &Output) -> Result<(), Failure> {
     let shown = pki::show(pem)?;
     let identity = match &shown.identity {
         Ok(identity) => identity.to_string(),
@@ -126,7 +148,14 @@ fn show(pem: &str, output: &Output) -> Result<(), Failure> {
         |time: i64| jiff::Timestamp::from_second(time).map_or_else(|_| time.to_string(), |time| time.to_string());
     let not_before = time(shown.not_before.unix_timestamp());
     let not_after = time(shown.not_after.unix_timestamp());
+    let revoked = list.map(|list| list.contains(&shown.serial));
+    let revoked_word = match revoked {
+        Some(true) => "yes",
+        Some(false) => "no",
+        None => "unknown: no list of revoked ones beside it; name its directory with --dir",
+    };
     let json = json!({
+        "revoked": revoked,
         "identity": identity,
         "serial": shown.serial.to_string(),
         "not_before": not_before,
@@ -134,7 +163,7 @@ fn show(pem: &str, output: &Output) -> Result<(), Failure> {
         "hosts": shown.names,
     });
     let text = format!(
-        "identity   {identity}\nserial     {}\nvalid      {not_before} to {not_after}\nhosts      {}",
+        "identity   {identity}\nserial     {}\nvalid      {not_before} to {not_after}\nrevoked    {revoked_word}\nhosts      {}",
         shown.serial,
         shown.names.join(" ")
     );
@@ -142,7 +171,7 @@ fn show(pem: &str, output: &Output) -> Result<(), Failure> {
     Ok(())
 }
 
-fn revoke(dir: &std::path::Path, serial: Serial, output: &Output) -> Result<(), Failure> {
+fn revoke(dir: &Path, serial: Serial, output: &Output) -> Result<(), Failure> {
     let text = serial.to_string();
     pki::revoke(dir, &serial).map_err(|error| Failure::plain(error.to_string()))?;
     let path = dir.join(pki::REVOKED_FILE).display().to_string();

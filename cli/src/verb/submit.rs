@@ -13,7 +13,7 @@ use crate::connection::{Connection, builds, new_build_id};
 use crate::context::{ContextOptions, duration, size};
 use crate::exit::{self, Code};
 use crate::failure::Failure;
-use crate::output::{Format, Item, Output};
+use crate::output::{Format, Item, Output, text_json};
 use crate::upload;
 use crate::verb::{batch, logs, status, wait};
 
@@ -218,6 +218,11 @@ pub(crate) async fn run(
     if !response.purged_state.is_empty() {
         output.say(&format!("build {id} had {} and was purged", response.purged_state));
     }
+    if !response.purged_state.is_empty() && (wait || follow) {
+        // There is nothing to wait for, and no more is known of how it ended.
+        output.item(&submitted(&response), &response.build_id);
+        return Ok(exit::of_build(&v1::BuildStatus { state: response.purged_state, ..v1::BuildStatus::default() }));
+    }
     if !wait && !follow {
         output.item(&submitted(&response), &response.build_id);
         return Ok(Code::SUCCESS);
@@ -253,7 +258,12 @@ pub(crate) fn submitted(response: &v1::SubmitBuildResponse) -> Item {
     Item {
         name: response.build_id.clone(),
         cells: vec![response.build_id.clone()],
-        json: json!({ "build_id": response.build_id, "queued": response.queued, "existed": response.existed }),
+        json: json!({
+            "build_id": response.build_id,
+            "queued": response.queued,
+            "existed": response.existed,
+            "purged_state": text_json(&response.purged_state),
+        }),
     }
 }
 

@@ -38,8 +38,13 @@ enum WorkersVerb {
     },
     /// Give a worker work again: ends a drain or a quarantine
     Undrain { name: String },
-    /// Forget a worker; what it runs is lost
-    Remove { name: String },
+    /// Forget a worker whose agent has gone; what it ran is lost
+    Remove {
+        name: String,
+        /// Also while its agent is connected, which then registers it anew
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 pub(crate) async fn run(
@@ -79,8 +84,8 @@ pub(crate) async fn run(
             };
             show(&connection.call(call).await?.into_inner(), output);
         }
-        WorkersVerb::Remove { name } => {
-            let request = v1::RemoveWorkerRequest { name: name.clone() };
+        WorkersVerb::Remove { name, force } => {
+            let request = v1::RemoveWorkerRequest { name: name.clone(), force };
             let call = |channel| {
                 let request = request.clone();
                 async move { workers(channel).remove_worker(request).await }

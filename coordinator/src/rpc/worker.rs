@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use helix_common::status::invalid;
+use helix_common::status::{invalid, status};
 use helix_core::command::{DrainWorker, RemoveWorker, UndrainWorker};
 use helix_core::record::{DrainedBy, Standing, Trust, WorkerRecord};
 use helix_core::state::State;
 use helix_core::{Command, Liveness, SessionState};
-use helix_model::{LogTime, WorkerName};
+use helix_model::{ErrorCode, LogTime, WorkerName};
 use helix_proto::v1;
 use helix_proto::v1::worker_service_server::WorkerService;
 use tonic::{Request, Response, Status};
@@ -99,7 +99,15 @@ impl WorkerService for WorkerRpc {
         &self,
         request: Request<v1::RemoveWorkerRequest>,
     ) -> Result<Response<v1::RemoveWorkerResponse>, Status> {
-        let worker = worker_name(&request.into_inner().name)?;
+        let v1::RemoveWorkerRequest { name, force } = request.into_inner();
+        let worker = worker_name(&name)?;
+        // It would be back within the second.
+        if !force && self.worker(&worker).await?.healthy {
+            let text = format!(
+                "the agent of worker {worker} is connected, and would register it anew: end the agent first, or force it"
+            );
+            return Err(status(ErrorCode::WrongState, text));
+        }
         let reply = self.services.propose(Command::RemoveWorker(RemoveWorker { worker })).await?;
         answer::expect_done(&reply)?;
         Ok(Response::new(v1::RemoveWorkerResponse {}))

@@ -133,7 +133,7 @@ async fn artifacts_are_registered_by_their_blobs() {
         assert_eq!(metadata(&refused, "field").as_deref(), Some(field), "{refused}");
     }
     client.builds.register_artifact(register("bin/x", 5)).await.unwrap();
-    let asked = v1::GetArtifactsRequest { build_id: "b1".to_owned() };
+    let asked = v1::GetArtifactsRequest { build_id: "b1".to_owned(), stale: false };
     let artifacts = client.builds.get_artifacts(asked).await.unwrap().into_inner().artifacts;
     assert_eq!((artifacts[0].name.as_str(), artifacts[0].size, artifacts[0].registered), ("bin/x", 5, true));
     one.node.stop().await;
@@ -150,8 +150,11 @@ async fn the_log_of_a_build_that_never_ran_ends_with_the_build() {
     let mut there = client.builds.stream_build_logs(now).await.unwrap().into_inner();
     assert!(there.message().await.unwrap().is_none());
     client.builds.cancel_build(cancel("b1")).await.unwrap();
-    let end = tokio::time::timeout(Duration::from_secs(20), lines.message()).await.unwrap();
-    assert!(end.unwrap().is_none());
+    let mut next = async || tokio::time::timeout(Duration::from_secs(20), lines.message()).await.unwrap().unwrap();
+    let line = next().await.unwrap();
+    assert_eq!((line.stream.as_str(), line.attempt, line.seq), ("system", 0, 1));
+    assert!(line.line.contains("cancelled before it ran"), "{}", line.line);
+    assert!(next().await.is_none());
     one.node.stop().await;
 }
 

@@ -22,7 +22,7 @@ async fn all(client: &mut Caller, operator: &mut Caller, id: &str) -> Vec<(&'sta
     call!(operator, cancel_build, v1::CancelBuildRequest { build_id: build_id.clone(), reason: String::new() });
     call!(client, retry_build, v1::RetryBuildRequest { build_id: build_id.clone(), new_build_id: String::new() });
     call!(client, explain_build, v1::ExplainBuildRequest { build_id: build_id.clone() });
-    call!(client, get_artifacts, v1::GetArtifactsRequest { build_id: build_id.clone() });
+    call!(client, get_artifacts, v1::GetArtifactsRequest { build_id: build_id.clone(), stale: false });
     call!(client, pin_build, v1::PinBuildRequest { build_id: build_id.clone(), pinned: true });
     let logs = v1::StreamBuildLogsRequest { build_id: build_id.clone(), ..v1::StreamBuildLogsRequest::default() };
     call!(client, stream_build_logs, logs);

@@ -25,7 +25,8 @@ async fn workers_are_listed_drained_undrained_and_removed() {
     assert!(operator.workers.drain_worker(drain).await.unwrap().into_inner().draining);
     let undrain = v1::UndrainWorkerRequest { name: "w".to_owned() };
     assert!(!operator.workers.undrain_worker(undrain).await.unwrap().into_inner().draining);
-    operator.workers.remove_worker(v1::RemoveWorkerRequest { name: "w".to_owned() }).await.unwrap();
+    let remove = v1::RemoveWorkerRequest { name: "w".to_owned(), ..v1::RemoveWorkerRequest::default() };
+    operator.workers.remove_worker(remove).await.unwrap();
     let gone = operator.workers.get_worker(v1::GetWorkerRequest { name: "w".to_owned() }).await.unwrap_err();
     assert_eq!((gone.code(), error_code(&gone)), (Code::NotFound, Some(ErrorCode::WorkerUnknown)));
     let bad = operator.workers.get_worker(v1::GetWorkerRequest { name: "W".to_owned() }).await.unwrap_err();

@@ -70,6 +70,81 @@ fn exit_codes_and_reasons_are_those_that_scripts_expect() {
     assert!(refused.code == 1 && refused.stderr.contains("LD_"), "{}", refused.stderr);
 }
 
+/// Questions at the edge of what is there get an answer that helps.
+#[test]
+fn edges_of_logs_and_artifacts_are_what_people_expect() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let line = "mkdir -p out/bin; echo x > out/bin/tool; ln -s bin/tool out/tool; echo one; echo two";
+    assert_eq!(cluster.helix(&["submit", "--id", "b", "--output", "out", "--wait", "--", line]).code, 0);
+    let logs = |arguments: &[&str]| cluster.helix(&[&["logs", "b"], arguments].concat());
+    assert_eq!((logs(&["--tail", "0"]).stdout.as_str(), logs(&["--tail", "1"]).stdout.as_str()), ("", "two\n"));
+    assert_eq!(logs(&["--tail", "0", "-f"]).stdout, "");
+    assert!(logs(&["--attempt", "0"]).stderr.contains("numbered from 1"));
+    assert!(logs(&["--task", "linux/amd64"]).stderr.contains("leave out --task"));
+    let records: serde_json::Value = serde_json::from_str(&logs(&["-o", "json"]).stdout).unwrap();
+    assert_eq!((records[0]["line"].as_str(), records[1]["line"].as_str()), (Some("one"), Some("two")));
+    assert_eq!(logs(&["--tail", "0", "-o", "json"]).stdout, "[]\n");
+    let followed = logs(&["-f", "-o", "json"]);
+    assert!(followed.code == 2 && followed.stderr.contains("jsonl"), "{}", followed.stderr);
+
+    let root = cluster.root().join("fetched");
+    fs::create_dir(&root).unwrap();
+    let get = |arguments: &[&str]| {
+        let mut command = cluster.command(&[&["artifacts", "get", "b"], arguments].concat());
+        command.current_dir(&root).output().unwrap()
+    };
+    assert!(get(&[]).status.success() && root.join("out.tar").is_file());
+    assert!(get(&["--extract"]).status.success());
+    assert_eq!(fs::read_to_string(root.join("out/tool")).unwrap(), "x\n");
+    assert!(!get(&["--extract"]).status.success(), "what is there is not overwritten");
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 2, "nothing else is left");
+
+    let said = cluster.helix(&["workers", "remove", &cluster.all("agent")[0].id]);
+    assert!(said.code == 1 && said.stderr.contains("is connected"), "{}", said.stderr);
+    let waits = ["submit", "--id", "q", "--park", "--require", "no=where", "--platform", "linux/s390x", "--", "true"];
+    assert_eq!(cluster.helix(&waits).code, 0);
+    let explained = cluster.helix(&["explain", "q"]).stdout;
+    assert_eq!(explained.matches("linux/s390x: ").count(), 1, "{explained}");
+    assert_eq!(cluster.helix(&["cancel", "q", "--reason", "not needed"]).code, 0);
+    let said = cluster.helix(&["logs", "q"]).stdout;
+    assert!(
+        said.starts_with("helix: ") && said.contains("cancelled before it ran") && said.contains("not needed"),
+        "{said}"
+    );
+    assert_eq!(cluster.helix(&["purge", "--before", "0s"]).code, 0);
+    let said = cluster.helix(&["logs", "b", "-o", "json"]);
+    assert!(said.code == 123 && said.stdout.is_empty() && said.stderr.contains("build_purged"), "{said:?}");
+    let said = cluster.helix(&["submit", "--id", "b", "--output", "out", "--wait", "-o", "json", "--", line]);
+    assert!(said.code == 0 && said.stdout.contains("\"purged_state\": \"succeeded\""), "{said:?}");
+    let config = root.join("config");
+    fs::create_dir(&config).unwrap();
+    std::os::unix::fs::symlink(cluster.root(), config.join("helix")).unwrap();
+    let said = cluster.command(&["list"]).env("HELIX_CONTEXT", "").env("XDG_CONFIG_HOME", &config).output().unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let path = ["submit", "--no-output", "--wait", "--env", "PATH=/nowhere", "--", "echo found"];
+    assert_eq!(cluster.helix(&path).code, 0);
+}
+
+/// Bytes that a coordinator has itself need no leader.
+#[test]
+fn stale_reads_serve_logs_and_artifacts_without_a_quorum() {
+    // Of two, both hold what there is.
+    let cluster = Cluster::start(&Shape { coordinators: 2, agents: 1, ..Shape::default() }).unwrap();
+    let line = "echo said; echo made > \"$HELIX_OUTPUT\"";
+    assert_eq!(cluster.helix(&["submit", "--id", "b", "--wait", "--", line]).code, 0);
+    let members = cluster.all("coordinator");
+    let context = cluster.context_of(&members[0]);
+    let stale = |arguments: &[&str]| cluster.helix_with(&context, &[arguments, &["--stale"]].concat());
+    wait_for("the end of the build", PATIENCE, || stale(&["status", "b"]).stdout.contains("succeeded").then_some(()));
+    cluster.kill(&members[1]);
+    let said = cluster.helix_with(&context, &["logs", "b", "--connect-timeout", "3s"]);
+    assert_eq!(said.code, 125, "{}{}", said.stdout, said.stderr);
+    let said = stale(&["logs", "b"]);
+    assert_eq!((said.code, said.stdout.as_str()), (0, "said\n"), "{}", said.stderr);
+    let said = stale(&["artifacts", "get", "b", "-O", "-"]);
+    assert_eq!((said.code, said.stdout.as_str()), (0, "made\n"), "{}", said.stderr);
+}
+
 #[test]
 fn nobody_answers_is_an_exit_code_of_its_own() {
     let mut cluster = Cluster::start(&Shape { coordinators: 1, agents: 0, ..Shape::default() }).unwrap();

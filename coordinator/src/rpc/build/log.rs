@@ -18,8 +18,7 @@ use tonic::Status;
 
 use super::{Answers, BuildRpc, view};
 use crate::logs::LogQuery;
-use crate::registry::Consistency;
-use crate::rpc::services::build_id;
+use crate::rpc::services::{build_id, consistency};
 
 /// Messages between the feeding task and a reader: a slow reader slows its own feeder, and nobody else.
 const BUFFERED: usize = 64;
@@ -30,7 +29,7 @@ impl BuildRpc {
         request: v1::StreamBuildLogsRequest,
     ) -> Result<Answers<v1::BuildLogLine>, Status> {
         let id = build_id(&request.build_id)?;
-        self.services.freshen(Consistency::Linearizable).await?;
+        self.services.freshen(consistency(request.stale)).await?;
         let record = self.services.record(&id).await?;
         let tasks = wanted_tasks(&record, &request.task)?;
         let attempts = match (request.all_attempts, request.attempt) {
@@ -64,7 +63,7 @@ impl BuildRpc {
 
     pub(super) async fn read_log(&self, request: v1::ReadLogRequest) -> Result<Answers<v1::LogChunk>, Status> {
         let id = build_id(&request.build_id)?;
-        self.services.freshen(Consistency::Linearizable).await?;
+        self.services.freshen(consistency(request.stale)).await?;
         let record = self.services.record(&id).await?;
         let task = u16::try_from(request.task).ok().map(TaskIndex).filter(|task| record.task(*task).is_some());
         let Some(task) = task else {
@@ -200,7 +199,14 @@ impl Reader {
                     self.read_attempt(&record, task, number, sink).await?;
                     read_up_to = number;
                 }
-                None if !self.want.follow || self.complete(row, read_up_to) => return Ok(()),
+                None if !self.want.follow || self.complete(row, read_up_to) => {
+                    let wanted = self.want.from_seq <= 1 && !matches!(self.want.attempts, Attempts::One(_));
+                    if let Some(line) = word_on_no_attempt(&record, row).filter(|_| wanted) {
+                        let chunk = v1::LogChunk { task: u32::from(task.0), attempt: 0, records: vec![line] };
+                        sink.put(chunk).await?;
+                    }
+                    return Ok(());
+                }
                 None => self.change(&mut changed, sink).await?,
             }
         }
@@ -285,6 +291,23 @@ fn expect_attempt(record: &BuildRecord, task: TaskIndex, number: AttemptNumber, 
     }
     let key = AttemptKey { build: record.id.clone(), task, attempt: number };
     Err(status(ErrorCode::LogUnknown, format!("there is no attempt {key}")))
+}
+
+/// The one line of a task that ended before any attempt of it was made: how every log of what did not succeed ends.
+fn word_on_no_attempt(record: &BuildRecord, row: &TaskRecord) -> Option<v1::LogRecord> {
+    let TaskPhase::Ended { state, reason, at } = &row.phase else { return None };
+    if !row.attempts.is_empty() {
+        return None;
+    }
+    let mut text = format!("the build {state} before it ran");
+    if let Some(reason) = reason {
+        text = format!("{text} ({reason})");
+    }
+    if let Some(cancel) = record.cancel.as_ref().filter(|cancel| !cancel.reason.is_empty()) {
+        text = format!("{text}: {}", cancel.reason);
+    }
+    let stream = v1::LogStream::System.into();
+    Some(v1::LogRecord { seq: 1, time_ms: view::unix_ms(*at), stream, data: text.into() })
 }
 
 fn line_of(build_id: &str, platform: &str, attempt: u32, record: v1::LogRecord) -> v1::BuildLogLine {

@@ -84,7 +84,7 @@ impl BuildRpc {
 
     pub(super) async fn artifacts(&self, request: v1::GetArtifactsRequest) -> Result<v1::GetArtifactsResponse, Status> {
         let id = build_id(&request.build_id)?;
-        self.services.freshen(Consistency::Linearizable).await?;
+        self.services.freshen(consistency(request.stale)).await?;
         Ok(v1::GetArtifactsResponse { artifacts: view::artifacts_of(&*self.services.record(&id).await?) })
     }
 
