@@ -260,7 +260,7 @@ impl Loop {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             name: self.services.config.name.clone(),
             instance: self.services.data.instance().as_str().to_owned(),
-            offer: Some(wire::offer(&self.services.config)),
+            offer: Some(wire::offer(&self.services.config, self.services.limiter.words())),
             attempts: offered
                 .map(|(key, ended)| wire_agent::OfferedAttempt { id: Some(attempt_to_wire(key)), ended })
                 .collect(),
@@ -328,11 +328,12 @@ impl Loop {
     }
 
     fn sweep_kept(&mut self) {
-        let root = self.services.work_root.clone();
+        let services = Arc::clone(&self.services);
         self.side_tasks.spawn_blocking(move || {
-            if let Err(error) = attempt::workdir::remove_expired(&root, unix_ms()) {
+            if let Err(error) = attempt::workdir::remove_expired(&services.work_root, unix_ms()) {
                 tracing::warn!(%error, "kept workdirs cannot be removed");
             }
+            services.limiter.put_away(|key| services.data.attempt(key).root().exists());
         });
     }
 }
@@ -392,6 +393,7 @@ pub fn recover(services: &Services) -> std::io::Result<Vec<(AttemptKey, Found)>>
             attempt::workdir::remove_tree(&path)?;
         }
     }
+    services.limiter.put_away(|key| found.iter().any(|(other, _)| other == key));
     tracing::info!(attempts = found.len(), "the spool was read");
     Ok(found)
 }

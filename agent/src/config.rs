@@ -55,6 +55,9 @@ pub struct Config {
     /// Repositories.
     #[serde(default)]
     pub source: SourceConfig,
+    /// What a build may use.
+    #[serde(default)]
+    pub limits: LimitsConfig,
     /// Container builds: no keys yet.
     #[serde(default)]
     pub podman: PodmanConfig,
@@ -121,10 +124,75 @@ pub struct SourceConfig {
     pub allow_file_urls: bool,
 }
 
+/// See [`Config::limits`]. 0 means none, except where it is said otherwise.
+#[derive(Clone, PartialEq, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// Thousandths of a processor for builds that ask for none, and at most.
+    pub cpu_milli: u64,
+    /// See above.
+    pub cpu_milli_max: u64,
+    /// Bytes of memory, swap included, for builds that ask for none, and at most.
+    pub memory_bytes: u64,
+    /// See above.
+    pub memory_bytes_max: u64,
+    /// Bytes of disk for builds that ask for none (0: what is free above the reserve when it starts), and at most.
+    pub disk_bytes: u64,
+    /// See above.
+    pub disk_bytes_max: u64,
+    /// Files and directories in a build's workdir.
+    pub files: u64,
+    /// Processes and threads of a build.
+    pub processes: u64,
+    /// Open files of each process.
+    pub open_files: u64,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            cpu_milli: 0,
+            cpu_milli_max: 0,
+            memory_bytes: 0,
+            memory_bytes_max: 0,
+            disk_bytes: 0,
+            disk_bytes_max: 0,
+            files: 0,
+            // Enough for a large build on a large host; a fork bomb ends there.
+            processes: 4096,
+            open_files: 65_536,
+        }
+    }
+}
+
 /// See [`Config::podman`].
 #[derive(Clone, PartialEq, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PodmanConfig {}
+
+impl LimitsConfig {
+    fn check(&self) -> Result<(), ConfigWrong> {
+        for (key, default, most) in [
+            ("limits.cpu_milli", self.cpu_milli, self.cpu_milli_max),
+            ("limits.memory_bytes", self.memory_bytes, self.memory_bytes_max),
+            ("limits.disk_bytes", self.disk_bytes, self.disk_bytes_max),
+        ] {
+            if most > 0 && default > most {
+                return wrong(key, format!("{default} is more than {key}_max, which is {most}"));
+            }
+        }
+        if (1..16).contains(&self.processes) {
+            return wrong("limits.processes", "is at least 16: a shell alone needs some; 0 means no limit");
+        }
+        if (1..16).contains(&self.open_files) {
+            return wrong("limits.open_files", "is at least 16; 0 means no limit");
+        }
+        if (1..1 << 20).contains(&self.memory_bytes) {
+            return wrong("limits.memory_bytes", "is less than a mebibyte; it is in bytes, and 0 means no limit");
+        }
+        Ok(())
+    }
+}
 
 fn isolation_default() -> String {
     "none".to_owned()
@@ -174,6 +242,7 @@ impl Config {
         self.check_isolation()?;
         self.resolve_paths(directory)?;
         self.check_exec()?;
+        self.limits.check()?;
         Ok(self)
     }
 
@@ -319,6 +388,8 @@ mod tests {
             (&format!("{GOOD}[exec]\nenv = {{ LD_PRELOAD = 'x' }}"), "`exec.env`"),
             (&format!("{GOOD}[exec]\nshel = 'x'"), "exec.shell"),
             (&format!("{GOOD}[log]\nfilter = 'a=b=c'"), "`log.filter`"),
+            (&format!("{GOOD}[limits]\nprocesses = 1"), "`limits.processes`"),
+            (&format!("{GOOD}[limits]\ncpu_milli = 2000\ncpu_milli_max = 1000"), "`limits.cpu_milli`"),
         ];
         for (file, expected) in table {
             let error = load(file, &[]).unwrap_err();

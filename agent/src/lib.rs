@@ -11,6 +11,7 @@ pub mod config;
 pub mod control;
 pub mod data_dir;
 pub mod host;
+pub mod limits;
 pub mod program;
 pub mod services;
 pub mod session;

@@ -17,6 +17,7 @@ use crate::agent::{self, Ended, Inputs};
 use crate::config::Config;
 use crate::control;
 use crate::data_dir::{DataDir, make_private};
+use crate::limits::Limiter;
 use crate::services::Services;
 use crate::session;
 use crate::settings::Settings;
@@ -85,20 +86,19 @@ fn services(
     tls: Arc<TlsStore>,
     settings: watch::Receiver<Option<Arc<Settings>>>,
 ) -> anyhow::Result<Services> {
+    // Agents may share a base directory and a host; each has its own place, named after its data directory's life.
+    let id: String = data.instance().as_str().chars().take(8).collect();
+    // Before anything is started: it may move this process to another cgroup.
+    let limiter = Limiter::take(&id, config.limits.clone());
     let starter = Starter::new(&config.runner_path)
         .with_context(|| format!("cannot start {} (`runner_path`)", config.runner_path.display()))?;
-    // Agents may share a base directory; each has its own place in it, named after its data directory's life.
-    let id: String = data.instance().as_str().chars().take(8).collect();
     let work_root = config.exec.base_dir.join(id);
     make_private(&work_root).with_context(|| format!("cannot make {}", work_root.display()))?;
     let mirrors = Mirrors::new(&data.mirrors(), &config.source).context("cannot prepare git")?;
     let nodes = Nodes::new(tls, settings);
     let (stores, live) = (Stores::new(nodes.clone()), LiveLogs::new(nodes));
-    let cgroup_base = helix_runner::cgroup::base();
-    if cgroup_base.is_none() {
-        tracing::info!("no writable cgroup v2: runners go without");
-    }
-    Ok(Services { config, data, work_root, cgroup_base, starter, mirrors, stores, live })
+    tracing::info!(limits = limiter.words(), "builds are limited by these means");
+    Ok(Services { config, data, work_root, limiter, starter, mirrors, stores, live })
 }
 
 /// Certificates and the log filter, whenever asked.

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use helix_model::AttemptKey;
-
 use crate::config::Config;
 use crate::data_dir::DataDir;
+use crate::limits::Limiter;
 use crate::source::git::Mirrors;
 use crate::starter::Starter;
 use crate::stores::Stores;
@@ -20,8 +19,8 @@ pub struct Services {
     pub data: DataDir,
     /// Where workdirs are made.
     pub work_root: PathBuf,
-    /// Where attempts' cgroups are made, if they can be.
-    pub cgroup_base: Option<PathBuf>,
+    /// What limits attempts on this host.
+    pub limiter: Limiter,
     /// Starts runners.
     pub starter: Starter,
     /// Repositories.
@@ -30,12 +29,4 @@ pub struct Services {
     pub stores: Stores,
     /// Live logs.
     pub live: LiveLogs,
-}
-
-impl Services {
-    /// An attempt's cgroup.
-    #[must_use]
-    pub fn cgroup(&self, key: &AttemptKey) -> Option<PathBuf> {
-        self.cgroup_base.as_ref().map(|base| base.join(format!("helix-{key}")))
-    }
 }

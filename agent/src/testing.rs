@@ -23,6 +23,7 @@ pub(crate) fn config(data_dir: &Path) -> Config {
         log: LogConfig::default(),
         exec: ExecConfig { allow_job_commands: true, base_dir: data_dir.join("work"), ..ExecConfig::default() },
         source: SourceConfig { allow_file_urls: true, ..SourceConfig::default() },
+        limits: crate::config::LimitsConfig::default(),
         podman: PodmanConfig::default(),
     }
 }

@@ -9,9 +9,9 @@ use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, s
 
 use crate::config::Config;
 
-/// What the agent offers.
+/// What the agent offers; `limits` says how builds are limited.
 #[must_use]
-pub fn offer(config: &Config) -> agent::Offer {
+pub fn offer(config: &Config, limits: &str) -> agent::Offer {
     agent::Offer {
         address: config.address.clone(),
         capacity: config.capacity,
@@ -24,6 +24,7 @@ pub fn offer(config: &Config) -> agent::Offer {
         cpu_milli: crate::host::cpu_milli(),
         memory_bytes: crate::host::memory_bytes(),
         disk_bytes: helix_common::files::available_bytes(&config.exec.base_dir).unwrap_or(0),
+        limits: limits.to_owned(),
     }
 }
 

@@ -1,39 +1,25 @@
-//! A cgroup per attempt, where cgroup v2 is there and writable: one write kills everything in it, and it knows when
-//! nothing is left. It also clears up after a runner that died. Without one everything works, with less proof.
+//! Cgroups of an attempt. In the unified tree one write kills everything in a cgroup, and it knows when nothing is left;
+//! controllers, there or in trees of their own, limit what is in it. They also clear up after a runner that died.
+//! Without any of them everything works, with less proof and weaker limits.
+
+mod groups;
+mod host;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use groups::Groups;
+pub use host::{Controller, Enforcement, Host, Wanted};
+
 /// Where attempts' cgroups may be made: below this process's own cgroup v2, if a directory can be made there and it
 /// has `cgroup.kill` (Linux 5.14). On hybrid hosts that is the unified tree. `None`: go without.
 #[must_use]
 pub fn base() -> Option<PathBuf> {
-    let mount = mount_point(&fs::read_to_string("/proc/self/mountinfo").ok()?)?;
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let base = mount.join(own_path(&groups)?.trim_start_matches('/'));
-    let probe = base.join(format!("helix-probe-{}", std::process::id()));
-    fs::create_dir(&probe).ok()?;
-    let usable = probe.join("cgroup.kill").exists();
-    fs::remove_dir(&probe).ok()?;
-    usable.then_some(base)
+    Host::find().unified
 }
 
-/// The mount point of the cgroup2 file system.
-fn mount_point(mountinfo: &str) -> Option<PathBuf> {
-    let of_line = |line: &str| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        filesystem.starts_with("cgroup2 ").then(|| mount.split(' ').nth(4).map(PathBuf::from))?
-    };
-    mountinfo.lines().find_map(of_line)
-}
-
-/// This process's cgroup v2.
-fn own_path(cgroups: &str) -> Option<&str> {
-    cgroups.lines().find_map(|line| line.strip_prefix("0::"))
-}
-
-/// An attempt's cgroup.
+/// An attempt's cgroup in the unified tree.
 #[derive(Clone, Debug)]
 pub struct Cgroup {
     path: PathBuf,
@@ -84,11 +70,10 @@ impl Cgroup {
         Ok(!events.lines().any(|line| line == "populated 0"))
     }
 
-    /// How often the kernel killed in here for want of memory; `None` without a memory controller.
+    /// How often the kernel killed in here for want of memory: the limit may be one of the cgroups above.
     #[must_use]
-    pub fn memory_kills(&self) -> Option<u64> {
-        let events = fs::read_to_string(self.path.join("memory.events")).ok()?;
-        events.lines().find_map(|line| line.strip_prefix("oom_kill "))?.parse().ok()
+    pub fn memory_kills(&self) -> u64 {
+        groups::memory_kills(&self.path)
     }
 
     /// Removes it and the ones that the build made below.
@@ -96,11 +81,16 @@ impl Cgroup {
     /// # Errors
     /// Those of the file system; not when it is gone already.
     pub fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(_) => remove_below(&self.path, 0),
-            Ok(()) => Ok(()),
-        }
+        remove(&self.path)
+    }
+}
+
+/// Removes a cgroup and those below; that there is none is fine.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(_) => remove_below(path, 0),
+        Ok(()) => Ok(()),
     }
 }
 
@@ -117,18 +107,4 @@ fn remove_below(path: &Path, depth: u32) -> io::Result<()> {
         }
     }
     fs::remove_dir(path)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn finds_the_unified_tree_among_others() {
-        let hybrid = "30 29 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
-                      31 29 0:27 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-        assert_eq!(mount_point(hybrid), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(mount_point("30 29 0:26 / /x rw - cgroup cgroup rw\n"), None);
-        assert_eq!(own_path("4:memory:/a\n0::/b/c\n"), Some("/b/c"));
-    }
 }

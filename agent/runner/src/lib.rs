@@ -29,6 +29,7 @@ pub mod control;
 pub mod forker;
 mod inspect;
 pub mod isolation;
+pub mod limits;
 pub mod locks;
 mod order;
 mod outcome;

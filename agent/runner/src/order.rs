@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::codec::{self, Decoder, Encoder, FormatError, Kind};
 use crate::isolation::Isolation;
+use crate::limits::Limits;
 use crate::paths::AttemptDir;
 
 const KIND: Kind = Kind { magic: b"HLXORDR\0", version: 1 };
@@ -60,6 +61,8 @@ pub struct Order {
     pub log_bytes_max: u64,
     /// What it sees of the host; `None` for the host as it is.
     pub isolation: Option<Isolation>,
+    /// What it may use.
+    pub limits: Limits,
 }
 
 impl Order {
@@ -119,6 +122,7 @@ impl Order {
             }
             Some(isolation) => isolation.encode(&mut out),
         }
+        out.bytes(&self.limits.encode());
         codec::seal(&KIND, &out.finish())
     }
 
@@ -151,6 +155,8 @@ impl Order {
             0 => None,
             tool => Some(Isolation::decode(tool, &mut fields)?),
         };
+        // An order of an agent before there were limits ends here; who sweeps up after its runner has to read it.
+        let limits = if fields.is_empty() { Limits::default() } else { Limits::decode(fields.bytes()?)? };
         fields.end()?;
         let order = Self {
             argv,
@@ -165,6 +171,7 @@ impl Order {
             leftover_ms,
             log_bytes_max,
             isolation,
+            limits,
         };
         Ok(order)
     }
@@ -217,6 +224,7 @@ mod tests {
             leftover_ms: 2,
             log_bytes_max: u64::MAX,
             isolation: None,
+            limits: Limits { open_files: Some(7), ..Limits::default() },
         }
     }
 
@@ -227,6 +235,15 @@ mod tests {
         let bare = Order { user: None, cgroup: None, wall_ms: None, silence_ms: Some(5), argv: vec![], ..full };
         assert_eq!(Order::decode(&bare.encode()), Ok(bare.clone()));
         assert_eq!(bare.variable("A"), Some(OsStr::new("")));
+    }
+
+    #[test]
+    fn an_order_from_before_limits_has_none() {
+        let order = Order { limits: Limits::default(), ..order() };
+        let sealed = order.encode();
+        let body = codec::unseal(&KIND, &sealed).unwrap();
+        let before = &body[..body.len() - 4 - order.limits.encode().len()];
+        assert_eq!(Order::decode(&codec::seal(&KIND, before)), Ok(order));
     }
 
     #[test]

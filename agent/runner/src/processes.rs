@@ -60,21 +60,30 @@ impl Process {
     /// Without `/proc`.
     pub fn descendants(of: u32) -> io::Result<Vec<Self>> {
         let all = Self::all()?;
-        let mut inside = BTreeSet::from([of]);
-        // A child's number may be below its parent's: go on until nothing is added.
-        loop {
-            let before = inside.len();
-            for process in &all {
-                if inside.contains(&process.parent) {
-                    inside.insert(process.id.pid);
-                }
-            }
-            if inside.len() == before {
-                break;
-            }
-        }
-        Ok(all.into_iter().filter(|one| one.id.pid != of && !one.zombie && inside.contains(&one.id.pid)).collect())
+        let Some(top) = all.iter().find(|process| process.id.pid == of) else { return Ok(Vec::new()) };
+        let mut found = with_descendants(&all, vec![*top]);
+        found.retain(|process| process.id.pid != of && !process.zombie);
+        Ok(found)
     }
+}
+
+/// Processes and all that descend from them. A child counts only if its parent is still who it was in the picture: where numbers
+/// are used up quickly, a dead parent's may be a stranger's by the time its supposed child was looked at. A child that is left
+/// out for that has another parent by now, and is found by the next look.
+#[must_use]
+pub fn with_descendants(all: &[Process], mut inside: Vec<Process>) -> Vec<Process> {
+    let mut numbers: BTreeSet<u32> = inside.iter().map(|process| process.id.pid).collect();
+    let mut at = 0;
+    while at < inside.len() {
+        let parent = inside[at].id;
+        at += 1;
+        let mut children = all.iter().filter(|process| process.parent == parent.pid).peekable();
+        if children.peek().is_none() || Process::read(parent.pid).is_none_or(|now| now.id != parent) {
+            continue;
+        }
+        inside.extend(children.filter(|child| numbers.insert(child.id.pid)));
+    }
+    inside
 }
 
 /// Whether a process descends from another. One that is gone counts as a descendant: nothing good is known of it.

@@ -6,13 +6,13 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::time::{Duration, Instant};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Groups};
 use crate::inspect::{AttemptState, inspect};
 use crate::isolation::{Isolation, Tool};
 use crate::order::Order;
 use crate::paths::AttemptDir;
 use crate::pids::{PidFile, ProcessId, boot_id};
-use crate::processes::{Process, kill_all, signal};
+use crate::processes::{Process, kill_all, signal, with_descendants};
 use rustix::process::Signal;
 
 /// The variables that, together, name an attempt in its processes' environments.
@@ -21,7 +21,7 @@ const MARKS: [&str; 2] = ["HELIX_BUILD_ID", "HELIX_ATTEMPT"];
 /// What a sweep can say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Sweep {
-    /// No process of the attempt is left: its cgroup is empty, or the init of its PID namespace is dead, or the host was
+    /// No process of the attempt is left: its cgroups are empty, or the init of its PID namespace is dead, or the host was
     /// started anew since.
     Proven {
         /// How many were found and killed one by one; the cgroup's kill does not count.
@@ -34,7 +34,7 @@ pub enum Sweep {
     },
 }
 
-/// Kills what the runner of this attempt left behind, however it can be recognised: by its cgroup, the command's session,
+/// Kills what the runner of this attempt left behind, however it can be recognised: by its cgroups, the command's session,
 /// the attempt's variables in the environment, a current directory in the workdir, or descent from one of these.
 /// Waits until none is seen, `patience` at most.
 ///
@@ -54,6 +54,7 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
     let order = Order::read(dir)?;
     let namespace = Namespace::of(&order, notes.as_ref());
     let cgroup = order.cgroup.as_deref().and_then(Cgroup::existing);
+    let groups = Groups::existing(&order.limits.groups);
     let deadline = Instant::now() + patience;
     let mut killed = 0;
     loop {
@@ -61,7 +62,11 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
             cgroup.kill()?;
         }
         namespace.kill()?;
-        let found = kill_all(|| recognised(&order, notes.as_ref()))?;
+        let found = kill_all(|| {
+            let mut found = recognised(&order, notes.as_ref())?;
+            found.extend(groups.members()?);
+            Ok(found)
+        })?;
         killed += found;
         let populated = cgroup.as_ref().map_or(Ok(false), Cgroup::populated)?;
         if found == 0 && !populated && namespace.is_gone() {
@@ -72,11 +77,12 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    match cgroup {
-        Some(cgroup) => cgroup.remove().map(|()| Sweep::Proven { killed }),
-        None if namespace == Namespace::None => Ok(Sweep::Unproven { killed }),
-        None => Ok(Sweep::Proven { killed }),
+    let proven = cgroup.is_some() || !groups.is_empty() || namespace != Namespace::None;
+    groups.remove()?;
+    if let Some(cgroup) = cgroup {
+        cgroup.remove()?;
     }
+    Ok(if proven { Sweep::Proven { killed } } else { Sweep::Unproven { killed } })
 }
 
 /// The PID namespace of an isolated command: the kernel lets its init be gone only after everybody else in it.
@@ -119,17 +125,8 @@ impl Namespace {
 fn recognised(order: &Order, notes: Option<&PidFile>) -> io::Result<Vec<Process>> {
     let all = Process::all()?;
     let own = std::process::id();
-    let mut inside: Vec<Process> = all.iter().filter(|process| is_marked(process, order, notes)).copied().collect();
-    let mut at = 0;
-    while at < inside.len() {
-        let parent = inside[at].id.pid;
-        for process in &all {
-            if process.parent == parent && !inside.contains(process) {
-                inside.push(*process);
-            }
-        }
-        at += 1;
-    }
+    let marked = all.iter().filter(|process| is_marked(process, order, notes)).copied().collect();
+    let mut inside = with_descendants(&all, marked);
     inside.retain(|process| !process.zombie && process.id.pid != own);
     Ok(inside)
 }

@@ -230,6 +230,13 @@ fn verdict(outcome: &Outcome, stop: Option<StopCause>) -> Option<Verdict> {
         (Some(Reason::Drained), _) | (_, Some(StopCause::Drained)) => {
             return failed(Reason::Drained, "the agent had to go".to_owned());
         }
+        (Some(Reason::DiskFull), None) => {
+            let message = "the disk, or what the build may use of it, was full";
+            return failed(Reason::DiskFull, message.to_owned());
+        }
+        (Some(Reason::Internal), None) => {
+            return failed(Reason::Internal, "its log could not be written".to_owned());
+        }
         (Some(_), None) => return Some(Verdict::Stopped),
         (None, None) => {}
     }
@@ -301,6 +308,8 @@ mod tests {
             (End::Signaled(15), Some(Reason::Silence), None, "silence"),
             (End::Signaled(15), killed, registry, "stopped"),
             (End::Signaled(15), killed, None, "stopped"),
+            (End::Signaled(9), Some(Reason::DiskFull), None, "disk_full"),
+            (End::Signaled(9), Some(Reason::DiskFull), registry, "stopped"),
             (End::Exited(0), None, registry, "stopped"),
             (End::Exited(0), None, drained, "drained"),
             (End::Signaled(9), Some(Reason::Drained), None, "drained"),

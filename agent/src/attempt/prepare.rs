@@ -43,6 +43,8 @@ impl Attempt {
         let argv = check_policy(&self.services.config, assignment)
             .map_err(|(reason, message)| Verdict::Failed { reason, message })?;
         let spec = &assignment.spec;
+        let amounts = self.services.limiter.amounts(&spec.resources);
+        let amounts = amounts.map_err(|message| Verdict::Failed { reason: Reason::Policy, message })?;
         if !spec.repo_url.is_empty() || spec.source.is_some() {
             self.start_push();
         }
@@ -52,6 +54,7 @@ impl Attempt {
         };
         let commit = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
         self.start_push();
+        let limits = self.services.limiter.limits(&self.key, amounts, self.workdir.root());
         let settings = self.services.stores.nodes().settings().await;
         let ms = |value: u64| (value > 0).then_some(value);
         let order = Order {
@@ -60,13 +63,14 @@ impl Attempt {
             workdir: self.workdir.work(),
             user: None,
             privileges: Privileges::NeverMore,
-            cgroup: self.services.cgroup(&self.key),
+            cgroup: self.services.limiter.cgroup(&self.key),
             wall_ms: ms(spec.timeout_ms).or(ms(settings.timeout_default_ms)),
             silence_ms: ms(spec.silence_timeout_ms),
             grace_ms: GRACE_MS,
             leftover_ms: LEFTOVER_MS,
             log_bytes_max: settings.log_bytes_max,
             isolation: None,
+            limits,
         };
         let dir = self.dir.clone();
         let host = |what: &str, error: &io::Error| Verdict::Failed {

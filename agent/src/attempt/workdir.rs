@@ -28,6 +28,12 @@ impl Workdir {
         Self { root: base.join(key.to_string()) }
     }
 
+    /// What holds all of it.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Where the source lies and the command starts.
     #[must_use]
     pub fn work(&self) -> PathBuf {

@@ -145,6 +145,7 @@ fn item(worker: &v1::WorkerStatus) -> Item {
             "labels": worker.labels,
             "executors": worker.executors,
             "isolation": worker.isolation,
+            "limits": text_json(&worker.limits),
             "last_seen": time_json(worker.last_seen_ms),
             "version": worker.version,
             "pressure": text_json(&worker.pressure),
@@ -171,6 +172,7 @@ fn detail(worker: &v1::WorkerStatus) -> String {
     line("executors", &worker.executors.join(" "));
     line("labels", &labels.join(" "));
     line("isolation", &worker.isolation);
+    line("limits", &worker.limits);
     if !worker.pressure.is_empty() {
         line("pressure", &format!("{}: no new work until there is room again", worker.pressure));
     }

@@ -232,6 +232,8 @@ pub struct WorkerOffer {
     pub has_own_command: bool,
     /// How it isolates exec builds.
     pub isolation: String,
+    /// Which limits of builds it enforces how, for people.
+    pub limits: String,
     /// The agent's version.
     pub version: String,
     /// What it has beside slots; 0 means it does not say.

@@ -133,6 +133,7 @@ pub(super) fn offer(wire: Option<store::WorkerOffer>) -> Result<WorkerOffer, Cod
         allows_job_commands: wire.allows_job_commands,
         has_own_command: wire.has_own_command,
         isolation: wire.isolation,
+        limits: wire.limits,
         version: wire.version,
         resources: Resources {
             cpu_milli: wire.cpu_milli,
@@ -152,6 +153,7 @@ pub(super) fn offer_wire(offer: &WorkerOffer) -> Option<store::WorkerOffer> {
         allows_job_commands: offer.allows_job_commands,
         has_own_command: offer.has_own_command,
         isolation: offer.isolation.clone(),
+        limits: offer.limits.clone(),
         version: offer.version.clone(),
         cpu_milli: offer.resources.cpu_milli,
         memory_bytes: offer.resources.memory_bytes,

@@ -68,6 +68,7 @@ fn offer() -> WorkerOffer {
         allows_job_commands: true,
         has_own_command: true,
         isolation: "netns".to_owned(),
+        limits: String::new(),
         version: "1".to_owned(),
         resources: Resources { cpu_milli: 1, memory_bytes: 2, disk_bytes: 3 },
     }

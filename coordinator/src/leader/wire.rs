@@ -89,6 +89,7 @@ fn offer(wire: agent::Offer, version: &str) -> Result<WorkerOffer, InvalidField>
         allows_job_commands: wire.allows_job_commands,
         has_own_command: wire.has_own_command,
         isolation: line(&wire.isolation),
+        limits: line(&wire.limits),
         version: line(version),
         resources: Resources {
             cpu_milli: wire.cpu_milli,

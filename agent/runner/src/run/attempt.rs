@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use helix_model::Reason;
-use helix_runner::cgroup::Cgroup;
+use helix_runner::cgroup::{Cgroup, Groups};
 use helix_runner::control::{Event, Request, Status};
 use helix_runner::pids::PidFile;
 use helix_runner::processes::Process;
@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::clock::{Clock, after_ms};
 use super::command;
 use super::connections::Connections;
+use super::disk::{DiskWatch, Usage};
 use super::lines::{Found, Output, READ_BYTES};
 use super::setup;
 use super::tree::Tree;
@@ -52,6 +53,7 @@ pub(crate) struct Attempt {
     signals: OwnedFd,
     connections: Connections,
     tree: Tree,
+    disk: Option<DiskWatch>,
     outputs: Vec<Output>,
     buffer: Vec<u8>,
     /// The command's pid until it was reaped.
@@ -76,6 +78,11 @@ impl Attempt {
         let connections = Connections::listen(dir)?;
         // Without a cgroup it works too, and the tree is searched instead.
         let cgroup = order.cgroup.as_deref().and_then(|path| Cgroup::create(path).ok());
+        let groups = Groups::create(&order.limits.groups, cgroup.as_ref()).inspect_err(|_| {
+            // Nobody is in it yet.
+            let _ = cgroup.as_ref().map(Cgroup::remove);
+        })?;
+        let disk = order.limits.disk.clone().map(DiskWatch::new);
         let now = Instant::now();
         Ok(Self {
             order,
@@ -83,7 +90,8 @@ impl Attempt {
             spool,
             signals,
             connections,
-            tree: Tree::new(cgroup),
+            tree: Tree::new(cgroup, groups),
+            disk,
             outputs: Vec::new(),
             buffer: vec![0; READ_BYTES],
             command: None,
@@ -104,7 +112,7 @@ impl Attempt {
             let process = Process::read(pid).ok_or(io::ErrorKind::NotFound)?;
             notes.write_all(PidFile::command_line(process.id).as_bytes())
         };
-        let started = match command::start(&self.order, self.tree.cgroup(), note) {
+        let started = match command::start(&self.order, self.tree.cgroup(), self.tree.groups(), note) {
             Ok(started) => started,
             Err(error) => {
                 self.spool.append(self.clock.now_ms(), Stream::System, error.text.as_bytes());
@@ -139,6 +147,7 @@ impl Attempt {
             let text = format!("killed {} processes that the command left behind", self.leftovers_killed);
             self.spool.append(now_ms, Stream::System, text.as_bytes());
         }
+        self.judge_disk();
     }
 
     /// One turn of the loop. True when nobody is left.
@@ -192,6 +201,7 @@ impl Attempt {
         if self.stop.is_none() && self.command.is_some() {
             moments.push(self.wall_end());
             moments.push(self.silence_end());
+            moments.push(self.disk.as_ref().map(DiskWatch::next_step));
         }
         moments.push(self.tree.is_childless().then(|| Instant::now() + CGROUP_WORD));
         moments.push(self.stuck_since.map(|_| Instant::now() + SPOOL_RETRY));
@@ -216,6 +226,7 @@ impl Attempt {
             } else if due(self.silence_end()) {
                 self.stop(Reason::Silence, self.order.grace_ms);
             }
+            self.look_at_disk();
         }
         if self.next_kill.is_none() {
             let leftovers = due(self.leftovers_until);
@@ -230,6 +241,26 @@ impl Attempt {
             let end = self.tree.kill(self.command);
             self.note_end(end);
             self.next_kill = Some(Instant::now() + KILL_ROUND);
+        }
+    }
+
+    /// Goes on counting what the build wrote, and stops it when that is too much.
+    fn look_at_disk(&mut self) {
+        let Some(Usage::Over(what)) = self.disk.as_mut().map(DiskWatch::step) else { return };
+        self.spool.append(self.clock.now_ms(), Stream::System, what.as_bytes());
+        // At once: it fills the disk while it is asked nicely.
+        self.stop(Reason::DiskFull, 0);
+    }
+
+    /// A command that failed because it met the limit itself was stopped by it.
+    fn judge_disk(&mut self) {
+        let failed = !matches!(self.end, Some(End::Exited(0)) | None);
+        if failed
+            && self.stop.is_none()
+            && let Some(Usage::Over(what)) = self.disk.as_mut().map(DiskWatch::last_look)
+        {
+            self.spool.append(self.clock.now_ms(), Stream::System, what.as_bytes());
+            self.stop = Some(Stop { reason: Reason::DiskFull, kill_at: Instant::now() });
         }
     }
 

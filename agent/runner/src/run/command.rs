@@ -9,8 +9,9 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::PathBuf;
 
-use helix_runner::cgroup::Cgroup;
+use helix_runner::cgroup::{Cgroup, Groups};
 use helix_runner::{Order, Privileges};
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -42,11 +43,12 @@ impl StartError {
     }
 }
 
-/// Starts it. Returns when it runs or has failed to. `note` learns of the new process; one that begins namespaces waits
-/// until it has.
+/// Starts it in its cgroups. Returns when it runs or has failed to. `note` learns of the new process; one that begins
+/// namespaces waits until it has.
 pub(crate) fn start(
     order: &Order,
     cgroup: Option<&Cgroup>,
+    groups: &Groups,
     note: impl FnOnce(u32) -> io::Result<()>,
 ) -> Result<Started, StartError> {
     let Some(program) = order.argv.first() else {
@@ -74,12 +76,13 @@ pub(crate) fn start(
         Forked::Child { placed } => {
             let outputs = [null.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
             let failure = failure_theirs.as_fd();
-            let cgroup = if placed { None } else { cgroup };
+            let held = cgroup.filter(|_| !placed).map(Cgroup::procs);
+            let cgroups: &[PathBuf] = &held.into_iter().chain(groups.procs()).collect::<Vec<_>>();
             let (what, error) = match hold {
                 Some(hold) => {
-                    isolated::be_init(isolated::Plan { order, image: &image, cgroup, outputs, failure }, hold)
+                    isolated::be_init(isolated::Plan { order, image: &image, cgroups, outputs, failure }, hold)
                 }
-                None => become_command(order, &image, bubblewrap.as_ref(), cgroup, outputs, runner),
+                None => become_command(order, &image, bubblewrap.as_ref(), cgroups, outputs, runner),
             };
             report(failure, &what, &error);
             // SAFETY: ends this child at once, without running the runner's own exit code.
@@ -179,7 +182,7 @@ fn become_command(
     order: &Order,
     image: &Image,
     bubblewrap: Option<&isolated::Bubblewrap>,
-    cgroup: Option<&Cgroup>,
+    cgroups: &[PathBuf],
     descriptors: [std::os::fd::BorrowedFd<'_>; 3],
     runner: rustix::process::Pid,
 ) -> (String, io::Error) {
@@ -192,7 +195,7 @@ fn become_command(
     // after them, so that it is entered with the command's own rights.
     let steps: [(&str, &dyn Fn() -> io::Result<()>); 6] = [
         ("cannot leave the runner's session", &|| Ok(rustix::process::setsid().map(drop)?)),
-        ("cannot enter the cgroup", &|| cgroup.map_or(Ok(()), |cgroup| fs::write(cgroup.procs(), "0"))),
+        ("cannot enter the cgroup", &|| cgroups.iter().try_for_each(|procs| fs::write(procs, "0"))),
         ("cannot set limits", &|| set_limits(order)),
         ("cannot take the ordered user", &|| set_user(order, runner)),
         ("cannot set up descriptors", &|| set_descriptors(descriptors)),
@@ -216,8 +219,7 @@ fn become_command(
 
 pub(super) fn set_limits(order: &Order) -> io::Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_bits_retain(0o022));
-    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
-    rustix::process::setrlimit(rustix::process::Resource::Core, none)?;
+    order.limits.set_own()?;
     // SAFETY: plain calls with integers. Dumpable again, or `/proc/self` would not be ours to write.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) };
     // It may be higher already, and lowering it may not be allowed.

@@ -19,8 +19,8 @@ mod view;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
-use helix_runner::cgroup::Cgroup;
 use helix_runner::isolation::{HOST_NAME_INSIDE, Isolation, Network, Tool, USER_INSIDE};
 use helix_runner::{Order, User};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -81,7 +81,8 @@ impl Hold {
 pub(super) struct Plan<'a> {
     pub(super) order: &'a Order,
     pub(super) image: &'a Image,
-    pub(super) cgroup: Option<&'a Cgroup>,
+    /// The files by which it enters its cgroups.
+    pub(super) cgroups: &'a [PathBuf],
     /// The command's descriptors 0, 1 and 2.
     pub(super) outputs: [BorrowedFd<'a>; 3],
     /// Where a process that fails says so.
@@ -117,7 +118,7 @@ fn init(plan: Plan<'_>, hold: Hold) -> Result<std::convert::Infallible, Failed> 
         unsafe { libc::_exit(0) }
     };
     step("cannot leave the runner's session", rustix::process::setsid().map(drop).map_err(io::Error::from))?;
-    step("cannot enter the cgroup", plan.cgroup.map_or(Ok(()), |cgroup| fs::write(cgroup.procs(), "0")))?;
+    step("cannot enter the cgroup", plan.cgroups.iter().try_for_each(|procs| fs::write(procs, "0")))?;
     rustix::process::umask(rustix::fs::Mode::from_bits_retain(0o022));
     match plan.order.user {
         // SAFETY: an empty list.

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use helix_runner::cgroup::Cgroup;
+use helix_runner::cgroup::{Cgroup, Groups};
 use helix_runner::processes::{Process, kill_all, signal};
 use helix_runner::{End, MemoryKill};
 use rustix::process::Signal;
@@ -28,6 +28,8 @@ const REMOVE_TRIES: u32 = 100;
 #[derive(Debug)]
 pub(crate) struct Tree {
     cgroup: Option<Cgroup>,
+    /// Those that limit it.
+    groups: Groups,
     childless: bool,
     rounds: u32,
     init: Option<Init>,
@@ -52,12 +54,16 @@ impl Init {
 }
 
 impl Tree {
-    pub(crate) fn new(cgroup: Option<Cgroup>) -> Self {
-        Self { cgroup, childless: false, rounds: 0, init: None }
+    pub(crate) fn new(cgroup: Option<Cgroup>, groups: Groups) -> Self {
+        Self { cgroup, groups, childless: false, rounds: 0, init: None }
     }
 
     pub(crate) fn cgroup(&self) -> Option<&Cgroup> {
         self.cgroup.as_ref()
+    }
+
+    pub(crate) fn groups(&self) -> &Groups {
+        &self.groups
     }
 
     /// What was started is the init of namespaces, and tells there how the command ended.
@@ -163,13 +169,12 @@ impl Tree {
         Process::descendants(std::process::id()).unwrap_or_default()
     }
 
-    /// Removes the cgroup, once everybody is gone. Says whether memory ran out in it.
+    /// Removes the cgroups, once everybody is gone. Says whether memory ran out in them.
     pub(crate) fn remove(self) -> MemoryKill {
-        let Some(cgroup) = self.cgroup else { return MemoryKill::NotSeen };
-        let kills = cgroup.memory_kills().unwrap_or(0);
+        let kills = self.groups.memory_kills() + self.cgroup.as_ref().map_or(0, Cgroup::memory_kills);
         for _ in 0..REMOVE_TRIES {
-            // The kernel may take a moment to let go of the last process. One that stays is empty, and harmless.
-            if cgroup.remove().is_ok() {
+            // The kernel may take a moment to let go of the last process. One that stays is empty, and the agent puts it away.
+            if self.groups.remove().is_ok() && self.cgroup.as_ref().is_none_or(|cgroup| cgroup.remove().is_ok()) {
                 break;
             }
             std::thread::sleep(Duration::from_millis(1));

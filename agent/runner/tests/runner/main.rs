@@ -7,6 +7,7 @@ mod ending;
 mod environment;
 mod forker;
 mod isolation;
+mod limits;
 mod output;
 mod spool;
 mod support;

@@ -77,6 +77,7 @@ impl Attempt {
             leftover_ms: 0,
             log_bytes_max: 1 << 30,
             isolation: None,
+            limits: helix_runner::limits::Limits::default(),
         };
         Self { _temporary: temporary, dir: AttemptDir::new(root), workdir, order, runner: None }
     }

@@ -15,7 +15,7 @@ use super::ending::{Stopping, lose_attempts};
 use super::leave::{first_of, running};
 use super::trust;
 
-/// An address, isolation or version is a short text.
+/// An address, isolation, limits or version is a short text.
 const TEXT_BYTES_MAX: usize = 512;
 
 pub(super) fn register_worker(state: &mut State, at: LogTime, c: &RegisterWorker, out: &mut Applied) -> Outcome {
@@ -77,8 +77,9 @@ fn check_offer(offer: &WorkerOffer) -> Result<(), Rejection> {
     if offer.labels.iter().any(|(key, value)| key.len() > LABEL_BYTES_MAX || value.len() > LABEL_BYTES_MAX) {
         return Err(Rejection::OfferInvalid("a label of more than 256 bytes"));
     }
-    if [&offer.address, &offer.isolation, &offer.version].iter().any(|text| text.len() > TEXT_BYTES_MAX) {
-        return Err(Rejection::OfferInvalid("an address, isolation or version of more than 512 bytes"));
+    if [&offer.address, &offer.isolation, &offer.limits, &offer.version].iter().any(|text| text.len() > TEXT_BYTES_MAX)
+    {
+        return Err(Rejection::OfferInvalid("an address, isolation, limits or version of more than 512 bytes"));
     }
     Ok(())
 }

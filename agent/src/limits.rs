@@ -1,0 +1,159 @@
+//! What builds may use on this host: what they ask for, within what the agent's owner allows, by the means that are there.
+
+use std::path::{Path, PathBuf};
+
+use helix_model::{AttemptKey, Resources};
+use helix_runner::cgroup::{Controller, Host, Wanted};
+use helix_runner::limits::{DiskLimit, Limits};
+
+use crate::config::LimitsConfig;
+
+/// How often and how long a cgroup that is still dying is waited for when the agent starts.
+const PUT_AWAY_TRIES: u32 = 50;
+const PUT_AWAY_RETRY: std::time::Duration = std::time::Duration::from_millis(2);
+
+/// Limits attempts.
+#[derive(Debug)]
+pub struct Limiter {
+    host: Host,
+    config: LimitsConfig,
+    /// What the names of this agent's cgroups begin with.
+    prefix: String,
+    words: String,
+}
+
+/// What one attempt may use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Amounts {
+    /// What cgroups or resource limits see to.
+    pub wanted: Wanted,
+    /// Bytes of disk; `None`: what is free.
+    pub disk_bytes: Option<u64>,
+}
+
+impl Limiter {
+    /// Finds out what this host can enforce. `id` tells this agent's cgroups from another's.
+    #[must_use]
+    pub fn take(id: &str, config: LimitsConfig) -> Self {
+        let host = Host::take();
+        let word = |controller| host.enforcement(controller).as_str();
+        let words = format!(
+            "cpu {}, memory {}, processes {}, disk watched",
+            word(Controller::Cpu),
+            word(Controller::Memory),
+            word(Controller::Pids)
+        );
+        Self { host, config, prefix: format!("helix-{id}-"), words }
+    }
+
+    /// Which limits are enforced how, for people.
+    #[must_use]
+    pub fn words(&self) -> &str {
+        &self.words
+    }
+
+    /// What a build that asks for so much may use.
+    ///
+    /// # Errors
+    /// When it asks for more than the agent's owner gives a build, in words.
+    pub fn amounts(&self, asked: &Resources) -> Result<Amounts, String> {
+        let config = &self.config;
+        let amount = |name: &str, key: &str, asked: u64, default: u64, most: u64| match (asked, default, most) {
+            (asked, _, most) if most > 0 && asked > most => {
+                Err(format!("the build asks for {name} {asked}; on this agent it may have {most} ({key})"))
+            }
+            (0, 0, most) => Ok((most > 0).then_some(most)),
+            (0, default, _) => Ok(Some(default)),
+            (asked, _, _) => Ok(Some(asked)),
+        };
+        let cpu_milli =
+            amount("cpu_milli", "limits.cpu_milli_max", asked.cpu_milli, config.cpu_milli, config.cpu_milli_max)?;
+        // All of the host is no limit; and a cgroup may not be given more than those above it have.
+        let cpu_milli = cpu_milli.filter(|milli| *milli < crate::host::cpu_milli());
+        let memory_bytes = amount(
+            "memory_bytes",
+            "limits.memory_bytes_max",
+            asked.memory_bytes,
+            config.memory_bytes,
+            config.memory_bytes_max,
+        )?;
+        let disk_bytes =
+            amount("disk_bytes", "limits.disk_bytes_max", asked.disk_bytes, config.disk_bytes, config.disk_bytes_max)?;
+        let wanted = Wanted { cpu_milli, memory_bytes, processes: some(config.processes) };
+        Ok(Amounts { wanted, disk_bytes })
+    }
+
+    /// An attempt's limits, for its order. `root` holds what it may write.
+    #[must_use]
+    pub fn limits(&self, key: &AttemptKey, amounts: Amounts, root: &Path) -> Limits {
+        let limits = self.host.limits(&self.name(key), &amounts.wanted);
+        let disk = (amounts.disk_bytes.is_some() || self.config.files > 0).then(|| DiskLimit {
+            root: root.to_owned(),
+            bytes: amounts.disk_bytes.unwrap_or(u64::MAX),
+            files: some(self.config.files).unwrap_or(u64::MAX),
+        });
+        // Between two looks one file grows no further than all of them may.
+        Limits { open_files: some(self.config.open_files), file_bytes: amounts.disk_bytes, disk, ..limits }
+    }
+
+    /// The cgroup that holds an attempt together, where there can be one.
+    #[must_use]
+    pub fn cgroup(&self, key: &AttemptKey) -> Option<PathBuf> {
+        self.host.unified.as_ref().map(|base| base.join(self.name(key)))
+    }
+
+    fn name(&self, key: &AttemptKey) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    /// Kills and removes what is left in cgroups of attempts that are not here any more. Blocks.
+    pub fn put_away(&self, is_here: impl Fn(&AttemptKey) -> bool) {
+        let wanted = |name: &str| {
+            let key = name.strip_prefix(&self.prefix).and_then(|key| key.parse().ok());
+            key.is_some_and(|key| is_here(&key))
+        };
+        for tries in 0..PUT_AWAY_TRIES {
+            let (found, gone) = self.host.remove_stale(&self.prefix, wanted);
+            if tries == 0 && !found.is_empty() {
+                tracing::warn!(?found, "cgroups of attempts that are no more were put away");
+            }
+            if gone {
+                return;
+            }
+            std::thread::sleep(PUT_AWAY_RETRY);
+        }
+        tracing::error!("a cgroup of an attempt that is no more cannot be removed; trying again later");
+    }
+}
+
+fn some(amount: u64) -> Option<u64> {
+    (amount > 0).then_some(amount)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_wins_within_what_is_allowed() {
+        let config = LimitsConfig {
+            memory_bytes: 100,
+            memory_bytes_max: 1000,
+            disk_bytes_max: 50,
+            processes: 0,
+            ..LimitsConfig::default()
+        };
+        let limiter = Limiter { host: Host::default(), config, prefix: "helix-x-".to_owned(), words: String::new() };
+        let ask = |memory_bytes, disk_bytes| Resources { cpu_milli: 0, memory_bytes, disk_bytes };
+        let given = |asked| {
+            limiter.amounts(&asked).map(|amounts| (amounts.wanted.memory_bytes, amounts.disk_bytes)).map_err(drop)
+        };
+        assert_eq!(given(ask(0, 0)), Ok((Some(100), Some(50))));
+        assert_eq!(given(ask(700, 20)), Ok((Some(700), Some(20))));
+        assert_eq!(given(ask(1001, 0)), Err(()));
+        let why = limiter.amounts(&ask(0, 51)).unwrap_err();
+        assert!(why.contains("limits.disk_bytes_max"), "{why}");
+        let all = Resources { cpu_milli: u64::MAX, ..ask(0, 0) };
+        assert_eq!(limiter.amounts(&all).unwrap().wanted, Wanted { memory_bytes: Some(100), ..Wanted::default() });
+    }
+}
