@@ -36,6 +36,9 @@ impl Limiter {
     #[must_use]
     pub fn take(id: &str, config: LimitsConfig) -> Self {
         let host = Host::take();
+        if host.unified.is_none() {
+            tracing::info!("no writable cgroup v2: runners go without");
+        }
         let word = |controller| host.enforcement(controller).as_str();
         let words = format!(
             "cpu {}, memory {}, processes {}, disk watched",
