@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use helix_agent_core::{Assignment, Death, Event, Found, Report, StopCause, Verdict};
 use helix_model::{AttemptKey, Reason};
+use helix_runner::journal::{self, Journal};
 use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep};
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
@@ -100,13 +101,14 @@ pub fn start(services: Arc<Services>, key: AttemptKey, begin: Begin, events: mps
 /// # Errors
 /// Those of the file system.
 pub fn classify(dir: &AttemptDir) -> io::Result<Option<Found>> {
-    if let Some(report) = record::read_report(dir)? {
+    let journal = Journal::read(dir)?;
+    if let Some(report) = record::report(&journal)? {
         return Ok(Some(Found::Reported(Box::new(report))));
     }
-    if record::read_assignment(dir)?.is_none() {
+    if record::assignment(&journal)?.is_none() {
         return Ok(None);
     }
-    Ok(Some(if dir.order().exists() { Found::Started } else { Found::Unstarted }))
+    Ok(Some(if journal.is_ordered() { Found::Started } else { Found::Unstarted }))
 }
 
 /// How the part of an attempt that needs processes came to its end.
@@ -153,24 +155,24 @@ impl Attempt {
     }
 
     async fn live(&mut self, begin: Begin) {
-        let assignment = match begin {
+        let (assignment, ordered) = match begin {
             Begin::Fresh(assignment) => match self.write_assignment(&assignment).await {
                 Ok(()) => {
                     // The log opens with what came before it.
                     if !assignment.previous.is_empty() {
                         self.log_line(assignment.previous.clone()).await;
                     }
-                    *assignment
+                    (*assignment, false)
                 }
                 Err(error) => return self.end_without_spool(&error).await,
             },
             Begin::Found => match self.read_back().await {
-                Ok(Some(assignment)) => assignment,
+                Ok(Some(found)) => found,
                 Ok(None) => return,
                 Err(error) => return self.end_without_spool(&error).await,
             },
         };
-        let ending = match self.process(&assignment).await {
+        let ending = match self.process(&assignment, ordered).await {
             Ok(ending) => ending,
             Err(error) => {
                 // What cannot be followed may run on: it is not reported as ended before it has.
@@ -183,14 +185,11 @@ impl Attempt {
     }
 
     /// Goes as far as the end of all processes, from wherever the attempt stands.
-    async fn process(&mut self, assignment: &Assignment) -> io::Result<Ending> {
-        if !self.dir.order().exists() {
-            match self.prepare(assignment).await {
-                Ok(()) => {}
-                Err(verdict) => return Ok(Ending::NotRun(verdict, Death::Proven)),
-            }
-        } else {
+    async fn process(&mut self, assignment: &Assignment, ordered: bool) -> io::Result<Ending> {
+        if ordered {
             self.start_push();
+        } else if let Err(verdict) = self.prepare(assignment).await {
+            return Ok(Ending::NotRun(verdict, Death::Proven));
         }
         self.say(Event::CommandStarted(self.key.clone())).await;
         self.follow().await
@@ -205,19 +204,20 @@ impl Attempt {
         .await
     }
 
-    /// Reads the assignment of an attempt that was found; `None` when its report was made already, and all that is left
-    /// was done here.
-    async fn read_back(&mut self) -> io::Result<Option<Assignment>> {
+    /// Reads the assignment of an attempt that was found, and whether its order was written; `None` when its report was
+    /// made already, and all that is left was done here.
+    async fn read_back(&mut self) -> io::Result<Option<(Assignment, bool)>> {
         let dir = self.dir.clone();
-        let (assignment, report) =
-            blocking(move || Ok((record::read_assignment(&dir)?, record::read_report(&dir)?))).await?;
-        if let Some(report) = report {
+        let journal = blocking(move || Journal::read(&dir)).await?;
+        if let Some(report) = record::report(&journal)? {
             self.remove_workdir().await;
             self.start_push();
             self.seal_behind(report).await;
             return Ok(None);
         }
-        assignment.map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "its assignment is gone"))
+        let gone = || io::Error::new(io::ErrorKind::NotFound, "its assignment is gone");
+        let assignment = record::assignment(&journal)?.ok_or_else(gone)?;
+        Ok(Some((assignment, journal.is_ordered())))
     }
 
     /// The directory of the attempt cannot be written: nothing ran, and there is no log.
@@ -323,12 +323,14 @@ impl Attempt {
         loop {
             let dir = self.dir.clone();
             match blocking(move || helix_runner::inspect(&dir)).await? {
-                // An order that nobody took must not be taken any more.
-                AttemptState::NotStarted => match std::fs::remove_file(self.dir.order()) {
-                    Ok(()) => tokio::time::sleep(Duration::from_millis(20)).await,
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Death::Proven),
-                    Err(error) => return Err(error),
-                },
+                // An order that nobody took must not be taken any more; who is about to take it has the lock.
+                AttemptState::NotStarted => {
+                    let dir = self.dir.clone();
+                    if blocking(move || journal::withdraw(&dir)).await? {
+                        return Ok(Death::Proven);
+                    }
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
                 AttemptState::Ended(_) => return Ok(Death::Proven),
                 AttemptState::Running { .. } => follow::stop_and_wait(&self.dir, Reason::Cancelled, 0).await?,
                 AttemptState::RunnerDied => return self.sweep().await,

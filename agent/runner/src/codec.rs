@@ -4,10 +4,7 @@
 //! The envelope is what makes a half-written or damaged file recognisable: a magic word that names the kind of
 //! file, a version, the length of the body and its CRC. Nothing here trusts a length it has read.
 
-use std::fs;
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::io;
 
 /// Why bytes could not be understood.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -174,16 +171,6 @@ fn checksum(head: &[u8], body: &[u8]) -> u32 {
     hasher.update(head);
     hasher.update(body);
     hasher.finalize()
-}
-
-/// Writes beside the target and renames: a reader sees all of it or nothing. No fsync, because a power cut ends the
-/// attempt anyway.
-pub(crate) fn write_whole(path: &Path, temporary: &Path, bytes: &[u8]) -> io::Result<()> {
-    // Truncated only after the write: a file that was preallocated keeps its room, so that this works on a full disk.
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(temporary)?;
-    file.write_all(bytes)?;
-    file.set_len(bytes.len() as u64)?;
-    fs::rename(temporary, path)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 
+use crate::journal::Journal;
 use crate::locks;
 use crate::outcome::Outcome;
 use crate::paths::AttemptDir;
@@ -30,23 +31,26 @@ pub enum AttemptState {
 /// Those of the file system. A result that is damaged counts as none.
 pub fn inspect(dir: &AttemptDir) -> io::Result<AttemptState> {
     // Order matters. A runner locks, notes its pid, writes its result, and unlocks by dying; so who noted its pid before
-    // the look at the lock and holds none has written what it ever will before the look at the result.
-    let notes = match File::open(dir.pid()) {
-        Ok(file) => Some(file),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+    // the look at the lock and holds none has written what it ever will before the second look for the result.
+    let file = match File::open(dir.journal()) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(AttemptState::NotStarted),
         Err(error) => return Err(error),
     };
-    let taken = notes.as_ref().map_or(Ok(false), |notes| notes.metadata().map(|data| data.len() > 0))?;
-    let holder = notes.as_ref().map_or(Ok(None), locks::holder)?;
-    match Outcome::read(dir) {
-        Ok(Some(outcome)) => return Ok(AttemptState::Ended(outcome)),
-        Ok(None) => {}
-        // A power cut leaves such ones. It tells as little as none, and must not keep anybody from clearing up.
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
-        Err(error) => return Err(error),
+    let journal = Journal::of(&file)?;
+    if let Some(outcome) = result(&journal) {
+        return Ok(AttemptState::Ended(outcome));
     }
-    if let Some(pid) = holder {
+    if let Some(pid) = locks::holder(&file)? {
         return Ok(AttemptState::Running { pid });
     }
-    if taken { Ok(AttemptState::RunnerDied) } else { Ok(AttemptState::NotStarted) }
+    if !journal.is_taken() {
+        return Ok(AttemptState::NotStarted);
+    }
+    Ok(result(&Journal::of(&file)?).map_or(AttemptState::RunnerDied, AttemptState::Ended))
+}
+
+/// One that cannot be understood tells as little as none, and must not keep anybody from clearing up.
+fn result(journal: &Journal) -> Option<Outcome> {
+    Outcome::of(journal).ok().flatten()
 }

@@ -1,20 +1,17 @@
-//! What an agent asks of a runner, as a file: complete before the runner starts, never changed afterwards.
+//! What an agent asks of a runner: complete before the runner starts, never changed afterwards.
 
 use std::ffi::{OsStr, OsString};
-use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
 use crate::codec::{self, Decoder, Encoder, FormatError, Kind};
 use crate::isolation::Isolation;
+use crate::journal::{self, Journal};
 use crate::limits::Limits;
 use crate::paths::AttemptDir;
 
 const KIND: Kind = Kind { magic: b"HLXORDR\0", version: 1 };
-
-/// An order's bytes, at most: a spec is 64 KiB, its environment may repeat some of it, paths are short.
-pub const ORDER_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Whose rights the command has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -66,24 +63,22 @@ pub struct Order {
 }
 
 impl Order {
-    /// Writes it into the attempt's directory, whole or not at all.
+    /// Writes it into the attempt's journal, whole or not at all.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn write(&self, dir: &AttemptDir) -> io::Result<()> {
-        codec::write_whole(&dir.order(), &dir.temporary("order"), &self.encode())
+        journal::append(dir, journal::Kind::Order, &self.encode())
     }
 
-    /// Reads it from the attempt's directory.
+    /// Reads it from a journal, withdrawn or not.
     ///
     /// # Errors
-    /// Those of the file system; `InvalidData` with a [`FormatError`] inside.
-    pub fn read(dir: &AttemptDir) -> io::Result<Self> {
-        let path = dir.order();
-        if fs::metadata(&path)?.len() > ORDER_BYTES_MAX {
-            return Err(FormatError::Value("length").into());
-        }
-        Ok(Self::decode(&fs::read(path)?)?)
+    /// `NotFound` when there is none; `InvalidData` with a [`FormatError`] inside.
+    pub fn of(journal: &Journal) -> io::Result<Self> {
+        let bytes = journal.last(journal::Kind::Order);
+        let bytes = bytes.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no order"))?;
+        Ok(Self::decode(bytes)?)
     }
 
     /// The file's bytes.

@@ -1,13 +1,13 @@
 //! How an attempt ended, as the runner's last act writes it.
 //!
-//! That the file exists is the proof of death: it is written only after the kernel said that no descendant is left.
+//! That it exists is the proof of death: it is written only after the kernel said that no descendant is left.
 
-use std::fs;
 use std::io;
 
 use helix_model::Reason;
 
 use crate::codec::{self, Decoder, Encoder, FormatError, Kind};
+use crate::journal::{self, Journal, JournalWriter};
 use crate::paths::AttemptDir;
 
 const KIND: Kind = Kind { magic: b"HLXDONE\0", version: 1 };
@@ -80,8 +80,8 @@ impl Outcome {
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn write(&self, dir: &AttemptDir) -> io::Result<()> {
-        codec::write_whole(&dir.result(), &dir.temporary("result"), &self.encode())
+    pub fn write(&self, journal: &mut JournalWriter) -> io::Result<()> {
+        journal.append(journal::Kind::Result, &self.encode())
     }
 
     /// Reads it; `None` when there is no result yet.
@@ -89,11 +89,15 @@ impl Outcome {
     /// # Errors
     /// Those of the file system; `InvalidData` with a [`FormatError`] inside.
     pub fn read(dir: &AttemptDir) -> io::Result<Option<Self>> {
-        match fs::read(dir.result()) {
-            Ok(bytes) => Ok(Some(Self::decode(&bytes)?)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        Ok(Self::of(&Journal::read(dir)?)?)
+    }
+
+    /// Takes it out of a journal; `None` when there is no result yet.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn of(journal: &Journal) -> Result<Option<Self>, FormatError> {
+        journal.last(journal::Kind::Result).map(Self::decode).transpose()
     }
 
     /// The file's bytes; an error's text is cut to 1,024 bytes.

@@ -7,11 +7,9 @@ use std::path::{Path, PathBuf};
 ///
 /// | name | written by | holds |
 /// |---|---|---|
-/// | `order` | agent, once, before the runner starts | what to run ([`crate::Order`]) |
+/// | `journal` | agent, then runner, then agent | all that is known of it ([`crate::journal`]); locked as long as the runner lives |
 /// | `log.spool`, `log.tail`, `log.tail.old` | agent, then runner, then agent | the log ([`crate::SpoolWriter`]) |
-/// | `pid` | runner | that a runner took the order, its pid and its command's; locked as long as it lives |
 /// | `control` | runner | its socket |
-/// | `result` | runner, its last act | how it ended ([`crate::Outcome`]) |
 ///
 /// The agent may keep files of its own beside these.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -31,10 +29,10 @@ impl AttemptDir {
         &self.root
     }
 
-    /// What the runner is to do.
+    /// What is known of it.
     #[must_use]
-    pub fn order(&self) -> PathBuf {
-        self.root.join("order")
+    pub fn journal(&self) -> PathBuf {
+        self.root.join("journal")
     }
 
     /// The log from its beginning.
@@ -55,28 +53,10 @@ impl AttemptDir {
         self.root.join("log.tail.old")
     }
 
-    /// Proof that a runner took the order, and that it lives while it is locked.
-    #[must_use]
-    pub fn pid(&self) -> PathBuf {
-        self.root.join("pid")
-    }
-
     /// The runner's socket.
     #[must_use]
     pub fn control(&self) -> PathBuf {
         self.root.join("control")
-    }
-
-    /// How it ended.
-    #[must_use]
-    pub fn result(&self) -> PathBuf {
-        self.root.join("result")
-    }
-
-    /// Where a file is written before it is renamed to `name`.
-    #[must_use]
-    pub fn temporary(&self, name: &str) -> PathBuf {
-        self.root.join(format!("{name}.new"))
     }
 }
 

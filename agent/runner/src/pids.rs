@@ -1,12 +1,13 @@
 //! What a runner notes about its processes, so that after its death somebody can look for what it left.
 //!
-//! The file is text and only ever appended to: `runner PID TICKS BOOT`, then `command PID TICKS`. TICKS is the process's
-//! start time since boot, which with the boot id tells a process from a later one under the same number.
+//! Two records of the attempt's journal hold it as text: `PID TICKS BOOT` of the runner, and `PID TICKS` of the command.
+//! TICKS is the process's start time since boot, which with the boot id tells a process from a later one under the
+//! same number.
 
 use std::fs;
 use std::io;
 
-use crate::paths::AttemptDir;
+use crate::journal::{Journal, JournalWriter, Kind};
 
 /// A process, told from any other of this boot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,7 +20,7 @@ pub struct ProcessId {
 
 /// The notes.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PidFile {
+pub struct Notes {
     /// The kernel's boot id at the time.
     pub boot_id: String,
     /// The runner.
@@ -28,42 +29,34 @@ pub struct PidFile {
     pub command: Option<ProcessId>,
 }
 
-impl PidFile {
-    /// Reads the notes; `None` when there are none or not a whole line of them.
+impl Notes {
+    /// Takes the notes out of a journal; `None` when no runner took the order.
+    #[must_use]
+    pub fn of(journal: &Journal) -> Option<Self> {
+        let (runner, boot_id) = process(journal.last(Kind::Runner)?)?;
+        let command = journal.last(Kind::Command).and_then(process).map(|(id, _)| id);
+        Some(Self { boot_id: boot_id.to_owned(), runner, command })
+    }
+
+    /// Notes that this runner took the order.
+    ///
+    /// # Errors
+    /// Those of the file system, or of `/proc`.
+    pub fn write_runner(journal: &mut JournalWriter, runner: ProcessId) -> io::Result<()> {
+        journal.append(Kind::Runner, format!("{} {} {}", runner.pid, runner.start_ticks, boot_id()?).as_bytes())
+    }
+
+    /// Notes the command.
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn read(dir: &AttemptDir) -> io::Result<Option<Self>> {
-        match fs::read_to_string(dir.pid()) {
-            Ok(text) => Ok(Self::parse(&text)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        // Only lines with their end count: a number that was cut off is another number.
-        let mut lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-        let (runner, boot_id) = process(lines.next()?.strip_prefix("runner ")?)?;
-        let command = lines.next().and_then(|line| process(line.strip_prefix("command ")?));
-        Some(Self { boot_id: boot_id.to_owned(), runner, command: command.map(|(id, _)| id) })
-    }
-
-    /// The line about the runner.
-    #[must_use]
-    pub fn runner_line(runner: ProcessId, boot_id: &str) -> String {
-        format!("runner {} {} {boot_id}\n", runner.pid, runner.start_ticks)
-    }
-
-    /// The line about the command.
-    #[must_use]
-    pub fn command_line(command: ProcessId) -> String {
-        format!("command {} {}\n", command.pid, command.start_ticks)
+    pub fn write_command(journal: &mut JournalWriter, command: ProcessId) -> io::Result<()> {
+        journal.append(Kind::Command, format!("{} {}", command.pid, command.start_ticks).as_bytes())
     }
 }
 
-fn process(text: &str) -> Option<(ProcessId, &str)> {
-    let (pid, rest) = text.split_once(' ')?;
+fn process(text: &[u8]) -> Option<(ProcessId, &str)> {
+    let (pid, rest) = std::str::from_utf8(text).ok()?.split_once(' ')?;
     let (ticks, rest) = rest.split_once(' ').unwrap_or((rest, ""));
     Some((ProcessId { pid: pid.parse().ok()?, start_ticks: ticks.parse().ok()? }, rest))
 }
@@ -79,15 +72,21 @@ pub fn boot_id() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::paths::AttemptDir;
 
     #[test]
-    fn whole_lines_read_back_and_cut_ones_do_not_count() {
+    fn read_back() {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = AttemptDir::new(temporary.path());
+        let notes = || Notes::of(&Journal::read(&dir).unwrap());
+        assert_eq!(notes(), None);
         let runner = ProcessId { pid: 10, start_ticks: 77 };
         let command = ProcessId { pid: 11, start_ticks: 78 };
-        let text = PidFile::runner_line(runner, "boot") + &PidFile::command_line(command);
-        let whole = PidFile { boot_id: "boot".to_owned(), runner, command: Some(command) };
-        assert_eq!(PidFile::parse(&text), Some(whole.clone()));
-        assert_eq!(PidFile::parse(&text[..text.len() - 1]), Some(PidFile { command: None, ..whole }));
-        assert_eq!(PidFile::parse("runner 10 7"), None);
+        let (mut journal, _) = JournalWriter::open(&dir).unwrap();
+        Notes::write_runner(&mut journal, runner).unwrap();
+        let expected = Notes { boot_id: boot_id().unwrap(), runner, command: None };
+        assert_eq!(notes(), Some(expected.clone()));
+        Notes::write_command(&mut journal, command).unwrap();
+        assert_eq!(notes(), Some(Notes { command: Some(command), ..expected }));
     }
 }

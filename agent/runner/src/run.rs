@@ -13,16 +13,15 @@ mod lines;
 mod setup;
 mod tree;
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use helix_runner::pids::{PidFile, boot_id};
+use helix_runner::journal::{self, Journal, JournalWriter};
+use helix_runner::pids::Notes;
 use helix_runner::processes::Process;
-use helix_runner::{AttemptDir, End, LogTotals, MemoryKill, Order, Outcome, locks};
+use helix_runner::{AttemptDir, End, LogTotals, MemoryKill, OUTCOME_BYTES_MAX, Order, Outcome};
 
 use attempt::Attempt;
 use clock::Clock;
@@ -32,14 +31,17 @@ use connections::Connections;
 const RESULT_TRIES: u32 = 600;
 const RESULT_RETRY: Duration = Duration::from_millis(100);
 
+/// Room in the journal for what is still to be noted: the command, and the result.
+const RESERVED_BYTES: u32 = OUTCOME_BYTES_MAX as u32 + 512;
+
 /// Runs the attempt in this directory.
 pub(crate) fn run(dir: &Path) -> ExitCode {
     let clock = Clock::start();
     match take(dir) {
-        Ok(Some(taken)) => {
+        Ok(Some(mut taken)) => {
             let (outcome, connections) =
-                perform(&taken, clock).unwrap_or_else(|error| (not_started(clock, &error), None));
-            let code = finish(&taken, &outcome);
+                perform(&mut taken, clock).unwrap_or_else(|error| (not_started(clock, &error), None));
+            let code = finish(&mut taken.writer, &outcome);
             // Only now: to whoever is connected, the end of the connection says that the result is there.
             drop(connections);
             code
@@ -53,10 +55,11 @@ pub(crate) fn run(dir: &Path) -> ExitCode {
     }
 }
 
-/// What makes this process the attempt's runner. The lock is held as long as the notes are open.
+/// What makes this process the attempt's runner. The lock is held as long as the journal is open.
 struct Taken {
     dir: AttemptDir,
-    notes: File,
+    journal: Journal,
+    writer: JournalWriter,
 }
 
 /// Takes the order, if nobody did before.
@@ -65,23 +68,22 @@ fn take(path: &Path) -> io::Result<Option<Taken>> {
     // From here on all names are relative, however long the path, and stay right if the directory is moved.
     std::env::set_current_dir(path)?;
     let dir = AttemptDir::new(".");
-    let mut options = OpenOptions::new();
-    let mut notes = options.append(true).create(true).mode(0o600).open(dir.pid())?;
     // Who has the lock and finds no notes is the first. A runner that dies before its first note has done nothing.
-    if !locks::take(&notes)? || notes.metadata()?.len() > 0 {
+    let Some((mut writer, journal)) = journal::take(&dir)? else { return Ok(None) };
+    if journal.is_taken() || !journal.is_ordered() {
         return Ok(None);
     }
     let own = Process::read(std::process::id()).ok_or(io::ErrorKind::NotFound)?;
-    notes.write_all(PidFile::runner_line(own.id, &boot_id()?).as_bytes())?;
-    Ok(Some(Taken { dir, notes }))
+    Notes::write_runner(&mut writer, own.id)?;
+    Ok(Some(Taken { dir, journal, writer }))
 }
 
 /// Does what is ordered. An error is one from before the command was started.
-fn perform(taken: &Taken, clock: Clock) -> io::Result<(Outcome, Option<Connections>)> {
-    setup::reserve_result(&taken.dir)?;
-    let order = Order::read(&taken.dir)?;
+fn perform(taken: &mut Taken, clock: Clock) -> io::Result<(Outcome, Option<Connections>)> {
+    taken.writer.reserve(RESERVED_BYTES)?;
+    let order = Order::of(&taken.journal)?;
     let mut attempt = Attempt::prepare(&taken.dir, order, clock)?;
-    if attempt.start(&taken.notes) {
+    if attempt.start(&mut taken.writer) {
         attempt.work();
     }
     let (outcome, connections) = attempt.end();
@@ -100,12 +102,10 @@ fn not_started(clock: Clock, error: &io::Error) -> Outcome {
     }
 }
 
-fn finish(taken: &Taken, outcome: &Outcome) -> ExitCode {
+fn finish(journal: &mut JournalWriter, outcome: &Outcome) -> ExitCode {
     for _ in 0..RESULT_TRIES {
-        match outcome.write(&taken.dir) {
+        match outcome.write(journal) {
             Ok(()) => return ExitCode::SUCCESS,
-            // The directory was removed: nobody wants to know.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return ExitCode::FAILURE,
             Err(_) => std::thread::sleep(RESULT_RETRY),
         }
     }

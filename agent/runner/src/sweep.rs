@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use crate::cgroup::{Cgroup, Groups};
 use crate::inspect::{AttemptState, inspect};
 use crate::isolation::{Isolation, Tool};
+use crate::journal::Journal;
 use crate::order::Order;
 use crate::paths::AttemptDir;
-use crate::pids::{PidFile, ProcessId, boot_id};
+use crate::pids::{Notes, ProcessId, boot_id};
 use crate::processes::{Process, kill_all, signal, with_descendants};
 use rustix::process::Signal;
 
@@ -44,14 +45,15 @@ pub fn sweep(dir: &AttemptDir, patience: Duration) -> io::Result<Sweep> {
     if let AttemptState::Running { pid } = inspect(dir)? {
         return Err(io::Error::new(io::ErrorKind::WouldBlock, format!("runner {pid} lives")));
     }
-    let notes = PidFile::read(dir)?;
+    let journal = Journal::read(dir)?;
+    let notes = Notes::of(&journal);
     if let Some(notes) = &notes
         && notes.boot_id != boot_id()?
     {
         // Before the order is looked at: what ended the boot may have damaged it.
         return Ok(Sweep::Proven { killed: 0 });
     }
-    let order = Order::read(dir)?;
+    let order = Order::of(&journal)?;
     let namespace = Namespace::of(&order, notes.as_ref());
     let cgroup = order.cgroup.as_deref().and_then(Cgroup::existing);
     let groups = Groups::existing(&order.limits.groups);
@@ -97,7 +99,7 @@ enum Namespace {
 }
 
 impl Namespace {
-    fn of(order: &Order, notes: Option<&PidFile>) -> Self {
+    fn of(order: &Order, notes: Option<&Notes>) -> Self {
         match (&order.isolation, notes.and_then(|notes| notes.command)) {
             (Some(Isolation { tool: Tool::Namespaces, .. }), Some(init)) => Self::Begun(init),
             (Some(Isolation { tool: Tool::Namespaces, .. }), None) => Self::NotBegun,
@@ -122,7 +124,7 @@ impl Namespace {
 }
 
 /// The live processes that show a sign of the attempt, and their descendants.
-fn recognised(order: &Order, notes: Option<&PidFile>) -> io::Result<Vec<Process>> {
+fn recognised(order: &Order, notes: Option<&Notes>) -> io::Result<Vec<Process>> {
     let all = Process::all()?;
     let own = std::process::id();
     let marked = all.iter().filter(|process| is_marked(process, order, notes)).copied().collect();
@@ -131,7 +133,7 @@ fn recognised(order: &Order, notes: Option<&PidFile>) -> io::Result<Vec<Process>
     Ok(inside)
 }
 
-fn is_marked(process: &Process, order: &Order, notes: Option<&PidFile>) -> bool {
+fn is_marked(process: &Process, order: &Order, notes: Option<&Notes>) -> bool {
     if process.id.pid == std::process::id() || process.id.pid == 1 {
         return false;
     }

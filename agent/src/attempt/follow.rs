@@ -8,7 +8,8 @@ use std::time::Duration;
 use helix_agent_core::{Death, StopCause};
 use helix_model::Reason;
 use helix_runner::control::{self, Event, Frames, Request};
-use helix_runner::pids::{PidFile, boot_id};
+use helix_runner::journal::Journal;
+use helix_runner::pids::{Notes, boot_id};
 use helix_runner::processes::Process;
 use helix_runner::{AttemptDir, AttemptState};
 use rustix::process::Signal;
@@ -138,7 +139,7 @@ fn connect(dir: &AttemptDir) -> io::Result<UnixStream> {
 async fn thaw(dir: &AttemptDir, frozen: u32) -> io::Result<u32> {
     let dir = dir.clone();
     blocking(move || {
-        let notes = PidFile::read(&dir)?;
+        let notes = Notes::of(&Journal::read(&dir)?);
         let Some(runner) = notes.filter(|notes| boot_id().is_ok_and(|boot| boot == notes.boot_id)) else {
             return Ok(frozen);
         };

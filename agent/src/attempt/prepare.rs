@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use helix_agent_core::{Assignment, Event, StopCause, Verdict};
 use helix_model::{Command, Executor, Reason};
+use helix_runner::journal;
 use helix_runner::{Order, Privileges};
 use tokio_stream::StreamExt as _;
 use tokio_util::io::{StreamReader, SyncIoBridge};
@@ -80,8 +81,10 @@ impl Attempt {
         blocking(move || order.write(&dir)).await.map_err(|error| host("cannot write the order", &error))?;
         // From here on a runner may have it: whatever fails now, the directory tells.
         if let Err(error) = self.services.starter.start(self.dir.clone()).await {
-            let _ = std::fs::remove_file(self.dir.order());
-            return Err(host("cannot start a runner", &error));
+            let dir = self.dir.clone();
+            if blocking(move || journal::withdraw(&dir)).await.unwrap_or(false) {
+                return Err(host("cannot start a runner", &error));
+            }
         }
         Ok(())
     }

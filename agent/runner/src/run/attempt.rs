@@ -3,15 +3,15 @@
 //! Order of a turn: deaths before output, so that "all dead" is followed by one more look at the pipes; output before
 //! requests, so that a status tells what was said; the spool last, then the watchers.
 
-use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use helix_model::Reason;
 use helix_runner::cgroup::{Cgroup, Groups};
 use helix_runner::control::{Event, Request, Status};
-use helix_runner::pids::PidFile;
+use helix_runner::journal::JournalWriter;
+use helix_runner::pids::Notes;
 use helix_runner::processes::Process;
 use helix_runner::{AttemptDir, End, Order, Outcome, SpoolWriter, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -107,10 +107,10 @@ impl Attempt {
     }
 
     /// Starts the command. False when it could not be started; then that is its end.
-    pub(crate) fn start(&mut self, mut notes: &File) -> bool {
+    pub(crate) fn start(&mut self, journal: &mut JournalWriter) -> bool {
         let note = |pid| {
             let process = Process::read(pid).ok_or(io::ErrorKind::NotFound)?;
-            notes.write_all(PidFile::command_line(process.id).as_bytes())
+            Notes::write_command(journal, process.id)
         };
         let started = match command::start(&self.order, self.tree.cgroup(), self.tree.groups(), note) {
             Ok(started) => started,

@@ -2,12 +2,8 @@
 
 #![allow(unsafe_code)] // prctl, close_range, sigprocmask and signalfd exist in libc only.
 
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt as _;
-
-use helix_runner::{AttemptDir, OUTCOME_BYTES_MAX};
+use std::os::fd::{FromRawFd as _, OwnedFd};
 
 /// Its own session, adopter of all orphans below it, opaque to processes of the same user, and no descriptor from
 /// whoever started it but 0, 1 and 2.
@@ -58,21 +54,6 @@ pub(crate) fn take_signals(descriptor: &OwnedFd) -> bool {
         }
     }
     terminated
-}
-
-/// Sets room aside for the result, so that a build that fills the disk cannot hide how it ended.
-pub(crate) fn reserve_result(dir: &AttemptDir) -> io::Result<()> {
-    let mut options = OpenOptions::new();
-    let file = options.write(true).create(true).truncate(true).mode(0o600).open(dir.temporary("result"))?;
-    // SAFETY: the descriptor is open.
-    match unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, OUTCOME_BYTES_MAX as libc::off_t) } {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            // Some file systems cannot; then it is tried at the end.
-            error if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
-            error => Err(error),
-        },
-    }
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {

@@ -222,7 +222,10 @@ impl OpenPart {
     fn open(dir: &AttemptDir, part: Part, head: PartHead, good_bytes: u64) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         let file = options.write(true).create(true).truncate(false).mode(0o600).open(part.path(dir))?;
-        file.set_len(good_bytes)?;
+        // Only where there is garbage: ext4 writes a file that was truncated to nothing out at its close.
+        if file.metadata()?.len() > good_bytes {
+            file.set_len(good_bytes)?;
+        }
         let mut part = Self { file, length: good_bytes, head };
         if good_bytes < PART_HEAD_BYTES as u64 {
             part.append(&head.encode())?;

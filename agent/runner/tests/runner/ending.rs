@@ -1,6 +1,7 @@
 //! How attempts end: codes, signals, limits, and commands that never start.
 
 use helix_model::Reason;
+use helix_runner::journal;
 use helix_runner::{AttemptState, End, MemoryKill, Privileges, Stream, User, inspect};
 
 use crate::support::{Attempt, With, is_alive, kill, spawn, text, until, ways};
@@ -51,7 +52,7 @@ fn a_damaged_order_is_a_result_not_a_guess() {
     let mut bytes = attempt.order.encode();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
-    std::fs::write(attempt.dir.order(), bytes).unwrap();
+    journal::append(&attempt.dir, journal::Kind::Order, &bytes).unwrap();
     spawn(&attempt.dir).wait().unwrap();
     let AttemptState::Ended(outcome) = inspect(&attempt.dir).unwrap() else { panic!("no result") };
     assert!(matches!(&outcome.end, End::NotStarted { error, .. } if error.contains("checksum")), "{outcome:?}");
@@ -164,7 +165,7 @@ fn another_user_is_taken_where_that_is_allowed() {
         eprintln!("SKIPPED: needs root");
         return;
     }
-    let mut attempt = Attempt::new("id -u; id -g; id -G; cat attempt/order").with(|order| {
+    let mut attempt = Attempt::new("id -u; id -g; id -G; cat attempt/journal").with(|order| {
         order.user = Some(User { uid: 65534, gid: 65533 });
         order.privileges = Privileges::MayGain;
         order.workdir = "/".into();

@@ -148,14 +148,14 @@ fn a_full_disk_ends_the_build_with_that_reason_and_leaves_a_result() {
     attempt.write_order();
     // The attempt's directory on a disk of one megabyte, in a mount namespace of its own.
     let script =
-        "mount -t tmpfs -o size=1m none \"$1\" && cp \"$2\" \"$1/order\" && \"$0\" \"$1\"; cp -r \"$1\" \"$3\"";
+        "mount -t tmpfs -o size=1m none \"$1\" && cp \"$2\" \"$1/journal\" && \"$0\" \"$1\"; cp -r \"$1\" \"$3\"";
     let small = attempt.workdir.join("small");
     let copy = attempt.workdir.join("copy");
     std::fs::create_dir(&small).unwrap();
     let program = env!("CARGO_BIN_EXE_helix-runner");
     let done = std::process::Command::new("unshare")
         .args(["-rm", "sh", "-c", script, program])
-        .args([&small, &attempt.dir.order(), &copy])
+        .args([&small, &attempt.dir.journal(), &copy])
         .status();
     let outcome = Outcome::read(&AttemptDir::new(&copy)).ok().flatten();
     let Some(outcome) = outcome else {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use helix_model::Reason;
+use helix_runner::journal::{self, Kind};
 use helix_runner::{AttemptState, End, Stream, Sweep, inspect, sweep};
 
 use crate::support::{Attempt, With, is_alive, kill, text, until, ways};
@@ -158,12 +159,13 @@ fn what_a_power_cut_damaged_is_cleared_up_all_the_same() {
     let mut attempt = Attempt::new("exec sleep 1000").start();
     attempt.connect();
     attempt.kill_runner();
-    let notes = std::fs::read_to_string(attempt.dir.pid()).unwrap();
-    let boot = helix_runner::pids::boot_id().unwrap();
-    std::fs::write(attempt.dir.pid(), notes.replace(&boot, "an-earlier-boot")).unwrap();
-    // Names that were made, and bytes that never reached the disk.
-    std::fs::write(attempt.dir.result(), "").unwrap();
-    std::fs::write(attempt.dir.order(), "").unwrap();
+    // Records that were lengthened on disk, and bytes that never reached it.
+    journal::append(&attempt.dir, Kind::Order, b"").unwrap();
+    journal::append(&attempt.dir, Kind::Runner, b"1 1 an-earlier-boot").unwrap();
+    journal::append(&attempt.dir, Kind::Result, &[0; 64]).unwrap();
+    let mut bytes = std::fs::read(attempt.dir.journal()).unwrap();
+    bytes.extend([0; 4096]);
+    std::fs::write(attempt.dir.journal(), bytes).unwrap();
     assert_eq!(inspect(&attempt.dir).unwrap(), AttemptState::RunnerDied);
     assert_eq!(sweep(&attempt.dir, PATIENCE).unwrap(), Sweep::Proven { killed: 0 });
 }
