@@ -107,7 +107,6 @@ fn a_sweep_takes_the_limits_along() {
     let mut attempt = attempt.start();
     let (daemon, command) = (attempt.pid("daemon"), attempt.pid("pid"));
     // What the group says is enough where there is no cgroup that can be killed at once.
-    std::fs::remove_file(attempt.dir.order()).unwrap();
     attempt.kill_runner();
     until("the command to die with its runner", || (!is_alive(command)).then_some(()));
     let held = attempt.order.cgroup.take().unwrap();
