@@ -1,7 +1,8 @@
 //! `helix-runner`: owns one attempt's processes and output, from its order to its result. Started by the agent, through
 //! the forker; it outlives the agent.
 //!
-//! One thread, no allocation in proportion to what the build says, no network, no secrets.
+//! One thread, no allocation in proportion to what the build says, no network; of secrets it knows
+//! what the log must not show.
 
 mod fork_server;
 mod run;

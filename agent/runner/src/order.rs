@@ -60,6 +60,8 @@ pub struct Order {
     pub isolation: Option<Isolation>,
     /// What it may use.
     pub limits: Limits,
+    /// A directory in memory whose files hold what the log must not show; where the command sees it is in its environment.
+    pub secrets: Option<PathBuf>,
 }
 
 impl Order {
@@ -118,6 +120,7 @@ impl Order {
             Some(isolation) => isolation.encode(&mut out),
         }
         out.bytes(&self.limits.encode());
+        out.bytes(self.secrets.as_deref().map_or(&[], |path| path.as_os_str().as_bytes()));
         codec::seal(&KIND, &out.finish())
     }
 
@@ -152,6 +155,9 @@ impl Order {
         };
         // An order of an agent before there were limits ends here; who sweeps up after its runner has to read it.
         let limits = if fields.is_empty() { Limits::default() } else { Limits::decode(fields.bytes()?)? };
+        // As does one from before there were secrets.
+        let secrets = if fields.is_empty() { OsString::new() } else { field(&mut fields, "secrets")? };
+        let secrets = Some(secrets).filter(|path| !path.is_empty()).map(PathBuf::from);
         fields.end()?;
         let order = Self {
             argv,
@@ -167,6 +173,7 @@ impl Order {
             log_bytes_max,
             isolation,
             limits,
+            secrets,
         };
         Ok(order)
     }
@@ -220,6 +227,7 @@ mod tests {
             log_bytes_max: u64::MAX,
             isolation: None,
             limits: Limits { open_files: Some(7), ..Limits::default() },
+            secrets: Some("/s".into()),
         }
     }
 
@@ -227,7 +235,8 @@ mod tests {
     fn reads_back_what_it_writes() {
         let full = order();
         assert_eq!(Order::decode(&full.encode()), Ok(full.clone()));
-        let bare = Order { user: None, cgroup: None, wall_ms: None, silence_ms: Some(5), argv: vec![], ..full };
+        let bare =
+            Order { secrets: None, user: None, cgroup: None, wall_ms: None, silence_ms: Some(5), argv: vec![], ..full };
         assert_eq!(Order::decode(&bare.encode()), Ok(bare.clone()));
         assert_eq!(bare.variable("A"), Some(OsStr::new("")));
     }

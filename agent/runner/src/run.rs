@@ -10,6 +10,7 @@ mod disk;
 mod fork;
 mod isolated;
 mod lines;
+mod mask;
 mod setup;
 mod tree;
 

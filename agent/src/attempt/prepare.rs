@@ -72,6 +72,7 @@ impl Attempt {
             log_bytes_max: settings.log_bytes_max,
             isolation: None,
             limits,
+            secrets: None,
         };
         let dir = self.dir.clone();
         let host = |what: &str, error: &io::Error| Verdict::Failed {

@@ -45,3 +45,9 @@ pub const CHUNK_BYTES: usize = 256 * 1024;
 
 /// The default output of an exec build, relative to its workdir.
 pub const OUTPUT_NAME_DEFAULT: &str = "artifact.out";
+
+/// A secret has at least so many bytes: shorter ones are everywhere in a log, and cannot be masked.
+pub const SECRET_BYTES_MIN: usize = 4;
+
+/// A secret has at most so many bytes: what masks it needs a few dozen times as many.
+pub const SECRET_BYTES_MAX: usize = 64 * 1024;

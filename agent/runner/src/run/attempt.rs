@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use helix_model::Reason;
@@ -17,10 +18,11 @@ use helix_runner::{AttemptDir, End, Order, Outcome, SpoolWriter, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::clock::{Clock, after_ms};
-use super::command;
+use super::command::{self, StartError};
 use super::connections::Connections;
 use super::disk::{DiskWatch, Usage};
 use super::lines::{Found, Output, READ_BYTES};
+use super::mask::Mask;
 use super::setup;
 use super::tree::Tree;
 
@@ -112,7 +114,13 @@ impl Attempt {
             let process = Process::read(pid).ok_or(io::ErrorKind::NotFound)?;
             Notes::write_command(journal, process.id)
         };
-        let started = match command::start(&self.order, self.tree.cgroup(), self.tree.groups(), note) {
+        // Before the command: what could not be masked must not be said.
+        let mask = self.order.secrets.as_deref().map(Mask::load).transpose();
+        let mask = mask.map_err(|error| StartError::new("cannot read the secrets", &error));
+        let started = mask.and_then(|mask| {
+            Ok((command::start(&self.order, self.tree.cgroup(), self.tree.groups(), note)?, mask.map(Rc::new)))
+        });
+        let (started, mask) = match started {
             Ok(started) => started,
             Err(error) => {
                 self.spool.append(self.clock.now_ms(), Stream::System, error.text.as_bytes());
@@ -120,7 +128,10 @@ impl Attempt {
                 return false;
             }
         };
-        self.outputs = vec![Output::new(started.stdout, Stream::Stdout), Output::new(started.stderr, Stream::Stderr)];
+        self.outputs = vec![
+            Output::new(started.stdout, Stream::Stdout, mask.as_ref()),
+            Output::new(started.stderr, Stream::Stderr, mask.as_ref()),
+        ];
         self.command = Some(started.pid);
         (self.started, self.last_output) = (Instant::now(), Instant::now());
         if let Some(status) = started.status {

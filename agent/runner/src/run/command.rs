@@ -38,7 +38,7 @@ pub(crate) struct StartError {
 }
 
 impl StartError {
-    fn new(what: impl std::fmt::Display, error: &io::Error) -> Self {
+    pub(crate) fn new(what: impl std::fmt::Display, error: &io::Error) -> Self {
         Self { errno: error.raw_os_error().unwrap_or(0), text: format!("{what}: {error}") }
     }
 }

@@ -2,9 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 use helix_model::limits::LOG_LINE_BYTES_MAX;
 use helix_runner::{SpoolWriter, Stream};
+
+use super::mask::{Mask, Masking};
 
 /// Bytes taken from a pipe at once: a pipe's default size. Empty lines become 25 bytes of record each, so this also
 /// bounds what waits in memory, to under two megabytes a stream.
@@ -24,11 +27,14 @@ pub(crate) struct Output {
     pipe: Option<OwnedFd>,
     stream: Stream,
     partial: Vec<u8>,
+    /// Keeps secrets out, if there are any.
+    masking: Option<Masking>,
 }
 
 impl Output {
-    pub(crate) fn new(pipe: OwnedFd, stream: Stream) -> Self {
-        Self { pipe: Some(pipe), stream, partial: Vec::new() }
+    pub(crate) fn new(pipe: OwnedFd, stream: Stream, mask: Option<&Rc<Mask>>) -> Self {
+        let masking = mask.map(|mask| Masking::new(Rc::clone(mask)));
+        Self { pipe: Some(pipe), stream, partial: Vec::new(), masking }
     }
 
     /// The pipe while it is open.
@@ -45,7 +51,7 @@ impl Output {
                 Found::End
             }
             Ok(count) => {
-                self.take(&buffer[..count], time_ms, spool);
+                self.hear(&buffer[..count], time_ms, spool);
                 Found::Bytes
             }
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Found::Nothing,
@@ -54,6 +60,17 @@ impl Output {
                 self.close(time_ms, spool);
                 spool.append(time_ms, Stream::System, text.as_bytes());
                 Found::End
+            }
+        }
+    }
+
+    fn hear(&mut self, bytes: &[u8], time_ms: u64, spool: &mut SpoolWriter) {
+        match &mut self.masking {
+            None => self.take(bytes, time_ms, spool),
+            Some(masking) => {
+                let mut shown = Vec::with_capacity(bytes.len());
+                masking.push(bytes, &mut shown);
+                self.take(&shown, time_ms, spool);
             }
         }
     }
@@ -86,6 +103,11 @@ impl Output {
     /// No more is read; a last line without a line end counts.
     pub(crate) fn close(&mut self, time_ms: u64, spool: &mut SpoolWriter) {
         self.pipe = None;
+        if let Some(mut masking) = self.masking.take() {
+            let mut shown = Vec::new();
+            masking.finish(&mut shown);
+            self.take(&shown, time_ms, spool);
+        }
         if !self.partial.is_empty() {
             spool.append(time_ms, self.stream, &self.partial);
             self.partial = Vec::new();

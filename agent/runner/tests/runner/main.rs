@@ -8,6 +8,7 @@ mod environment;
 mod forker;
 mod isolation;
 mod limits;
+mod masking;
 mod output;
 mod spool;
 mod support;

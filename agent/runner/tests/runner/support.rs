@@ -78,6 +78,7 @@ impl Attempt {
             log_bytes_max: 1 << 30,
             isolation: None,
             limits: helix_runner::limits::Limits::default(),
+            secrets: None,
         };
         Self { _temporary: temporary, dir: AttemptDir::new(root), workdir, order, runner: None }
     }
