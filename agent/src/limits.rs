@@ -22,6 +22,37 @@ pub struct Limiter {
     words: String,
 }
 
+/// Cgroups that limit the processes of whatever is forked in them, for one attempt after the other.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Slots {
+    base: PathBuf,
+    prefix: String,
+    processes: u64,
+}
+
+/// The forker and a runner are in there with the build.
+const OURS_IN_A_SLOT: u64 = 2;
+
+impl Slots {
+    /// A slot's directory.
+    #[must_use]
+    pub fn path(&self, index: usize) -> PathBuf {
+        self.base.join(format!("{}{index}", self.prefix))
+    }
+
+    /// Makes it, if it is not there.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn make(&self, path: &Path) -> std::io::Result<()> {
+        match std::fs::create_dir(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        std::fs::write(path.join("pids.max"), (self.processes + OURS_IN_A_SLOT).to_string())
+    }
+}
+
 /// What one attempt may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Amounts {
@@ -47,6 +78,15 @@ impl Limiter {
             word(Controller::Pids)
         );
         Self { host, config, prefix: format!("helix-{id}-"), words }
+    }
+
+    /// Where runners are started so that their processes are limited; `None` where each attempt's own cgroup does that.
+    #[must_use]
+    pub fn slots(&self) -> Option<Slots> {
+        let base = self.host.own_tree(Controller::Pids)?.to_owned();
+        // Not the prefix of attempts' cgroups, which are put away when their attempt is no more.
+        let prefix = format!("{}.slot-", self.prefix.trim_end_matches('-'));
+        (self.config.processes > 0).then(|| Slots { base, prefix, processes: self.config.processes })
     }
 
     /// Which limits are enforced how, for people.
@@ -89,7 +129,12 @@ impl Limiter {
     /// An attempt's limits, for its order. `root` holds what it may write.
     #[must_use]
     pub fn limits(&self, key: &AttemptKey, amounts: Amounts, root: &Path) -> Limits {
-        let limits = self.host.limits(&self.name(key), &amounts.wanted);
+        let mut wanted = amounts.wanted;
+        if self.host.own_tree(Controller::Pids).is_some() {
+            // Its slot sees to them.
+            wanted.processes = None;
+        }
+        let limits = self.host.limits(&self.name(key), &wanted);
         let disk = (amounts.disk_bytes.is_some() || self.config.files > 0).then(|| DiskLimit {
             root: root.to_owned(),
             bytes: amounts.disk_bytes.unwrap_or(u64::MAX),

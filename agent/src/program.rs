@@ -90,7 +90,7 @@ fn services(
     let id: String = data.instance().as_str().chars().take(8).collect();
     // Before anything is started: it may move this process to another cgroup.
     let limiter = Limiter::take(&id, config.limits.clone());
-    let starter = Starter::new(&config.runner_path)
+    let starter = Starter::new(&config.runner_path, limiter.slots())
         .with_context(|| format!("cannot start {} (`runner_path`)", config.runner_path.display()))?;
     let work_root = config.exec.base_dir.join(id);
     make_private(&work_root).with_context(|| format!("cannot make {}", work_root.display()))?;

@@ -1,21 +1,32 @@
 //! Starting runners: a thread of its own, because the forker's answer is waited for without tokio.
+//!
+//! Where processes are limited by cgroup v1, runners come from several forkers, each in a cgroup of its own: a *slot*. Moving a
+//! process to a cgroup holds up every fork of the host for some milliseconds; a runner that is forked there is there for
+//! nothing, with its whole build. A slot is free when nobody but its forker is in it, and the kernel counts that: no
+//! book is kept, and an agent that starts again finds the slots whose builds still run taken.
 
+use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use helix_runner::{AttemptDir, Forker};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::limits::Slots;
+
 /// Runners that wait to be started.
 const WAITING_MAX: usize = 256;
+
+/// Slots, at most: more than any agent's capacity, so that builds that are still dying do not use them up.
+const SLOTS_MAX: usize = 2 * helix_model::limits::WORKER_CAPACITY_MAX as usize;
 
 struct Start {
     dir: AttemptDir,
     done: oneshot::Sender<io::Result<u32>>,
 }
 
-/// Starts runners by way of the forker, which ends with it.
+/// Starts runners by way of the forkers, which end with it.
 #[derive(Debug)]
 pub struct Starter {
     tx: Option<mpsc::Sender<Start>>,
@@ -23,17 +34,24 @@ pub struct Starter {
 }
 
 impl Starter {
-    /// Starts the forker.
+    /// Starts the first forker.
     ///
     /// # Errors
     /// When the program cannot be started.
-    pub fn new(program: &Path) -> io::Result<Self> {
-        let mut forker = Forker::start(program)?;
+    pub fn new(program: &Path, slots: Option<Slots>) -> io::Result<Self> {
+        let mut forkers = match slots {
+            None => Forkers::One(Box::new(Forker::start(program)?)),
+            Some(slots) => {
+                let mut slots = Pool { program: program.to_owned(), slots, forkers: Vec::new() };
+                slots.free()?;
+                Forkers::InSlots(slots)
+            }
+        };
         let (tx, mut rx) = mpsc::channel::<Start>(WAITING_MAX);
         let serve = move || {
             while let Some(start) = rx.blocking_recv() {
                 // Nobody waits for the answer when the attempt was dropped; what started is found by its directory.
-                let _ = start.done.send(forker.start_runner(&start.dir));
+                let _ = start.done.send(forkers.start_runner(&start.dir));
             }
         };
         let thread = std::thread::Builder::new().name("starter".to_owned()).spawn(serve)?;
@@ -61,4 +79,69 @@ impl Drop for Starter {
             let _ = thread.join();
         }
     }
+}
+
+#[derive(Debug)]
+enum Forkers {
+    One(Box<Forker>),
+    InSlots(Pool),
+}
+
+impl Forkers {
+    fn start_runner(&mut self, dir: &AttemptDir) -> io::Result<u32> {
+        match self {
+            Self::One(forker) => forker.start_runner(dir),
+            // The runner is counted before this returns, so the next one finds the slot taken.
+            Self::InSlots(pool) => pool.free()?.start_runner(dir),
+        }
+    }
+}
+
+/// Forkers by slot; `None` where builds of an earlier agent still run.
+#[derive(Debug)]
+struct Pool {
+    program: PathBuf,
+    slots: Slots,
+    forkers: Vec<Option<Forker>>,
+}
+
+impl Pool {
+    /// The forker of the first slot that is free.
+    fn free(&mut self) -> io::Result<&mut Forker> {
+        for index in 0..SLOTS_MAX {
+            if index == self.forkers.len() {
+                self.forkers.push(None);
+            }
+            let path = self.slots.path(index);
+            let own = self.forkers[index].as_ref().and_then(Forker::pid);
+            if self.forkers[index].is_none() {
+                self.slots.make(&path)?;
+            }
+            if is_taken(&path, own)? {
+                continue;
+            }
+            if self.forkers[index].is_none() {
+                self.forkers[index] = Some(Forker::start_in(&self.program, Some(path))?);
+            }
+            return self.forkers[index].as_mut().ok_or_else(|| io::ErrorKind::NotFound.into());
+        }
+        Err(io::Error::other("builds that ended are still dying everywhere"))
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        for (index, forker) in self.forkers.drain(..).enumerate() {
+            // It has ended when this returns.
+            drop(forker);
+            // One where a build runs on stays, for the next agent.
+            let _ = fs::remove_dir(self.slots.path(index));
+        }
+    }
+}
+
+/// Whether anybody but the forker is in a slot.
+fn is_taken(slot: &Path, forker: Option<u32>) -> io::Result<bool> {
+    let text = fs::read_to_string(slot.join("cgroup.procs"))?;
+    Ok(text.lines().any(|line| forker.is_none_or(|forker| line != forker.to_string())))
 }

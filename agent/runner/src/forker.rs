@@ -29,6 +29,8 @@ pub type Answer = Result<u32, i32>;
 #[derive(Debug)]
 pub struct Forker {
     program: PathBuf,
+    /// A cgroup that the helper is put in, and so are its runners and all that they start.
+    group: Option<PathBuf>,
     helper: Option<Helper>,
 }
 
@@ -44,9 +46,17 @@ impl Forker {
     /// # Errors
     /// When the program cannot be started.
     pub fn start(program: impl Into<PathBuf>) -> io::Result<Self> {
+        Self::start_in(program, None)
+    }
+
+    /// As [`Self::start`]; runners are born in a cgroup, which costs nothing, where moving there would.
+    ///
+    /// # Errors
+    /// When the program cannot be started, or not be put there.
+    pub fn start_in(program: impl Into<PathBuf>, group: Option<PathBuf>) -> io::Result<Self> {
         let program = program.into();
-        let helper = Some(Helper::start(&program)?);
-        Ok(Self { program, helper })
+        let helper = Some(Helper::start(&program, group.as_deref())?);
+        Ok(Self { program, group, helper })
     }
 
     /// The helper's pid, for logs.
@@ -70,7 +80,7 @@ impl Forker {
             Ok(answer) => answer,
             Err(_) => {
                 self.helper = None;
-                self.helper.insert(Helper::start(&self.program)?).ask(&path)?
+                self.helper.insert(Helper::start(&self.program, self.group.as_deref())?).ask(&path)?
             }
         };
         answer.map_err(io::Error::from_raw_os_error)
@@ -78,7 +88,7 @@ impl Forker {
 }
 
 impl Helper {
-    fn start(program: &Path) -> io::Result<Self> {
+    fn start(program: &Path, group: Option<&Path>) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         ours.set_write_timeout(Some(ANSWER_TIMEOUT))?;
@@ -90,7 +100,12 @@ impl Helper {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        Ok(Self { socket: Some(ours), child })
+        let helper = Self { socket: Some(ours), child };
+        if let Some(group) = group {
+            // It forks nothing before it is asked to; should this fail, it ends here.
+            std::fs::write(group.join("cgroup.procs"), helper.child.id().to_string())?;
+        }
+        Ok(helper)
     }
 
     fn ask(&mut self, path: &Path) -> io::Result<Answer> {

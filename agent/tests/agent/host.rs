@@ -34,7 +34,7 @@ fn runner() -> &'static Path {
 
 impl Host {
     pub(crate) fn new(dir: &Path, cluster: &Cluster) -> Self {
-        Self::wrapped(dir, cluster, &[])
+        Self::wrapped(dir, cluster, &[], "")
     }
 
     /// A host where no cgroup can be made: an empty file system hides them. `None` where namespaces are forbidden.
@@ -43,15 +43,20 @@ impl Host {
         let user = if rustix::process::geteuid().is_root() { "--mount" } else { "--map-root-user" };
         let wrapper = ["unshare", user, "--mount", "sh", "-c", hide, "sh"];
         let works = Command::new(wrapper[0]).args(&wrapper[1..]).arg("true").stderr(Stdio::null()).status();
-        works.is_ok_and(|status| status.success()).then(|| Self::wrapped(dir, cluster, &wrapper))
+        works.is_ok_and(|status| status.success()).then(|| Self::wrapped(dir, cluster, &wrapper, ""))
     }
 
-    fn wrapped(dir: &Path, cluster: &Cluster, wrapper: &[&str]) -> Self {
+    /// A host whose configuration has more tables.
+    pub(crate) fn with(dir: &Path, cluster: &Cluster, more: &str) -> Self {
+        Self::wrapped(dir, cluster, &[], more)
+    }
+
+    fn wrapped(dir: &Path, cluster: &Cluster, wrapper: &[&str], more: &str) -> Self {
         let tls = &cluster.tls;
         let text = format!(
             "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\ndata_dir = '{}'\nrunner_path = '{}'\n\
              [tls]\nca = '{}'\ncert = '{}'\nkey = '{}'\n\
-             [exec]\nallow_job_commands = true\n[source]\nallow_file_urls = true\n",
+             [exec]\nallow_job_commands = true\n[source]\nallow_file_urls = true\n{more}",
             cluster.endpoint,
             dir.join("data").display(),
             runner().display(),

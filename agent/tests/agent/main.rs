@@ -5,6 +5,7 @@
 
 mod cluster;
 mod host;
+mod limits;
 mod unproven;
 
 use std::path::Path;

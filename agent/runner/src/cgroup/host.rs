@@ -154,6 +154,15 @@ impl Host {
         }
     }
 
+    /// Where a controller's cgroups are made, if it has a tree of its own (cgroup v1).
+    #[must_use]
+    pub fn own_tree(&self, controller: Controller) -> Option<&Path> {
+        match self.places.get(&controller) {
+            Some(Place::Own(base)) => Some(base),
+            Some(Place::Unified) | None => None,
+        }
+    }
+
     /// The limits for an attempt whose cgroups have this name. No cgroup is asked for where nothing is limited.
     #[must_use]
     pub fn limits(&self, name: &str, wanted: &Wanted) -> Limits {
@@ -188,23 +197,24 @@ impl Host {
         limits
     }
 
-    /// Kills and removes cgroups whose name begins with `prefix` and that nobody wants any more. Gives the names that
-    /// were found, and whether all are gone.
-    pub fn remove_stale(&self, prefix: &str, wanted: impl Fn(&str) -> bool) -> (Vec<String>, bool) {
+    /// All cgroups, of every tree, whose name begins so.
+    #[must_use]
+    pub fn named(&self, prefix: &str) -> Vec<PathBuf> {
         let own = self.places.values().filter_map(|place| match place {
             Place::Own(base) => Some(base),
             Place::Unified => None,
         });
-        let (mut found, mut gone) = (Vec::new(), true);
-        for base in own.chain(&self.unified) {
-            for entry in fs::read_dir(base).into_iter().flatten().flatten() {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                if name.starts_with(prefix) && !wanted(&name) {
-                    gone &= put_away(&entry.path()).unwrap_or(false);
-                    found.push(name);
-                }
-            }
-        }
+        let entries = own.chain(&self.unified).flat_map(|base| fs::read_dir(base).into_iter().flatten().flatten());
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)).map(|e| e.path()).collect()
+    }
+
+    /// Kills and removes cgroups whose name begins with `prefix` and that nobody wants any more. Gives those that
+    /// were found, and whether all are gone.
+    pub fn remove_stale(&self, prefix: &str, wanted: impl Fn(&str) -> bool) -> (Vec<PathBuf>, bool) {
+        let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut found = self.named(prefix);
+        found.retain(|path| !wanted(&name(path)));
+        let gone = found.iter().fold(true, |gone, path| gone & put_away(path).unwrap_or(false));
         (found, gone)
     }
 }
