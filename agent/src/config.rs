@@ -58,6 +58,9 @@ pub struct Config {
     /// What a build may use.
     #[serde(default)]
     pub limits: LimitsConfig,
+    /// What is offered beside slots.
+    #[serde(default)]
+    pub resources: ResourcesConfig,
     /// Container builds: no keys yet.
     #[serde(default)]
     pub podman: PodmanConfig,
@@ -163,6 +166,18 @@ impl Default for LimitsConfig {
             open_files: 65_536,
         }
     }
+}
+
+/// See [`Config::resources`]. 0 means what the host has; more than that is never offered.
+#[derive(Clone, PartialEq, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ResourcesConfig {
+    /// Thousandths of a processor.
+    pub cpu_milli: u64,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Bytes of disk for workdirs.
+    pub disk_bytes: u64,
 }
 
 /// See [`Config::podman`].
@@ -390,6 +405,7 @@ mod tests {
             (&format!("{GOOD}[log]\nfilter = 'a=b=c'"), "`log.filter`"),
             (&format!("{GOOD}[limits]\nprocesses = 1"), "`limits.processes`"),
             (&format!("{GOOD}[limits]\ncpu_milli = 2000\ncpu_milli_max = 1000"), "`limits.cpu_milli`"),
+            (&format!("{GOOD}[resources]\nmemory_bytes = 'much'"), "resources.memory_bytes"),
         ];
         for (file, expected) in table {
             let error = load(file, &[]).unwrap_err();

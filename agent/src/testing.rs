@@ -24,6 +24,7 @@ pub(crate) fn config(data_dir: &Path) -> Config {
         exec: ExecConfig { allow_job_commands: true, base_dir: data_dir.join("work"), ..ExecConfig::default() },
         source: SourceConfig { allow_file_urls: true, ..SourceConfig::default() },
         limits: crate::config::LimitsConfig::default(),
+        resources: crate::config::ResourcesConfig::default(),
         podman: PodmanConfig::default(),
     }
 }

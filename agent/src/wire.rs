@@ -12,6 +12,8 @@ use crate::config::Config;
 /// What the agent offers; `limits` says how builds are limited.
 #[must_use]
 pub fn offer(config: &Config, limits: &str) -> agent::Offer {
+    let resources = &config.resources;
+    let disk = helix_common::files::available_bytes(&config.exec.base_dir).unwrap_or(0);
     agent::Offer {
         address: config.address.clone(),
         capacity: config.capacity,
@@ -21,10 +23,18 @@ pub fn offer(config: &Config, limits: &str) -> agent::Offer {
         allows_job_commands: config.exec.allow_job_commands,
         has_own_command: !config.exec.command.is_empty(),
         isolation: config.isolation.clone(),
-        cpu_milli: crate::host::cpu_milli(),
-        memory_bytes: crate::host::memory_bytes(),
-        disk_bytes: helix_common::files::available_bytes(&config.exec.base_dir).unwrap_or(0),
+        cpu_milli: lowered(crate::host::cpu_milli(), resources.cpu_milli),
+        memory_bytes: lowered(crate::host::memory_bytes(), resources.memory_bytes),
+        disk_bytes: lowered(disk, resources.disk_bytes),
         limits: limits.to_owned(),
+    }
+}
+
+/// What the host has, or less where the configuration says so. 0 is unknown or unsaid.
+fn lowered(host: u64, configured: u64) -> u64 {
+    match (host, configured) {
+        (has, 0) | (0, has) => has,
+        (host, configured) => host.min(configured),
     }
 }
 
@@ -197,6 +207,14 @@ fn log_from_wire(wire: agent::StoredLog) -> Result<SealedLog, InvalidField> {
 mod tests {
     use super::*;
     use helix_model::BuildSpec;
+
+    #[test]
+    fn configuration_lowers_what_is_offered_and_never_raises_it() {
+        let table = [(8, 0, 8), (8, 3, 3), (8, 9, 8), (0, 3, 3), (0, 0, 0)];
+        for (host, configured, offered) in table {
+            assert_eq!(lowered(host, configured), offered, "{host} {configured}");
+        }
+    }
 
     #[test]
     fn reports_and_assignments_read_back() {

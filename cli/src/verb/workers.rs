@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use helix_model::Measure;
 use helix_proto::v1;
 use serde_json::json;
 
@@ -116,6 +117,16 @@ fn standing(worker: &v1::WorkerStatus) -> &str {
     }
 }
 
+/// What the worker tells of itself: what it has, and what its attempts leave. CPU is in thousandths.
+fn resources(worker: &v1::WorkerStatus) -> Vec<(Measure, u64, u64)> {
+    let all = [
+        (Measure::Cpu, worker.cpu_milli, worker.cpu_milli_left),
+        (Measure::Memory, worker.memory_bytes, worker.memory_bytes_left),
+        (Measure::Disk, worker.disk_bytes, worker.disk_bytes_left),
+    ];
+    all.into_iter().filter(|(_, has, _)| *has > 0).collect()
+}
+
 fn item(worker: &v1::WorkerStatus) -> Item {
     let labels: Vec<String> = worker.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     Item {
@@ -149,6 +160,9 @@ fn item(worker: &v1::WorkerStatus) -> Item {
             "last_seen": time_json(worker.last_seen_ms),
             "version": worker.version,
             "pressure": text_json(&worker.pressure),
+            "resources": resources(worker).iter().map(|(what, has, left)| {
+                (what.as_str().to_owned(), json!({ "has": has, "left": left }))
+            }).collect::<serde_json::Map<_, _>>(),
             "quarantined_until": time_json(worker.quarantined_until_ms),
             "probing": worker.probing,
             "failed_builds": worker.failed_builds,
@@ -168,6 +182,9 @@ fn detail(worker: &v1::WorkerStatus) -> String {
     line("worker", &worker.name);
     line("standing", standing(worker));
     line("load", &format!("{} of {}", worker.load, worker.capacity));
+    for (what, has, left) in resources(worker) {
+        line(what.as_str(), &format!("{} left of {}", what.text(left), what.text(has)));
+    }
     line("platforms", &worker.platforms.join(" "));
     line("executors", &worker.executors.join(" "));
     line("labels", &labels.join(" "));

@@ -24,6 +24,6 @@ pub use error::{ErrorCode, InvalidField};
 pub use ids::{AttemptKey, AttemptNumber, BuildId, Instance, NodeId, TaskIndex, WorkerName};
 pub use platform::Platform;
 pub use reason::{Fault, Reason};
-pub use spec::{BuildSpec, Command, Executor, OnWorkerLoss, Outputs, Resources, Source};
+pub use spec::{BuildSpec, Command, Executor, Measure, OnWorkerLoss, Outputs, Resources, Source};
 pub use state::BuildState;
 pub use time::LogTime;

@@ -79,8 +79,62 @@ pub enum OnWorkerLoss {
     Fail,
 }
 
-/// What an attempt needs beside its slot; 0 means nothing in particular.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+/// What can be asked for beside a slot.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Measure {
+    /// Thousandths of a CPU.
+    Cpu,
+    /// Bytes of memory.
+    Memory,
+    /// Bytes of disk.
+    Disk,
+}
+
+impl Measure {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Memory, Self::Disk];
+
+    /// The word in every output.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Memory => "memory",
+            Self::Disk => "disk",
+        }
+    }
+
+    /// An amount of it for people: `1.5`, `4 GiB`.
+    #[must_use]
+    pub fn text(self, amount: u64) -> String {
+        if self == Self::Cpu {
+            return tenths(amount, 1_000);
+        }
+        let units = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+        match units.into_iter().find(|(size, _)| amount >= *size) {
+            Some((size, unit)) => format!("{} {unit}", tenths(amount, size)),
+            None => format!("{amount} B"),
+        }
+    }
+}
+
+/// `amount / unit`, rounded down to a tenth, without a needless `.0`.
+fn tenths(amount: u64, unit: u64) -> String {
+    let (whole, tenth) = (amount / unit, (u128::from(amount % unit) * 10 / u128::from(unit)));
+    if tenth == 0 { whole.to_string() } else { format!("{whole}.{tenth}") }
+}
+
+impl std::str::FromStr for Measure {
+    type Err = InvalidField;
+
+    fn from_str(text: &str) -> Result<Self, InvalidField> {
+        let found = Self::ALL.into_iter().find(|measure| measure.as_str() == text);
+        found.ok_or_else(|| InvalidField::new("resource", format!("{text:?} is none of cpu, memory, disk")))
+    }
+}
+
+/// What an attempt needs beside its slot; 0 means nothing in particular. Of a worker, what it has; 0 means it does not say.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Resources {
     /// Thousandths of a CPU.
     pub cpu_milli: u64,
@@ -88,6 +142,25 @@ pub struct Resources {
     pub memory_bytes: u64,
     /// Bytes of disk.
     pub disk_bytes: u64,
+}
+
+impl Resources {
+    /// How much of one of them.
+    #[must_use]
+    pub fn get(&self, measure: Measure) -> u64 {
+        match measure {
+            Measure::Cpu => self.cpu_milli,
+            Measure::Memory => self.memory_bytes,
+            Measure::Disk => self.disk_bytes,
+        }
+    }
+
+    /// The same, with each amount as `amount` says.
+    #[must_use]
+    pub fn of(mut amount: impl FnMut(Measure) -> u64) -> Self {
+        let (cpu_milli, memory_bytes) = (amount(Measure::Cpu), amount(Measure::Memory));
+        Self { cpu_milli, memory_bytes, disk_bytes: amount(Measure::Disk) }
+    }
 }
 
 /// A build's description. Build it, then [`BuildSpec::validate`]; nothing unvalidated goes further than the RPC layer.

@@ -130,8 +130,11 @@ fn explain_task(
             let ask = Ask::of(&build.spec, task.platform.as_ref());
             explanation.not_before = (*not_before > now).then_some(*not_before);
             explanation.ahead = Some(ahead(state, Waiting::of(build, index)));
-            explanation.verdicts = verdicts(state, liveness, &ask);
-            waiting_words(&explanation)
+            let place = Waiting::of(build, index);
+            explanation.verdicts = verdicts(state, liveness, &ask, place);
+            let kept = liveness.claims.iter().find(|(_, claim)| claim.place() == place);
+            let kept = kept.map_or_else(String::new, |(worker, _)| format!("; {worker} is kept free for it"));
+            format!("{}{kept}", waiting_words(&explanation))
         }
     };
     explanation.words = format!("{whose}{words}");
@@ -144,12 +147,19 @@ fn ahead(state: &State, waiting: Waiting) -> u64 {
     first.count() as u64
 }
 
-fn verdicts(state: &State, liveness: &Liveness, ask: &Ask) -> Vec<(WorkerName, Option<Unfit>)> {
+fn verdicts(state: &State, liveness: &Liveness, ask: &Ask, place: Waiting) -> Vec<(WorkerName, Option<Unfit>)> {
     let own_somewhere = state.workers().any(|worker| ask.unfit(worker).is_none());
     let verdict = |worker: &std::sync::Arc<crate::record::WorkerRecord>| {
         let kind = if own_somewhere { ask.unfit(worker) } else { ask.unfit_leniently(worker) };
         let ready = || unready(worker, state.load_of(&worker.name));
-        (worker.name.clone(), kind.or_else(ready).or_else(|| unable(liveness, worker)))
+        let short = || ask.short(worker, &state.used_of(&worker.name));
+        let claimed = || {
+            let claim = liveness.claims.get(&worker.name).filter(|claim| claim.place() < place)?;
+            let build = state.index.by_sequence.get(&claim.sequence)?;
+            Some(Unfit::Claimed { build: build.clone() })
+        };
+        let now = ready().or_else(short).or_else(|| unable(liveness, worker)).or_else(claimed);
+        (worker.name.clone(), kind.or(now))
     };
     state.workers().map(verdict).collect()
 }
@@ -160,7 +170,9 @@ fn waiting_words(task: &TaskExplanation) -> String {
     }
     let ahead = task.ahead.unwrap_or(0);
     let fits = task.verdicts.iter().filter(|(_, unfit)| unfit.is_none()).count();
-    let full = task.verdicts.iter().filter(|(_, unfit)| matches!(unfit, Some(Unfit::Full { .. }))).count();
+    let is_full =
+        |unfit: &Option<Unfit>| matches!(unfit, Some(Unfit::Full { .. } | Unfit::Short { .. } | Unfit::Claimed { .. }));
+    let full = task.verdicts.iter().filter(|(_, unfit)| is_full(unfit)).count();
     let total = task.verdicts.len();
     if total == 0 {
         "waits: no worker is registered".to_owned()

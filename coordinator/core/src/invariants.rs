@@ -66,7 +66,7 @@ fn check_workers(state: &State) -> Result<(), String> {
     for worker in state.workers.values() {
         let load = state.load_of(&worker.name);
         // A worker may offer less than it runs; it is given nothing then.
-        let room = state.index.queue.rooms.get(&worker.name).copied().unwrap_or(0);
+        let room = state.index.queue.rooms.get(&worker.name).map_or(0, |room| room.slots);
         let probing = matches!(worker.trust, Trust::Probing { .. });
         let most = if probing { 1 } else { worker.offer.capacity };
         let within = room == 0 || load + room == most;

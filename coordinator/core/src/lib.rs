@@ -20,7 +20,7 @@ pub mod state;
 
 pub use command::Command;
 pub use effect::Effect;
-pub use liveness::{Brake, InFlight, Liveness, SessionState, WorkerLiveness};
+pub use liveness::{Brake, Claim, InFlight, Liveness, SessionState, WorkerLiveness};
 pub use record::{Applied, Policy, Row, RowChange, RowKey};
 pub use reply::{Rejection, Reply, Unfit};
 pub use state::{Known, LoadError, State, Totals};

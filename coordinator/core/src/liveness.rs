@@ -2,9 +2,12 @@
 //!
 //! Kept in the leader's memory by its shell and handed to `schedule`, `due` and `explain`; never replicated.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use helix_model::{AttemptKey, BuildId, Instance, LogTime, TaskIndex, WorkerName};
+
+use crate::state::index::Waiting;
 
 /// All workers' liveness, and since when this leader has been watching.
 #[derive(Clone, Debug, Default)]
@@ -13,9 +16,34 @@ pub struct Liveness {
     pub leader_since: LogTime,
     /// What is known of each worker that spoke to this leader.
     pub workers: BTreeMap<WorkerName, WorkerLiveness>,
+    /// Workers whose room is kept for a task that waits long and asks for much. The shell stores what `schedule::claims`
+    /// answers, now and then.
+    pub claims: BTreeMap<WorkerName, Claim>,
     /// While set, losses are held back: too many workers fell silent at once. The shell stores what
     /// `due::brake` answers before it calls `due::due`.
     pub brake: Option<Brake>,
+}
+
+/// A task for which a worker's room is kept: nobody behind it in the order gets any.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Claim {
+    /// The build's priority.
+    pub priority: i32,
+    /// The build's place in the order of submits.
+    pub sequence: u64,
+    /// Which of its tasks.
+    pub task: TaskIndex,
+}
+
+impl Claim {
+    pub(crate) fn of(waiting: Waiting) -> Self {
+        Self { priority: waiting.priority.0, sequence: waiting.sequence, task: waiting.task }
+    }
+
+    /// The task's place in the order.
+    pub(crate) fn place(self) -> Waiting {
+        Waiting { priority: Reverse(self.priority), sequence: self.sequence, task: self.task }
+    }
 }
 
 /// Losses are held back because most workers fell silent within one lease: then the fault is likely ours.

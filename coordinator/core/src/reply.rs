@@ -1,6 +1,6 @@
 //! What `apply` answers. A rejection states the fact that stood in the way; it is data, never a panic.
 
-use helix_model::{AttemptKey, AttemptNumber, BuildId, BuildState, ErrorCode, LogTime, NodeId, WorkerName};
+use helix_model::{AttemptKey, AttemptNumber, BuildId, BuildState, ErrorCode, LogTime, Measure, NodeId, WorkerName};
 
 /// The answer to one command.
 #[derive(Clone, PartialEq, Debug)]
@@ -145,8 +145,31 @@ pub enum Unfit {
     Executor,
     /// It takes no commands from builds, or has none of its own for a build without one.
     Command,
-    /// It has less of something than the build asks for.
-    Resources(&'static str),
+    /// It has less of something than is asked for, even when it is idle.
+    Resources {
+        /// Of what.
+        what: Measure,
+        /// How much is asked for.
+        asked: u64,
+        /// How much it has.
+        has: u64,
+    },
+    /// It has less of something left than is asked for.
+    Short {
+        /// Of what.
+        what: Measure,
+        /// How much is asked for.
+        asked: u64,
+        /// How much its attempts leave.
+        left: u64,
+        /// How much it has in all.
+        has: u64,
+    },
+    /// What it has left is kept for a build that waits longer and asks for more.
+    Claimed {
+        /// That build.
+        build: BuildId,
+    },
 }
 
 impl Rejection {

@@ -3,7 +3,8 @@
 //! The best waiting task (higher priority, then older) goes to the worker with the most room among those that
 //! fit; ties go by name. Assignments under way count as if they were made. A task that ran before goes to another
 //! worker, if another fits now. No pass walks all workers or all tasks: queues of equal asks are opened from
-//! their heads, and one that nobody fits is closed for the pass.
+//! their heads, and one that nobody fits is closed for the pass. Room that is kept for a task ([`claims`]) is not given
+//! to others behind it.
 
 use std::cmp::Reverse;
 use std::collections::btree_set::Iter;
@@ -16,11 +17,15 @@ use helix_model::{AttemptKey, AttemptNumber, LogTime, WorkerName};
 
 use crate::command::{AssignTask, Command};
 use crate::liveness::{InFlight, Liveness, SessionState};
-use crate::record::{BuildRecord, TaskRecord, WorkerRecord};
+use crate::record::{BuildRecord, TaskPhase, TaskRecord, WorkerRecord};
 use crate::reply::Unfit;
 use crate::state::State;
-use crate::state::fit::{Ask, Need};
+use crate::state::fit::{Ask, Room};
 use crate::state::index::Waiting;
+
+mod claim;
+
+pub use claim::claims;
 
 /// At most `max` assignments that the leader should commit now.
 #[must_use]
@@ -28,12 +33,12 @@ pub fn schedule(state: &State, in_flight: &InFlight, liveness: &Liveness, now: L
     let mut pass = Pass::new(state, in_flight, liveness);
     let mut commands = Vec::new();
     let mut tasks = Tasks::new(state, now);
-    while commands.len() < max && pass.room > 0 {
+    while commands.len() < max && pass.slots > 0 {
         let Some((waiting, ask, queued)) = tasks.pop() else { break };
         let Some((build, task)) = lookup(state, waiting) else { continue };
         let under_way = in_flight.assigning.contains_key(&(build.id.clone(), waiting.task));
         if !under_way {
-            let Some(worker) = pass.place(&ask, task) else {
+            let Some(worker) = pass.place(waiting, &ask, task) else {
                 tasks.close(&ask);
                 continue;
             };
@@ -136,106 +141,104 @@ impl<'a> Tasks<'a> {
 struct Pass<'a> {
     state: &'a State,
     liveness: &'a Liveness,
-    taken: BTreeMap<WorkerName, u32>,
-    needs: BTreeMap<Need, Candidates<'a>>,
-    room: u64,
+    /// What is left of workers that were given something, in this pass or by what is under way.
+    touched: BTreeMap<WorkerName, Room>,
+    asks: BTreeMap<Ask, Candidates<'a>>,
+    /// Claims of tasks that still wait.
+    claims: BTreeMap<&'a WorkerName, Waiting>,
+    slots: u64,
 }
 
-/// The workers for one need, most room first, in two parts.
+/// The workers for one ask, most room first, in two parts.
 struct Candidates<'a> {
     /// Workers whose room is as state says. What was skipped here is of no use for the whole pass.
     untouched: Peekable<Iter<'a, (Reverse<u32>, WorkerName)>>,
-    /// Workers that were given something meanwhile.
+    /// Workers that were given something meanwhile, and still have room.
     touched: BTreeSet<(Reverse<u32>, WorkerName)>,
 }
 
 impl<'a> Pass<'a> {
     fn new(state: &'a State, in_flight: &InFlight, liveness: &'a Liveness) -> Self {
-        let mut taken: BTreeMap<WorkerName, u32> = BTreeMap::new();
-        for worker in in_flight.assigning.values() {
-            *taken.entry(worker.clone()).or_default() += 1;
+        let mut touched: BTreeMap<WorkerName, Room> = BTreeMap::new();
+        for ((build, _), worker) in &in_flight.assigning {
+            let Some(room) = state.index.queue.rooms.get(worker) else { continue };
+            let amounts = state.open.get(build).map(|build| build.spec.resources).unwrap_or_default();
+            let room = touched.entry(worker.clone()).or_insert(*room);
+            *room = room.without(&amounts);
         }
-        let spent: u64 = taken.values().map(|count| u64::from(*count)).sum();
-        let room = state.index.queue.room.saturating_sub(spent);
-        // Assignments under way to workers without room were counted too: a few may be left for the next pass.
-        Self { state, liveness, taken, needs: BTreeMap::new(), room }
+        let claims = liveness.claims.iter().filter(|(_, claim)| waits(state, claim.place()));
+        let claims = claims.map(|(worker, claim)| (worker, claim.place())).collect();
+        // Assignments under way to workers without room are counted too: a few may be left for the next pass.
+        let slots = state.index.queue.slots.saturating_sub(in_flight.assigning.len() as u64);
+        Self { state, liveness, touched, asks: BTreeMap::new(), claims, slots }
     }
 
     /// The worker for a task, its room taken; `None` if nobody fits now.
-    fn place(&mut self, ask: &Ask, task: &TaskRecord) -> Option<&'a WorkerRecord> {
-        let need = self.effective_need(&ask.need);
+    fn place(&mut self, waiting: Waiting, ask: &Ask, task: &TaskRecord) -> Option<&'a WorkerRecord> {
+        let ask = effective(self.state, ask);
         let last = task.attempts.last().map(|attempt| &attempt.worker);
-        let (room, worker) = self.best(&need, ask, last).or_else(|| last.and_then(|_| self.best(&need, ask, None)))?;
-        self.take(&worker.name, room);
+        let elsewhere = self.best(waiting, &ask, last);
+        let worker = elsewhere.or_else(|| last.and_then(|_| self.best(waiting, &ask, None)))?;
+        self.take(worker, &ask);
         Some(worker)
     }
 
-    /// A build without a command goes where a worker has its own, if any has; else anywhere, to fail there as `no_command`.
-    fn effective_need(&self, need: &Need) -> Need {
-        let able = |need: &Need| self.state.index.queue.fits.get(need).map_or(0, |fit| fit.able);
-        match need.without_own() {
-            Some(any) if able(need) == 0 => any,
-            Some(_) | None => need.clone(),
+    fn best(&mut self, waiting: Waiting, ask: &Ask, but: Option<&WorkerName>) -> Option<&'a WorkerRecord> {
+        if !self.asks.contains_key(ask) {
+            let candidates = self.candidates(ask)?;
+            self.asks.insert(ask.clone(), candidates);
         }
-    }
-
-    fn best(&mut self, need: &Need, ask: &Ask, but: Option<&WorkerName>) -> Option<(u32, &'a WorkerRecord)> {
-        let (state, liveness, taken) = (self.state, self.liveness, &self.taken);
+        let (state, liveness, touched, claims) = (self.state, self.liveness, &self.touched, &self.claims);
         let usable = |name: &WorkerName| {
-            let worker = &**state.workers.get(name)?;
-            (but != Some(name) && ask.unfit_resources(worker).is_none()).then_some(worker)
+            let claimed = claims.get(name).is_some_and(|claim| *claim < waiting);
+            but != Some(name) && !claimed
         };
-        if !self.needs.contains_key(need) {
-            let candidates = Candidates::new(state, liveness, need, taken)?;
-            self.needs.insert(need.clone(), candidates);
-        }
-        let candidates = self.needs.get_mut(need)?;
         let stale = |name: &WorkerName| {
-            taken.contains_key(name) || !state.workers.get(name).is_some_and(|worker| is_able(liveness, worker))
+            touched.contains_key(name) || !state.workers.get(name).is_some_and(|worker| is_able(liveness, worker))
         };
+        let candidates = self.asks.get_mut(ask)?;
         while candidates.untouched.next_if(|(_, name)| stale(name)).is_some() {}
-        let mut untouched = candidates.untouched.clone();
-        let first = untouched.find_map(|(room, name)| {
-            let worker = if stale(name) { None } else { usable(name) };
-            worker.map(|worker| (*room, worker))
-        });
-        let second = candidates.touched.iter().find_map(|(room, name)| Some((*room, usable(name)?)));
-        let best = match (first, second) {
-            (Some(first), Some(second)) => {
-                if (first.0, &first.1.name) < (second.0, &second.1.name) {
-                    first
-                } else {
-                    second
-                }
-            }
-            (first, second) => first.or(second)?,
-        };
-        Some((best.0.0, best.1))
+        let first = candidates.untouched.clone().find(|(_, name)| !stale(name) && usable(name));
+        let second = candidates.touched.iter().find(|(_, name)| usable(name));
+        let (_, name) = [first, second].into_iter().flatten().min()?;
+        state.workers.get(name).map(|worker| &**worker)
     }
 
-    fn take(&mut self, name: &WorkerName, room: u32) {
-        *self.taken.entry(name.clone()).or_default() += 1;
-        self.room = self.room.saturating_sub(1);
-        let worker = self.state.workers.get(name);
-        for (need, candidates) in &mut self.needs {
-            candidates.touched.remove(&(Reverse(room), name.clone()));
-            if room > 1 && worker.is_some_and(|worker| need.unfit(worker).is_none()) {
-                candidates.touched.insert((Reverse(room - 1), name.clone()));
+    fn candidates(&self, ask: &Ask) -> Option<Candidates<'a>> {
+        let untouched = self.state.index.queue.fits.get(ask)?.free.iter().peekable();
+        let touched = self.touched.iter().filter_map(|(name, room)| {
+            let worker = self.state.workers.get(name)?;
+            let fits = room.fits(&ask.amounts) && ask.need.unfit(worker).is_none() && is_able(self.liveness, worker);
+            fits.then(|| (Reverse(room.slots), name.clone()))
+        });
+        Some(Candidates { untouched, touched: touched.collect() })
+    }
+
+    fn take(&mut self, worker: &WorkerRecord, taken: &Ask) {
+        let name = &worker.name;
+        let Some(full) = self.state.index.queue.rooms.get(name) else { return };
+        let before = self.touched.get(name).unwrap_or(full);
+        let (slots, after) = (before.slots, before.without(&taken.amounts));
+        self.touched.insert(name.clone(), after);
+        self.slots = self.slots.saturating_sub(1);
+        for (ask, candidates) in &mut self.asks {
+            candidates.touched.remove(&(Reverse(slots), name.clone()));
+            if after.fits(&ask.amounts) && ask.need.unfit(worker).is_none() {
+                candidates.touched.insert((Reverse(after.slots), name.clone()));
             }
         }
     }
 }
 
-impl<'a> Candidates<'a> {
-    fn new(state: &'a State, liveness: &Liveness, need: &Need, taken: &BTreeMap<WorkerName, u32>) -> Option<Self> {
-        let queue = &state.index.queue;
-        let untouched = queue.fits.get(need)?.free.iter().peekable();
-        let touched = taken.iter().filter_map(|(name, taken)| {
-            let room = queue.rooms.get(name)?.saturating_sub(*taken);
-            let worker = state.workers.get(name)?;
-            let fits = room > 0 && need.unfit(worker).is_none() && is_able(liveness, worker);
-            fits.then(|| (Reverse(room), name.clone()))
-        });
-        Some(Self { untouched, touched: touched.collect() })
+/// A build without a command goes where a worker has its own, if any has; else anywhere, to fail there as `no_command`.
+fn effective(state: &State, ask: &Ask) -> Ask {
+    let able = state.index.queue.fits.get(ask).map_or(0, |fit| fit.able);
+    match ask.without_own() {
+        Some(any) if able == 0 => any,
+        Some(_) | None => ask.clone(),
     }
+}
+
+fn waits(state: &State, waiting: Waiting) -> bool {
+    lookup(state, waiting).is_some_and(|(_, task)| matches!(task.phase, TaskPhase::Waiting { .. }))
 }

@@ -8,6 +8,9 @@ mod deadlines;
 mod properties;
 #[path = "it/rejections.rs"]
 mod rejections;
+#[path = "it/resources.rs"]
+#[allow(clippy::unwrap_used)]
+mod resources;
 #[path = "it/retries.rs"]
 #[allow(clippy::unwrap_used)]
 mod retries;

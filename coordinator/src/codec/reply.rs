@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use helix_core::{Rejection, Reply, Unfit};
-use helix_model::{AttemptNumber, LogTime, NodeId};
+use helix_model::{AttemptNumber, LogTime, Measure, NodeId};
 use helix_proto::store;
 use helix_proto::store::{rejection, reply, worker_unfit};
 
@@ -99,7 +99,7 @@ fn rejection(kind: rejection::Kind) -> Result<Rejection, CodecError> {
         Kind::WorkerUnknown(worker) => Rejection::WorkerUnknown(parse(&worker)?),
         Kind::InstanceStale(worker) => Rejection::InstanceStale(parse(&worker)?),
         Kind::WorkerUnfit(it) => {
-            Rejection::WorkerUnfit { worker: parse(&it.worker)?, why: unfit(need("why", it.why)?) }
+            Rejection::WorkerUnfit { worker: parse(&it.worker)?, why: unfit(need("why", it.why)?)? }
         }
         Kind::OfferInvalid(why) => Rejection::OfferInvalid(interned(&why)),
         Kind::TooFewHolders(it) => Rejection::TooFewHolders { what: it.what, holders: it.holders, needed: it.needed },
@@ -130,13 +130,15 @@ fn unfit_why(why: &Unfit) -> worker_unfit::Why {
         Unfit::Label(label) => Why::Label(label.clone()),
         Unfit::Executor => Why::Executor(store::Nothing {}),
         Unfit::Command => Why::Command(store::Nothing {}),
-        Unfit::Resources(what) => Why::Resources((*what).to_owned()),
+        Unfit::Resources { what, asked, has } => Why::HasLess(lack(*what, *asked, *has, 0)),
+        Unfit::Short { what, asked, left, has } => Why::HasLessLeft(lack(*what, *asked, *has, *left)),
+        Unfit::Claimed { build } => Why::Claimed(build.to_string()),
     }
 }
 
-fn unfit(why: worker_unfit::Why) -> Unfit {
+fn unfit(why: worker_unfit::Why) -> Result<Unfit, CodecError> {
     use worker_unfit::Why;
-    match why {
+    Ok(match why {
         Why::Unhealthy(store::Nothing {}) => Unfit::Unhealthy,
         Why::Lost(store::Nothing {}) => Unfit::Lost,
         Why::Detached(store::Nothing {}) => Unfit::Detached,
@@ -150,8 +152,15 @@ fn unfit(why: worker_unfit::Why) -> Unfit {
         Why::Label(label) => Unfit::Label(label),
         Why::Executor(store::Nothing {}) => Unfit::Executor,
         Why::Command(store::Nothing {}) => Unfit::Command,
-        Why::Resources(what) => Unfit::Resources(interned(&what)),
-    }
+        Why::Resources(what) => Unfit::Resources { what: parse(&what)?, asked: 0, has: 0 },
+        Why::HasLess(it) => Unfit::Resources { what: parse(&it.what)?, asked: it.asked, has: it.has },
+        Why::HasLessLeft(it) => Unfit::Short { what: parse(&it.what)?, asked: it.asked, left: it.left, has: it.has },
+        Why::Claimed(build) => Unfit::Claimed { build: parse(&build)? },
+    })
+}
+
+fn lack(what: Measure, asked: u64, has: u64, left: u64) -> store::Lack {
+    store::Lack { what: what.as_str().to_owned(), asked, has, left }
 }
 
 /// Different explanations kept, at most: the core has a few dozen, a leader that sends more is broken.

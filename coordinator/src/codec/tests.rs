@@ -14,8 +14,8 @@ use helix_core::record::{
 };
 use helix_core::{Policy, Rejection, Reply, Row, Unfit};
 use helix_model::{
-    AttemptKey, AttemptNumber, BuildId, BuildSpec, BuildState, Death, Digest, Executor, Instance, NodeId, Platform,
-    Reason, Resources, TaskIndex, WorkerName,
+    AttemptKey, AttemptNumber, BuildId, BuildSpec, BuildState, Death, Digest, Executor, Instance, Measure, NodeId,
+    Platform, Reason, Resources, TaskIndex, WorkerName,
 };
 
 use super::*;
@@ -263,7 +263,9 @@ fn rejections() -> Vec<Rejection> {
         Unfit::Label("a=b".to_owned()),
         Unfit::Executor,
         Unfit::Command,
-        Unfit::Resources("memory"),
+        Unfit::Resources { what: Measure::Memory, asked: 3, has: 2 },
+        Unfit::Short { what: Measure::Cpu, asked: 3, left: 1, has: 9 },
+        Unfit::Claimed { build: build() },
     ];
     let mut out: Vec<_> = unfit.map(|why| Rejection::WorkerUnfit { worker: worker(), why }).into();
     out.extend([

@@ -73,6 +73,7 @@ impl<C: Consensus> LeaderLoop<C> {
             leading.update_settings(state, &cluster);
             leading.mark_late(now);
             leading.liveness.brake = due::brake(state, &leading.liveness, now);
+            leading.liveness.claims = schedule::claims(state, &leading.liveness, now);
             let commands = due::due(state, &leading.in_flight, &leading.liveness, now);
             (commands, due::next(state, &leading.liveness), lease_ms)
         });

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use helix_common::status::not_leader;
-use helix_core::{Brake, Liveness, SessionState, WorkerLiveness};
-use helix_model::{Instance, InvalidField, LogTime, NodeId, WorkerName};
+use helix_core::{Brake, Claim, Liveness, SessionState, WorkerLiveness};
+use helix_model::{Instance, InvalidField, LogTime, NodeId, TaskIndex, WorkerName};
 use helix_proto::peer;
 use helix_proto::peer::peer_service_client::PeerServiceClient;
 use tonic::Status;
@@ -109,7 +109,20 @@ fn to_wire(liveness: &Liveness, now: LogTime) -> peer::LivenessResponse {
         workers: workers.collect(),
         brake,
         now_ms: now.0,
+        claims: liveness.claims.iter().map(|(worker, claim)| claim_to_wire(worker, *claim)).collect(),
     }
+}
+
+fn claim_to_wire(worker: &WorkerName, claim: Claim) -> peer::Claim {
+    let Claim { priority, sequence, task } = claim;
+    peer::Claim { worker: worker.to_string(), priority, sequence, task: u32::from(task.0) }
+}
+
+fn claim_from_wire(wire: &peer::Claim) -> Result<(WorkerName, Claim), InvalidField> {
+    let task =
+        u16::try_from(wire.task).map_err(|_| InvalidField::new("task", format!("{} is too large", wire.task)))?;
+    let claim = Claim { priority: wire.priority, sequence: wire.sequence, task: TaskIndex(task) };
+    Ok((WorkerName::new(&wire.worker)?, claim))
 }
 
 fn session_word(session: SessionState) -> &'static str {
@@ -139,7 +152,9 @@ fn from_wire(wire: peer::LivenessResponse) -> Result<Heard, InvalidField> {
         let watched = brake.watched.iter().map(|name| WorkerName::new(name)).collect::<Result<_, _>>()?;
         Ok::<_, InvalidField>(Brake { since: LogTime(brake.since_ms), watched })
     });
-    let liveness = Liveness { leader_since: LogTime(wire.leader_since_ms), workers, brake: brake.transpose()? };
+    let claims = wire.claims.iter().map(claim_from_wire).collect::<Result<_, _>>()?;
+    let leader_since = LogTime(wire.leader_since_ms);
+    let liveness = Liveness { leader_since, workers, brake: brake.transpose()?, claims };
     Ok(Heard { liveness, now: LogTime(wire.now_ms) })
 }
 
@@ -180,9 +195,11 @@ mod tests {
         let liveness = Liveness {
             leader_since: LogTime(3),
             workers: BTreeMap::from([(worker.clone(), live)]),
+            claims: BTreeMap::from([(worker.clone(), Claim { priority: -2, sequence: 8, task: TaskIndex(1) })]),
             brake: Some(Brake { since: LogTime(4), watched: [worker].into() }),
         };
         let heard = from_wire(to_wire(&liveness, LogTime(9))).unwrap();
+        assert_eq!(heard.liveness.claims, liveness.claims);
         assert_eq!((heard.now, heard.liveness.workers), (LogTime(9), liveness.workers));
         assert_eq!((heard.liveness.leader_since, heard.liveness.brake), (liveness.leader_since, liveness.brake));
     }

@@ -80,7 +80,14 @@ pub(crate) fn unfit_text(why: &Unfit) -> String {
         Unfit::Label(label) => format!("lacks the label {label}"),
         Unfit::Executor => "does not offer the executor".to_owned(),
         Unfit::Command => "takes no commands from builds, or has none for a build without one".to_owned(),
-        Unfit::Resources(what) => format!("has less {what} than the build asks for"),
+        Unfit::Resources { what, asked, has } => {
+            format!("has {} {}, the build asks for {}", what.text(*has), what.as_str(), what.text(*asked))
+        }
+        Unfit::Short { what, asked, left, has } => {
+            let (word, left, has, asked) = (what.as_str(), what.text(*left), what.text(*has), what.text(*asked));
+            format!("has {left} of {has} {word} left, the build asks for {asked}")
+        }
+        Unfit::Claimed { build } => format!("is kept free for {build}, which waits longer and asks for more"),
     }
 }
 

@@ -127,6 +127,7 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
     let heard = liveness.workers.get(&worker.name).filter(|heard| heard.instance == worker.instance);
     let connected = heard.is_some_and(|heard| heard.session == SessionState::Open);
     let offer = &worker.offer;
+    let left = state.used_of(&worker.name).left_of(&offer.resources);
     let no_builds = BTreeSet::new();
     let (quarantined_until_ms, probing, failed) = match &worker.trust {
         Trust::Full { failed } => (0, false, failed),
@@ -156,6 +157,9 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
         memory_bytes: offer.resources.memory_bytes,
         disk_bytes: offer.resources.disk_bytes,
         held_by: worker.held.iter().map(ToString::to_string).collect(),
+        cpu_milli_left: left.cpu_milli,
+        memory_bytes_left: left.memory_bytes,
+        disk_bytes_left: left.disk_bytes,
         quarantined_until_ms,
         probing,
         failed_builds: failed.iter().map(ToString::to_string).collect(),

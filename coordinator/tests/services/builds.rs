@@ -1,7 +1,7 @@
 //! Submitting: what counts as the same build, what is refused, and how a batch is answered.
 
 use helix_common::status::{error_code, metadata};
-use helix_model::ErrorCode;
+use helix_model::{ErrorCode, Resources};
 use helix_proto::v1;
 use tonic::Code;
 
@@ -107,6 +107,13 @@ async fn what_no_worker_could_ever_run_is_refused_unless_parked() {
     assert_eq!((refused.code(), error_code(&refused)), (Code::FailedPrecondition, Some(ErrorCode::Unsatisfiable)));
     assert!(refused.message().contains("w lacks the label gpu"), "{}", refused.message());
     client.submit(gpu("g2", true)).await;
+    let greedy = shell_with("g3", |details| details.memory_bytes = 6 << 30);
+    let has = Resources { memory_bytes: 3 << 29, ..Resources::default() };
+    one.worker("w", |offer| offer.resources = has).await;
+    let refused = client.builds.submit_build(greedy).await.unwrap_err();
+    assert_eq!(error_code(&refused), Some(ErrorCode::Unsatisfiable));
+    let numbers = "w has 1.5 GiB memory, the build asks for 6 GiB";
+    assert!(refused.message().contains(numbers), "{}", refused.message());
     // A build that was accepted stays the same build when its worker is gone.
     client.submit(shell("s1")).await;
     one.worker("w", |offer| offer.executors = [helix_model::Executor::Podman].into()).await;

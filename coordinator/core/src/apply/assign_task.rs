@@ -34,7 +34,9 @@ pub(super) fn assign_task(state: &mut State, at: LogTime, c: &AssignTask, out: &
         return Err(Rejection::InstanceStale(c.worker.clone()));
     }
     let ask = Ask::of(&spec, task.platform.as_ref());
-    if let Some(why) = ask.unfit_leniently(worker).or_else(|| unready(worker, state.load_of(&c.worker))) {
+    let unready = || unready(worker, state.load_of(&c.worker));
+    let short = || ask.short(worker, &state.used_of(&c.worker));
+    if let Some(why) = ask.unfit_leniently(worker).or_else(unready).or_else(short) {
         return Err(Rejection::WorkerUnfit { worker: c.worker.clone(), why });
     }
     task.attempts.push(AttemptRecord {

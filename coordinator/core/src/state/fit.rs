@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use helix_model::{BuildSpec, Executor, LogTime, Platform, Resources};
+use helix_model::{BuildSpec, Executor, LogTime, Measure, Platform, Resources};
 
 use crate::record::{Standing, Trust, WorkerRecord};
 use crate::reply::Unfit;
@@ -33,14 +33,26 @@ pub enum CommandNeed {
     Own,
 }
 
-/// A need, and what must be free or at least there. Tasks with equal asks form one queue.
+/// A need, and what must be left beside a slot. Tasks with equal asks form one queue.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Ask {
     /// The kind of worker.
     pub need: Need,
-    cpu_milli: u64,
-    memory_bytes: u64,
-    disk_bytes: u64,
+    /// What it takes of it.
+    pub amounts: Resources,
+}
+
+/// What a worker's attempts take beside slots. Wide, because a worker that does not say what it has takes any amount.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Used([u128; 3]);
+
+/// What a worker can still be given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Room {
+    /// Further attempts.
+    pub slots: u32,
+    /// What is left for them; `u64::MAX` of what the worker does not tell about.
+    pub left: Resources,
 }
 
 impl Ask {
@@ -54,8 +66,7 @@ impl Ask {
             (Executor::Exec, None) => CommandNeed::Own,
         };
         let need = Need { platform: platform.cloned(), requires: spec.requires.clone(), executor, command };
-        let Resources { cpu_milli, memory_bytes, disk_bytes } = spec.resources;
-        Self { need, cpu_milli, memory_bytes, disk_bytes }
+        Self { need, amounts: spec.resources }
     }
 
     /// What of the worker's kind stands in the way; load and standing are not looked at.
@@ -67,23 +78,86 @@ impl Ask {
     /// Like [`Self::unfit`], for `apply`: a task without a command may go where there is none, to fail there.
     #[must_use]
     pub fn unfit_leniently(&self, worker: &WorkerRecord) -> Option<Unfit> {
-        let need = self.need.without_own();
-        need.as_ref().unwrap_or(&self.need).unfit(worker).or_else(|| self.unfit_resources(worker))
+        self.without_own().as_ref().unwrap_or(self).unfit(worker)
+    }
+
+    /// What the worker's attempts leave too little of.
+    #[must_use]
+    pub fn short(&self, worker: &WorkerRecord, used: &Used) -> Option<Unfit> {
+        let left = used.left_of(&worker.offer.resources);
+        Measure::ALL.into_iter().find_map(|what| {
+            let (asked, left, has) = (self.amounts.get(what), left.get(what), worker.offer.resources.get(what));
+            (asked > left).then_some(Unfit::Short { what, asked, left, has })
+        })
     }
 
     /// What the worker says it has less of than is asked; a worker that does not say has enough.
-    pub(crate) fn unfit_resources(&self, worker: &WorkerRecord) -> Option<Unfit> {
-        let has = &worker.offer.resources;
-        let lacks = |asked: u64, has: u64| has != 0 && asked > has;
-        if lacks(self.cpu_milli, has.cpu_milli) {
-            Some(Unfit::Resources("cpu"))
-        } else if lacks(self.memory_bytes, has.memory_bytes) {
-            Some(Unfit::Resources("memory"))
-        } else if lacks(self.disk_bytes, has.disk_bytes) {
-            Some(Unfit::Resources("disk"))
-        } else {
-            None
+    fn unfit_resources(&self, worker: &WorkerRecord) -> Option<Unfit> {
+        Measure::ALL.into_iter().find_map(|what| {
+            let (asked, has) = (self.amounts.get(what), worker.offer.resources.get(what));
+            (has != 0 && asked > has).then_some(Unfit::Resources { what, asked, has })
+        })
+    }
+
+    /// The same where no worker has a command of its own; `None` for asks that do not need one.
+    #[must_use]
+    pub fn without_own(&self) -> Option<Self> {
+        Some(Self { need: self.need.without_own()?, amounts: self.amounts })
+    }
+}
+
+impl Used {
+    /// With an attempt more.
+    pub(crate) fn add(&mut self, amounts: &Resources) {
+        for (sum, what) in self.0.iter_mut().zip(Measure::ALL) {
+            *sum += u128::from(amounts.get(what));
         }
+    }
+
+    /// With an attempt that was added before gone.
+    pub(crate) fn subtract(&mut self, amounts: &Resources) {
+        for (sum, what) in self.0.iter_mut().zip(Measure::ALL) {
+            *sum = sum.saturating_sub(u128::from(amounts.get(what)));
+        }
+    }
+
+    /// What is left of what a worker has.
+    #[must_use]
+    pub fn left_of(&self, has: &Resources) -> Resources {
+        let [cpu, memory, disk] = self.0;
+        Resources::of(|what| {
+            let used = match what {
+                Measure::Cpu => cpu,
+                Measure::Memory => memory,
+                Measure::Disk => disk,
+            };
+            match has.get(what) {
+                // Whoever has all that can be told has no limit.
+                0 | u64::MAX => u64::MAX,
+                has => u64::try_from(u128::from(has).saturating_sub(used)).unwrap_or(u64::MAX),
+            }
+        })
+    }
+}
+
+impl Room {
+    /// For nothing.
+    pub(crate) const NONE: Self = Self { slots: 0, left: Resources { cpu_milli: 0, memory_bytes: 0, disk_bytes: 0 } };
+
+    /// Whether an attempt that takes `amounts` finds room.
+    #[must_use]
+    pub fn fits(&self, amounts: &Resources) -> bool {
+        self.slots > 0 && Measure::ALL.into_iter().all(|what| amounts.get(what) <= self.left.get(what))
+    }
+
+    /// What is left after an attempt that takes `amounts`.
+    #[must_use]
+    pub fn without(&self, amounts: &Resources) -> Self {
+        let left = Resources::of(|what| match self.left.get(what) {
+            u64::MAX => u64::MAX,
+            left => left.saturating_sub(amounts.get(what)),
+        });
+        Self { slots: self.slots.saturating_sub(1), left }
     }
 }
 

@@ -10,7 +10,7 @@ use helix_model::{AttemptKey, BuildId, BuildState, Digest, LogTime, TaskIndex, W
 
 use crate::record::{BuildRecord, FinishedBuild, Pinned, Standing, TaskPhase, TaskRecord, Trust, WorkerRecord};
 
-use super::fit::unready;
+use super::fit::{Room, Used, unready};
 
 mod queue;
 
@@ -46,6 +46,8 @@ pub(crate) struct Index {
     pub(crate) queue: Queue,
     /// What runs where; a worker's load is the size of its set, and an empty set is not kept.
     pub(crate) running: BTreeMap<WorkerName, BTreeSet<AttemptKey>>,
+    /// What it takes there beside slots; nothing is kept of a worker that runs nothing.
+    pub(crate) used: BTreeMap<WorkerName, Used>,
     /// Ends of wall-clock limits that builds name, of attempts not asked to stop.
     pub(crate) limited: BTreeSet<(LogTime, AttemptKey)>,
     /// Beginnings of attempts under the policy's limit, not asked to stop.
@@ -127,6 +129,7 @@ impl Index {
         let Some(attempt) = task.running() else { return };
         let key = build.attempt_key(index, attempt.number);
         self.running.entry(attempt.worker.clone()).or_default().insert(key.clone());
+        self.used.entry(attempt.worker.clone()).or_default().add(&build.spec.resources);
         self.counts.load += 1;
         self.note_room(&attempt.worker, workers);
         if let Some(stop) = &attempt.stop {
@@ -148,8 +151,12 @@ impl Index {
         let key = build.attempt_key(index, attempt.number);
         if let Some(keys) = self.running.get_mut(&attempt.worker) {
             keys.remove(&key);
+            if let Some(used) = self.used.get_mut(&attempt.worker) {
+                used.subtract(&build.spec.resources);
+            }
             if keys.is_empty() {
                 self.running.remove(&attempt.worker);
+                self.used.remove(&attempt.worker);
             }
         }
         self.counts.load -= 1;
@@ -167,9 +174,13 @@ impl Index {
         self.running.get(worker).map_or(0, |keys| u32::try_from(keys.len()).unwrap_or(u32::MAX))
     }
 
+    pub(crate) fn used(&self, worker: &WorkerName) -> Used {
+        self.used.get(worker).copied().unwrap_or_default()
+    }
+
     fn note_room(&mut self, name: &WorkerName, workers: &Workers) {
         if let Some(worker) = workers.get(name) {
-            let room = room(worker, self.load(name));
+            let room = room(worker, self.load(name), &self.used(name));
             self.queue.set_room(worker, room);
         }
     }
@@ -207,7 +218,7 @@ impl Index {
             if let Trust::Quarantined { until, .. } = worker.trust {
                 self.quarantined.insert((until, worker.name.clone()));
             }
-            let room = room(worker, self.load(&worker.name));
+            let room = room(worker, self.load(&worker.name), &self.used(&worker.name));
             self.queue.learn_worker(worker, room);
         }
     }
@@ -252,13 +263,14 @@ fn standing(build: &BuildRecord) -> BuildState {
     if runs { BuildState::Running } else { BuildState::Queued }
 }
 
-/// How many more attempts the worker may be given: 0 unless it stands ready.
-fn room(worker: &WorkerRecord, load: u32) -> u32 {
-    match unready(worker, load) {
-        None if matches!(worker.trust, Trust::Probing { .. }) => 1,
-        None => worker.offer.capacity.saturating_sub(load),
-        Some(_) => 0,
+/// What more the worker may be given: nothing unless it stands ready.
+fn room(worker: &WorkerRecord, load: u32, used: &Used) -> Room {
+    if unready(worker, load).is_some() {
+        return Room::NONE;
     }
+    let probing = matches!(worker.trust, Trust::Probing { .. });
+    let slots = if probing { 1 } else { worker.offer.capacity.saturating_sub(load) };
+    Room { slots, left: used.left_of(&worker.offer.resources) }
 }
 
 fn each_blob(build: &BuildRecord, mut visit: impl FnMut(&Digest)) {

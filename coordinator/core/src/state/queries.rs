@@ -8,6 +8,7 @@ use helix_model::{AttemptKey, BuildId, Digest, LogTime, NodeId, WorkerName};
 use crate::record::{AttemptRecord, BuildRecord, FinishedBuild, NodeRecord, Policy, Tombstone, WorkerRecord};
 
 use super::State;
+use super::fit::Used;
 
 /// What the registry knows under an id.
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +106,12 @@ impl State {
     #[must_use]
     pub fn load_of(&self, name: &WorkerName) -> u32 {
         self.index.load(name)
+    }
+
+    /// What the attempts on the worker take beside slots.
+    #[must_use]
+    pub fn used_of(&self, name: &WorkerName) -> Used {
+        self.index.used(name)
     }
 
     /// How many more its capacity allows, whatever its condition.

@@ -4,10 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use helix_core::command::{self as cmd, Command, Outcome};
+use helix_core::command::{self as cmd, Command, Outcome, WorkerOffer};
 use helix_core::record::{Pinned, Policy};
 use helix_core::{Applied, State};
-use helix_model::{BuildSpec, LogTime, NodeId, OnWorkerLoss, Reason};
+use helix_model::{BuildSpec, LogTime, NodeId, OnWorkerLoss, Reason, Resources};
 use proptest::prelude::*;
 
 use crate::story::*;
@@ -20,6 +20,7 @@ enum Step {
     Due,
     Hear(u8),
     Wait(u64),
+    Claim,
 }
 
 fn any_key() -> impl Strategy<Value = String> {
@@ -34,10 +35,17 @@ fn any_worker() -> impl Strategy<Value = String> {
     (0..3u8).prop_map(|number| format!("w{number}"))
 }
 
+/// Few enough to meet, and one that no sum of 64 bits holds twice.
+fn any_amounts() -> impl Strategy<Value = Resources> {
+    let amount = || prop_oneof![6 => 0..4u64, 1 => Just(u64::MAX)];
+    (amount(), amount()).prop_map(|(cpu_milli, memory_bytes)| Resources { cpu_milli, memory_bytes, disk_bytes: 0 })
+}
+
 fn any_spec() -> impl Strategy<Value = BuildSpec> {
     let platforms = prop_oneof![3 => Just(0usize), 1 => Just(1), 1 => Just(2)];
-    (platforms, -1..2i32, 0..3u32, any::<bool>(), prop_oneof![Just(0u64), Just(5_000)], any::<bool>()).prop_map(
-        |(platforms, priority, retries, fail, timeout_ms, command)| {
+    let timeout = prop_oneof![Just(0u64), Just(5_000)];
+    (platforms, -1..2i32, 0..3u32, any::<bool>(), timeout, any::<bool>(), any_amounts()).prop_map(
+        |(platforms, priority, retries, fail, timeout_ms, command, resources)| {
             let platforms = ["linux/amd64", "linux/arm64"][..platforms].iter().map(|text| platform(text)).collect();
             let on_worker_loss = if fail { OnWorkerLoss::Fail } else { OnWorkerLoss::Rerun };
             let command = spec().command.filter(|_| command);
@@ -50,6 +58,7 @@ fn any_spec() -> impl Strategy<Value = BuildSpec> {
                 timeout_ms,
                 silence_timeout_ms,
                 command,
+                resources,
                 ..spec()
             }
         },
@@ -75,8 +84,8 @@ fn any_command() -> impl Strategy<Value = Command> {
         2 => (any_key(), prop::sample::select(vec![Reason::Timeout, Reason::Silence, Reason::Drained]))
             .prop_map(|(key, reason)| expire(&key, reason)),
         1 => any_key().prop_map(|key| end_unverified(&key)),
-        4 => (any_worker(), any_life(), 1..4u32, any::<bool>()).prop_map(|(worker, life, capacity, arm)| {
-            let mut offer = offer(capacity);
+        4 => (any_worker(), any_life(), 1..4u32, any::<bool>(), any_amounts()).prop_map(|(worker, life, capacity, arm, has)| {
+            let mut offer = WorkerOffer { resources: has, ..offer(capacity) };
             if arm {
                 offer.platforms.insert(platform("linux/arm64"));
                 offer.has_own_command = true;
@@ -114,6 +123,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         10 => any_command().prop_map(|command| Step::Apply(Box::new(command))),
         4 => (1..5usize).prop_map(Step::Schedule),
         2 => Just(Step::Due),
+        1 => Just(Step::Claim),
         3 => (0..3u8).prop_map(Step::Hear),
         2 => prop_oneof![Just(1u64), Just(1_000), Just(16_000), Just(61_000)].prop_map(Step::Wait),
     ]
@@ -138,6 +148,7 @@ fn tell(steps: Vec<Step>) -> Story {
                 }
             }
             Step::Wait(ms) => drop(story.wait(ms)),
+            Step::Claim => story.claim(),
         }
     }
     story

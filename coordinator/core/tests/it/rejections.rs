@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use helix_core::command::{self as cmd, Authority, Command, WorkerOffer};
 use helix_core::record::{BlobRef, Policy, SealedLog};
 use helix_core::{Applied, Rejection, Reply, Unfit};
-use helix_model::{BuildSpec, BuildState, ErrorCode, NodeId, Reason, Resources};
+use helix_model::{BuildSpec, BuildState, ErrorCode, Measure, NodeId, Reason, Resources};
 
 use crate::story::*;
 
@@ -110,7 +110,10 @@ fn unfit_workers() {
     assert_eq!(unfit(WorkerOffer { allows_job_commands: false, ..offer(1) }, spec()), Unfit::Command);
     let resources = |memory_bytes| Resources { memory_bytes, ..Resources::default() };
     let small = WorkerOffer { resources: resources(5), ..offer(1) };
-    assert_eq!(unfit(small, BuildSpec { resources: resources(6), ..spec() }), Unfit::Resources("memory"));
+    assert_eq!(
+        unfit(small, BuildSpec { resources: resources(6), ..spec() }),
+        Unfit::Resources { what: Measure::Memory, asked: 6, has: 5 }
+    );
 }
 
 #[test]

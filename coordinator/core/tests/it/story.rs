@@ -12,10 +12,10 @@ use helix_core::effect::Effect;
 use helix_core::record::{
     Applied, Artifact, BlobRef, BuildRecord, DrainedBy, Pinned, Row, RowChange, RowKey, SealedLog, TaskPhase,
 };
-use helix_core::{InFlight, Liveness, Reply, SessionState, State, WorkerLiveness, due, invariants, schedule};
+use helix_core::{InFlight, Known, Liveness, Reply, SessionState, State, WorkerLiveness, due, invariants, schedule};
 use helix_model::{
-    AttemptKey, AttemptNumber, BuildId, BuildSpec, Command as Run, Death, Digest, Executor, Instance, LogTime, NodeId,
-    Platform, Reason, TaskIndex, WorkerName,
+    AttemptKey, AttemptNumber, BuildId, BuildSpec, Command as Run, Death, Digest, Executor, Instance, LogTime, Measure,
+    NodeId, Platform, Reason, TaskIndex, WorkerName,
 };
 
 #[derive(Default)]
@@ -42,6 +42,9 @@ impl Story {
         let reply = self.state.apply(LogTime(self.now), &command, &mut out);
         self.state.finish_entry(&mut out);
         invariants::check(&self.state).unwrap_or_else(|why| panic!("after {command:?}: {why}"));
+        if let (Command::AssignTask(c), Reply::Done) = (&command, &reply) {
+            self.check_amounts(&c.worker);
+        }
         if let Reply::Rejected(_) = reply {
             let mut quiet = before;
             quiet.apply(
@@ -60,6 +63,20 @@ impl Story {
         self.effects = out.effects;
         self.log.push((self.now, command));
         reply
+    }
+
+    /// What runs on a worker that was given something just now asks for no more than it has.
+    fn check_amounts(&self, name: &WorkerName) {
+        let has = self.state.worker(name).unwrap().offer.resources;
+        let specs = self.state.running_on(name).map(|key| match self.state.build(&key.build) {
+            Some(Known::Open(build)) => build.spec.resources,
+            other => panic!("{key} runs and its build is {other:?}"),
+        });
+        let specs: Vec<_> = specs.collect();
+        for what in Measure::ALL.into_iter().filter(|what| !matches!(has.get(*what), 0 | u64::MAX)) {
+            let sum: u128 = specs.iter().map(|spec| u128::from(spec.get(what))).sum();
+            assert!(sum <= u128::from(has.get(what)), "{name} was given {sum} of {what:?} and has {has:?}");
+        }
     }
 
     fn note_effects(&mut self, effects: &[Effect]) {
@@ -146,6 +163,10 @@ impl Story {
             assert_eq!(self.apply(command), Reply::Done, "the scheduler proposed what cannot be");
         }
         count
+    }
+
+    pub fn claim(&mut self) {
+        self.liveness.claims = schedule::claims(&self.state, &self.liveness, LogTime(self.now));
     }
 
     pub fn due(&mut self) -> Vec<Command> {

@@ -91,8 +91,8 @@ pub(super) fn unsatisfiable_text(mut against: Vec<(WorkerName, Unfit)>) -> Strin
 }
 
 /// How far a worker of this kind is from fitting: what an operator changes most easily comes first.
-fn distance(unfit: &Unfit) -> u8 {
-    match unfit {
+fn distance(unfit: &Unfit) -> (u8, u64) {
+    let kind = match unfit {
         Unfit::Unhealthy
         | Unfit::Lost
         | Unfit::Detached
@@ -101,13 +101,20 @@ fn distance(unfit: &Unfit) -> u8 {
         | Unfit::Quarantined { .. }
         | Unfit::Probing
         | Unfit::Pressure(_)
+        | Unfit::Short { .. }
+        | Unfit::Claimed { .. }
         | Unfit::Full { .. } => 0,
-        Unfit::Resources(_) => 1,
+        Unfit::Resources { asked, has, .. } => {
+            // Among those that have too little, the one that has most of what is asked.
+            let lack = u128::from(asked.saturating_sub(*has)) * 1_000 / u128::from(*asked).max(1);
+            return (1, u64::try_from(lack).unwrap_or(u64::MAX));
+        }
         Unfit::Command => 2,
         Unfit::Label(_) => 3,
         Unfit::Executor => 4,
         Unfit::Platform => 5,
-    }
+    };
+    (kind, 0)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
-//! Waiting tasks in queues of equal asks, and for each kind of need the workers with room, most room first.
+//! Waiting tasks in queues of equal asks, and for each ask the workers with room for it, most room first.
 //!
-//! A change of one worker's room costs a logarithm for each need that is kept, and a placement costs a few. Needs that nobody
+//! A change of one worker's room costs a logarithm for each ask that is kept, and a placement costs a few. Asks that nobody
 //! waits for are kept for a while, because the next build likely has one of them; how many is bounded.
 
 use std::cmp::Reverse;
@@ -10,12 +10,12 @@ use std::sync::Arc;
 use helix_model::{BuildSpec, LogTime, Platform, WorkerName};
 
 use crate::record::WorkerRecord;
-use crate::state::fit::{Ask, Need};
+use crate::state::fit::{Ask, Room};
 
 use super::{Waiting, Workers};
 
-/// Needs without a waiting task that are kept, at most: each costs a little whenever a worker's room changes.
-const IDLE_NEEDS_MAX: usize = 64;
+/// Asks without a waiting task that are kept, at most: each costs a little whenever a worker's room changes.
+const IDLE_ASKS_MAX: usize = 64;
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Queue {
@@ -25,18 +25,18 @@ pub(crate) struct Queue {
     pub(crate) heads: BTreeMap<Waiting, Arc<Ask>>,
     /// Tasks in their back-off.
     pub(crate) resting: BTreeSet<(LogTime, Waiting)>,
-    /// Workers for each need.
-    pub(crate) fits: BTreeMap<Need, Fit>,
+    /// Workers for each ask.
+    pub(crate) fits: BTreeMap<Ask, Fit>,
     /// Workers with room, and how much.
-    pub(crate) rooms: BTreeMap<WorkerName, u32>,
-    /// The sum of all room.
-    pub(crate) room: u64,
+    pub(crate) rooms: BTreeMap<WorkerName, Room>,
+    /// The sum of all slots in it.
+    pub(crate) slots: u64,
 }
 
-/// The workers that fit a need.
+/// The workers that fit an ask.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub(crate) struct Fit {
-    /// Those with room, most first, then by name.
+    /// Those with room for it, most slots first, then by name.
     pub(crate) free: BTreeSet<(Reverse<u32>, WorkerName)>,
     /// How many workers fit, whatever their condition.
     pub(crate) able: usize,
@@ -44,18 +44,18 @@ pub(crate) struct Fit {
     waiting: usize,
 }
 
-/// Equal up to needs that are kept although nobody waits for them.
+/// Equal up to asks that are kept although nobody waits for them.
 impl PartialEq for Queue {
     fn eq(&self, other: &Self) -> bool {
-        let awaited = |queue: &Self| -> Vec<(Need, Fit)> {
+        let awaited = |queue: &Self| -> Vec<(Ask, Fit)> {
             let fits = queue.fits.iter().filter(|(_, fit)| fit.waiting > 0);
-            fits.map(|(need, fit)| (need.clone(), fit.clone())).collect()
+            fits.map(|(ask, fit)| (ask.clone(), fit.clone())).collect()
         };
         self.ready == other.ready
             && self.heads == other.heads
             && self.resting == other.resting
             && self.rooms == other.rooms
-            && self.room == other.room
+            && self.slots == other.slots
             && awaited(self) == awaited(other)
     }
 }
@@ -71,8 +71,8 @@ impl Queue {
         workers: &Workers,
     ) {
         let ask = Ask::of(spec, platform);
-        for need in std::iter::once(ask.need.clone()).chain(ask.need.without_own()) {
-            self.fit_of(need, workers).waiting += 1;
+        for ask in std::iter::once(ask.clone()).chain(ask.without_own()) {
+            self.fit_of(ask, workers).waiting += 1;
         }
         if not_before > now {
             self.resting.insert((not_before, waiting));
@@ -89,12 +89,12 @@ impl Queue {
         platform: Option<&Platform>,
     ) {
         let ask = Ask::of(spec, platform);
-        for need in std::iter::once(ask.need.clone()).chain(ask.need.without_own()) {
+        for ask in std::iter::once(ask.clone()).chain(ask.without_own()) {
             let kept = self.fits.len();
-            if let Some(fit) = self.fits.get_mut(&need) {
+            if let Some(fit) = self.fits.get_mut(&ask) {
                 fit.waiting = fit.waiting.saturating_sub(1);
-                if fit.waiting == 0 && kept > IDLE_NEEDS_MAX {
-                    self.fits.remove(&need);
+                if fit.waiting == 0 && kept > IDLE_ASKS_MAX {
+                    self.fits.remove(&ask);
                 }
             }
         }
@@ -144,56 +144,57 @@ impl Queue {
         }
     }
 
-    fn fit_of(&mut self, need: Need, workers: &Workers) -> &mut Fit {
+    fn fit_of(&mut self, ask: Ask, workers: &Workers) -> &mut Fit {
         let rooms = &self.rooms;
-        self.fits.entry(need).or_insert_with_key(|need| {
+        self.fits.entry(ask).or_insert_with_key(|ask| {
             let mut fit = Fit::default();
-            for worker in workers.values().filter(|worker| need.unfit(worker).is_none()) {
+            for worker in workers.values().filter(|worker| ask.unfit(worker).is_none()) {
                 fit.able += 1;
-                if let Some(room) = rooms.get(&worker.name) {
-                    fit.free.insert((Reverse(*room), worker.name.clone()));
+                if let Some(room) = rooms.get(&worker.name).filter(|room| room.fits(&ask.amounts)) {
+                    fit.free.insert((Reverse(room.slots), worker.name.clone()));
                 }
             }
             fit
         })
     }
 
-    pub(crate) fn learn_worker(&mut self, worker: &WorkerRecord, room: u32) {
-        for (need, fit) in &mut self.fits {
-            fit.able += usize::from(need.unfit(worker).is_none());
+    pub(crate) fn learn_worker(&mut self, worker: &WorkerRecord, room: Room) {
+        for (ask, fit) in &mut self.fits {
+            fit.able += usize::from(ask.unfit(worker).is_none());
         }
         self.set_room(worker, room);
     }
 
     pub(crate) fn forget_worker(&mut self, worker: &WorkerRecord) {
-        self.set_room(worker, 0);
-        for (need, fit) in &mut self.fits {
-            fit.able -= usize::from(need.unfit(worker).is_none());
+        self.set_room(worker, Room::NONE);
+        for (ask, fit) in &mut self.fits {
+            fit.able -= usize::from(ask.unfit(worker).is_none());
         }
     }
 
     /// Takes in how much room the worker has now.
-    pub(crate) fn set_room(&mut self, worker: &WorkerRecord, room: u32) {
+    pub(crate) fn set_room(&mut self, worker: &WorkerRecord, room: Room) {
         let name = &worker.name;
-        let before = self.rooms.get(name).copied().unwrap_or(0);
+        let before = self.rooms.get(name).copied().unwrap_or(Room::NONE);
+        let room = if room.slots == 0 { Room::NONE } else { room };
         if before == room {
             return;
         }
-        self.room = self.room - u64::from(before) + u64::from(room);
-        if room == 0 {
+        self.slots = self.slots - u64::from(before.slots) + u64::from(room.slots);
+        if room.slots == 0 {
             self.rooms.remove(name);
         } else {
             self.rooms.insert(name.clone(), room);
         }
-        for (need, fit) in &mut self.fits {
-            if need.unfit(worker).is_some() {
+        for (ask, fit) in &mut self.fits {
+            if ask.need.unfit(worker).is_some() {
                 continue;
             }
-            if before > 0 {
-                fit.free.remove(&(Reverse(before), name.clone()));
+            if before.fits(&ask.amounts) {
+                fit.free.remove(&(Reverse(before.slots), name.clone()));
             }
-            if room > 0 {
-                fit.free.insert((Reverse(room), name.clone()));
+            if room.fits(&ask.amounts) {
+                fit.free.insert((Reverse(room.slots), name.clone()));
             }
         }
     }
