@@ -91,6 +91,7 @@ pub fn start(services: Arc<Services>, key: AttemptKey, begin: Begin, events: mps
         events,
         progress: watch::Sender::new(Progress::default()),
         last_output_ms: Arc::clone(&last_output_ms),
+        runner: None,
         push: None,
     };
     Handle { wishes, last_output_ms, task: AbortOnDropHandle::new(tokio::spawn(attempt.run(begin))) }
@@ -131,6 +132,8 @@ struct Attempt {
     events: mpsc::Sender<Event>,
     progress: watch::Sender<Progress>,
     last_output_ms: Arc<AtomicU64>,
+    /// The connection that a runner was started with, until it is followed.
+    runner: Option<std::os::unix::net::UnixStream>,
     /// Pushes the live log; ends with this task.
     push: Option<AbortOnDropHandle<()>>,
 }

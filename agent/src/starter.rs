@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
@@ -23,7 +24,7 @@ const SLOTS_MAX: usize = 2 * helix_model::limits::WORKER_CAPACITY_MAX as usize;
 
 struct Start {
     dir: AttemptDir,
-    done: oneshot::Sender<io::Result<u32>>,
+    done: oneshot::Sender<io::Result<(u32, UnixStream)>>,
 }
 
 /// Starts runners by way of the forkers, which end with it.
@@ -58,16 +59,16 @@ impl Starter {
         Ok(Self { tx: Some(tx), thread: Some(thread) })
     }
 
-    /// Starts a runner for a directory that has an order.
+    /// Starts a runner for a directory that has an order, and gives a connection to it.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub async fn start(&self, dir: AttemptDir) -> io::Result<u32> {
+    pub async fn start(&self, dir: AttemptDir) -> io::Result<UnixStream> {
         let gone = || io::Error::other("the agent is ending");
         let (done, answer) = oneshot::channel();
         let tx = self.tx.as_ref().ok_or_else(gone)?;
         tx.send(Start { dir, done }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        Ok(answer.await.map_err(|_| gone())??.1)
     }
 }
 
@@ -88,7 +89,7 @@ enum Forkers {
 }
 
 impl Forkers {
-    fn start_runner(&mut self, dir: &AttemptDir) -> io::Result<u32> {
+    fn start_runner(&mut self, dir: &AttemptDir) -> io::Result<(u32, UnixStream)> {
         match self {
             Self::One(forker) => forker.start_runner(dir),
             // The runner is counted before this returns, so the next one finds the slot taken.

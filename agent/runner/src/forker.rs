@@ -3,14 +3,19 @@
 //! A fork of the agent is slow, and an exec per runner not free. So one tiny helper, `helix-runner --forker`, stays
 //! beside the agent and forks runners off itself: no exec, no threads, two megabytes. It ends when the agent does;
 //! its runners go on. One that died is replaced at the next start.
+//!
+//! With each path goes one end of a connection, which is the runner's first: the agent need not wait until it listens.
 
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::io::{self, IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::codec::{Decoder, Encoder};
 use crate::control::{self, Frames};
@@ -65,25 +70,27 @@ impl Forker {
         self.helper.as_ref().map(|helper| helper.child.id())
     }
 
-    /// Starts a runner for an attempt whose order is written. Returns its pid as soon as it is forked; whether it took
-    /// the order shows [`crate::inspect`]. Safe to repeat: only the first runner in a directory runs the command.
+    /// Starts a runner for an attempt whose order is written. Returns its pid as soon as it is forked, and a connection
+    /// as [`control::connect`] would make it later; whether it took the order shows [`crate::inspect`]. Safe to
+    /// repeat: only the first runner in a directory runs the command.
     ///
     /// # Errors
     /// When neither the helper nor a new one in its place could fork.
-    pub fn start_runner(&mut self, dir: &AttemptDir) -> io::Result<u32> {
+    pub fn start_runner(&mut self, dir: &AttemptDir) -> io::Result<(u32, UnixStream)> {
         let path = std::path::absolute(dir.root())?;
+        let (ours, theirs) = UnixStream::pair()?;
         let answer = match &mut self.helper {
-            Some(helper) => helper.ask(&path),
+            Some(helper) => helper.ask(&path, theirs.as_fd()),
             None => Err(io::ErrorKind::NotConnected.into()),
         };
         let answer = match answer {
             Ok(answer) => answer,
             Err(_) => {
                 self.helper = None;
-                self.helper.insert(Helper::start(&self.program, self.group.as_deref())?).ask(&path)?
+                self.helper.insert(Helper::start(&self.program, self.group.as_deref())?).ask(&path, theirs.as_fd())?
             }
         };
-        answer.map_err(io::Error::from_raw_os_error)
+        answer.map(|pid| (pid, ours)).map_err(io::Error::from_raw_os_error)
     }
 }
 
@@ -108,9 +115,18 @@ impl Helper {
         Ok(helper)
     }
 
-    fn ask(&mut self, path: &Path) -> io::Result<Answer> {
+    fn ask(&mut self, path: &Path, connection: BorrowedFd<'_>) -> io::Result<Answer> {
         let Some(socket) = &mut self.socket else { return Err(io::ErrorKind::NotConnected.into()) };
-        socket.write_all(&control::frame(path.as_os_str().as_bytes()))?;
+        let frame = control::frame(path.as_os_str().as_bytes());
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = SendAncillaryBuffer::new(&mut space);
+        let connection = [connection];
+        if !rights.push(SendAncillaryMessage::ScmRights(&connection)) {
+            return Err(io::Error::other("no room for a descriptor"));
+        }
+        // The descriptor goes with the first byte.
+        let sent = sendmsg(&*socket, &[IoSlice::new(&frame)], &mut rights, SendFlags::NOSIGNAL)?;
+        socket.write_all(&frame[sent..])?;
         let mut answer = [0; 12];
         socket.read_exact(&mut answer)?;
         let mut frames = Frames::default();

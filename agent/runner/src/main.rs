@@ -13,7 +13,9 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match (arguments.next(), arguments.next()) {
         (Some(word), None) if word == "--forker" => fork_server::serve(),
-        (Some(word), None) if !word.as_encoded_bytes().starts_with(b"-") => run::run(word.as_ref()),
+        (Some(word), None) if !word.as_encoded_bytes().starts_with(b"-") => {
+            run::run(word.as_ref(), run::Input::Nothing)
+        }
         _ => {
             eprintln!("usage: helix-runner ATTEMPT_DIR | helix-runner --forker\nthe agent starts it; never by hand");
             ExitCode::from(2)

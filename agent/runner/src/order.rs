@@ -148,16 +148,12 @@ impl Order {
         let cgroup = Some(field(&mut fields, "cgroup")?).filter(|path| !path.is_empty()).map(PathBuf::from);
         let (wall_ms, silence_ms) = (optional_ms(&mut fields)?, optional_ms(&mut fields)?);
         let (grace_ms, leftover_ms, log_bytes_max) = (fields.u64()?, fields.u64()?, fields.u64()?);
-        // An order of an agent before there was isolation ends here.
-        let isolation = match if fields.is_empty() { 0 } else { fields.u8()? } {
+        let isolation = match fields.u8()? {
             0 => None,
             tool => Some(Isolation::decode(tool, &mut fields)?),
         };
-        // An order of an agent before there were limits ends here; who sweeps up after its runner has to read it.
-        let limits = if fields.is_empty() { Limits::default() } else { Limits::decode(fields.bytes()?)? };
-        // As does one from before there were secrets.
-        let secrets = if fields.is_empty() { OsString::new() } else { field(&mut fields, "secrets")? };
-        let secrets = Some(secrets).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let limits = Limits::decode(fields.bytes()?)?;
+        let secrets = Some(field(&mut fields, "secrets")?).filter(|path| !path.is_empty()).map(PathBuf::from);
         fields.end()?;
         let order = Self {
             argv,
@@ -239,15 +235,6 @@ mod tests {
             Order { secrets: None, user: None, cgroup: None, wall_ms: None, silence_ms: Some(5), argv: vec![], ..full };
         assert_eq!(Order::decode(&bare.encode()), Ok(bare.clone()));
         assert_eq!(bare.variable("A"), Some(OsStr::new("")));
-    }
-
-    #[test]
-    fn an_order_from_before_limits_has_none() {
-        let order = Order { limits: Limits::default(), ..order() };
-        let sealed = order.encode();
-        let body = codec::unseal(&KIND, &sealed).unwrap();
-        let before = &body[..body.len() - 4 - order.limits.encode().len()];
-        assert_eq!(Order::decode(&codec::seal(&KIND, before)), Ok(order));
     }
 
     #[test]

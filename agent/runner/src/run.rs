@@ -15,6 +15,7 @@ mod setup;
 mod tree;
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -35,10 +36,19 @@ const RESULT_RETRY: Duration = Duration::from_millis(100);
 /// Room in the journal for what is still to be noted: the command, and the result.
 const RESERVED_BYTES: u32 = OUTCOME_BYTES_MAX as u32 + 512;
 
+/// What standard input is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Input {
+    /// Nothing of ours.
+    Nothing,
+    /// The first connection.
+    Connection,
+}
+
 /// Runs the attempt in this directory.
-pub(crate) fn run(dir: &Path) -> ExitCode {
+pub(crate) fn run(dir: &Path, input: Input) -> ExitCode {
     let clock = Clock::start();
-    match take(dir) {
+    match take(dir, input) {
         Ok(Some(mut taken)) => {
             let (outcome, connections) =
                 perform(&mut taken, clock).unwrap_or_else(|error| (not_started(clock, &error), None));
@@ -61,11 +71,13 @@ struct Taken {
     dir: AttemptDir,
     journal: Journal,
     writer: JournalWriter,
+    connection: Option<UnixStream>,
 }
 
 /// Takes the order, if nobody did before.
-fn take(path: &Path) -> io::Result<Option<Taken>> {
+fn take(path: &Path, input: Input) -> io::Result<Option<Taken>> {
     setup::own_process()?;
+    let connection = if input == Input::Connection { Some(setup::connection_from_input()?) } else { None };
     // From here on all names are relative, however long the path, and stay right if the directory is moved.
     std::env::set_current_dir(path)?;
     let dir = AttemptDir::new(".");
@@ -76,14 +88,14 @@ fn take(path: &Path) -> io::Result<Option<Taken>> {
     }
     let own = Process::read(std::process::id()).ok_or(io::ErrorKind::NotFound)?;
     Notes::write_runner(&mut writer, own.id)?;
-    Ok(Some(Taken { dir, journal, writer }))
+    Ok(Some(Taken { dir, journal, writer, connection }))
 }
 
 /// Does what is ordered. An error is one from before the command was started.
 fn perform(taken: &mut Taken, clock: Clock) -> io::Result<(Outcome, Option<Connections>)> {
     taken.writer.reserve(RESERVED_BYTES)?;
     let order = Order::of(&taken.journal)?;
-    let mut attempt = Attempt::prepare(&taken.dir, order, clock)?;
+    let mut attempt = Attempt::prepare(&taken.dir, order, clock, taken.connection.take())?;
     if attempt.start(&mut taken.writer) {
         attempt.work();
     }

@@ -40,7 +40,11 @@ impl Attempt {
         let mut waited = Duration::ZERO;
         let mut starts = 1;
         loop {
-            if let Ok(stream) = connect(&self.dir) {
+            let connected = match self.runner.take() {
+                Some(stream) => for_tokio(stream),
+                None => control::connect(&self.dir).and_then(for_tokio),
+            };
+            if let Ok(stream) = connected {
                 wait = Duration::from_millis(1);
                 if let Err(error) = self.watch_runner(stream).await {
                     tracing::debug!(attempt = %self.key, %error, "a connection to a runner broke");
@@ -54,7 +58,7 @@ impl Attempt {
                 AttemptState::NotStarted if waited < LISTEN_LIMIT => {}
                 AttemptState::NotStarted if starts < STARTS_MAX => {
                     (starts, waited) = (starts + 1, Duration::ZERO);
-                    self.services.starter.start(self.dir.clone()).await?;
+                    self.runner = Some(self.services.starter.start(self.dir.clone()).await?);
                 }
                 AttemptState::NotStarted => {
                     self.kill().await?;
@@ -127,8 +131,7 @@ fn stop_request(cause: StopCause) -> Request {
     }
 }
 
-fn connect(dir: &AttemptDir) -> io::Result<UnixStream> {
-    let stream = control::connect(dir)?;
+fn for_tokio(stream: std::os::unix::net::UnixStream) -> io::Result<UnixStream> {
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)
 }
@@ -165,7 +168,7 @@ async fn until(moment: Option<Instant>) {
 
 /// Stops a runner and waits until it closes the connection; [`helix_runner::inspect`] then tells.
 pub(super) async fn stop_and_wait(dir: &AttemptDir, reason: Reason, grace_ms: u64) -> io::Result<()> {
-    let mut stream = match connect(dir) {
+    let mut stream = match control::connect(dir).and_then(for_tokio) {
         Ok(stream) => stream,
         // It ended just now, or listens in a moment.
         Err(_) => {

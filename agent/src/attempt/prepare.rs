@@ -81,10 +81,13 @@ impl Attempt {
         };
         blocking(move || order.write(&dir)).await.map_err(|error| host("cannot write the order", &error))?;
         // From here on a runner may have it: whatever fails now, the directory tells.
-        if let Err(error) = self.services.starter.start(self.dir.clone()).await {
-            let dir = self.dir.clone();
-            if blocking(move || journal::withdraw(&dir)).await.unwrap_or(false) {
-                return Err(host("cannot start a runner", &error));
+        match self.services.starter.start(self.dir.clone()).await {
+            Ok(connection) => self.runner = Some(connection),
+            Err(error) => {
+                let dir = self.dir.clone();
+                if blocking(move || journal::withdraw(&dir)).await.unwrap_or(false) {
+                    return Err(host("cannot start a runner", &error));
+                }
             }
         }
         Ok(())

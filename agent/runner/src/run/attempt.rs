@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -74,10 +75,15 @@ pub(crate) struct Attempt {
 
 impl Attempt {
     /// Opens all that is needed to run the order.
-    pub(crate) fn prepare(dir: &AttemptDir, order: Order, clock: Clock) -> io::Result<Self> {
+    pub(crate) fn prepare(
+        dir: &AttemptDir,
+        order: Order,
+        clock: Clock,
+        connection: Option<UnixStream>,
+    ) -> io::Result<Self> {
         let spool = SpoolWriter::open(dir, order.log_bytes_max)?;
         let signals = setup::signal_descriptor()?;
-        let connections = Connections::listen(dir)?;
+        let connections = Connections::listen(dir, connection)?;
         // Without a cgroup it works too, and the tree is searched instead.
         let cgroup = order.cgroup.as_deref().and_then(|path| Cgroup::create(path).ok());
         let groups = Groups::create(&order.limits.groups, cgroup.as_ref()).inspect_err(|_| {

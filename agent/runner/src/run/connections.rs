@@ -40,12 +40,17 @@ enum Watch {
 }
 
 impl Connections {
-    /// Listens. Paths are relative to the attempt's directory, so they are short.
-    pub(crate) fn listen(dir: &AttemptDir) -> io::Result<Self> {
+    /// Listens, with a connection that whoever started us brought along. Paths are relative to the attempt's directory, so
+    /// they are short.
+    pub(crate) fn listen(dir: &AttemptDir, first: Option<UnixStream>) -> io::Result<Self> {
         let listener = UnixListener::bind(dir.control())?;
         fs::set_permissions(dir.control(), fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, open: Vec::new() })
+        let mut connections = Self { listener, open: Vec::new() };
+        if let Some(stream) = first {
+            connections.add(stream);
+        }
+        Ok(connections)
     }
 
     /// What to wait for.
@@ -67,12 +72,17 @@ impl Connections {
     pub(crate) fn serve(&mut self, mut answer: impl FnMut(Request) -> Option<Event>) {
         while let Ok((stream, _)) = self.listener.accept() {
             let welcome = self.open.len() < CONNECTIONS_MAX && is_outsider(&stream);
-            if welcome && stream.set_nonblocking(true).is_ok() {
-                let frames = Frames::default();
-                self.open.push(Connection { stream, frames, answers: Vec::new(), watch: Watch::Off });
+            if welcome {
+                self.add(stream);
             }
         }
         self.open.retain_mut(|connection| connection.serve(&mut answer).is_ok());
+    }
+
+    fn add(&mut self, stream: UnixStream) {
+        if stream.set_nonblocking(true).is_ok() {
+            self.open.push(Connection { stream, frames: Frames::default(), answers: Vec::new(), watch: Watch::Off });
+        }
     }
 
     /// Tells the watchers that the spool has lines up to this one.

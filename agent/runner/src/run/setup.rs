@@ -3,7 +3,8 @@
 #![allow(unsafe_code)] // prctl, close_range, sigprocmask and signalfd exist in libc only.
 
 use std::io;
-use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 /// Its own session, adopter of all orphans below it, opaque to processes of the same user, and no descriptor from
 /// whoever started it but 0, 1 and 2.
@@ -20,6 +21,16 @@ pub(crate) fn own_process() -> io::Result<()> {
         check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) as libc::c_int)?;
     }
     Ok(())
+}
+
+/// The connection that is standard input, which is nothing from now on.
+pub(crate) fn connection_from_input() -> io::Result<UnixStream> {
+    let null = std::fs::File::open("/dev/null")?;
+    // SAFETY: descriptor 0 is open and owned by no value; the copy is new.
+    let copy = unsafe { OwnedFd::from_raw_fd(check(libc::fcntl(0, libc::F_DUPFD_CLOEXEC, 3))?) };
+    // SAFETY: as above.
+    check(unsafe { libc::dup2(null.as_raw_fd(), 0) })?;
+    Ok(UnixStream::from(copy))
 }
 
 /// Signals as a descriptor: SIGCHLD, and SIGTERM, which a host sends to all when it goes down.

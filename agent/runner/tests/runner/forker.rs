@@ -1,6 +1,8 @@
 //! Starting runners through the forker.
 
-use std::time::Instant;
+use std::io::Read as _;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use helix_runner::{AttemptDir, AttemptState, End, Forker, Growth, inspect};
 use rustix::process::Signal;
@@ -8,6 +10,12 @@ use rustix::process::Signal;
 use crate::support::{Attempt, is_alive, kill, records, until, ways};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_helix-runner");
+
+/// Reads until the runner closes its end.
+fn ends(mut connection: UnixStream) {
+    connection.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    connection.read_to_end(&mut Vec::new()).unwrap();
+}
 
 fn ended(dir: &AttemptDir) -> Option<helix_runner::Outcome> {
     match inspect(dir).unwrap() {
@@ -24,7 +32,7 @@ fn runners_outlive_the_forker() {
     rustix::fs::mknodat(rustix::fs::CWD, &gate, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     attempt.write_order();
     let mut forker = Forker::start(PROGRAM).unwrap();
-    let pid = forker.start_runner(&attempt.dir).unwrap();
+    let (pid, _connection) = forker.start_runner(&attempt.dir).unwrap();
     attempt.says("ready");
     assert_eq!(inspect(&attempt.dir).unwrap(), AttemptState::Running { pid });
     drop(forker);
@@ -40,7 +48,8 @@ fn a_forker_that_died_is_replaced() {
     for round in 0..3 {
         let attempt = Attempt::new("exit 5");
         attempt.write_order();
-        let runner = forker.start_runner(&attempt.dir).unwrap();
+        let (runner, connection) = forker.start_runner(&attempt.dir).unwrap();
+        ends(connection);
         assert_eq!(until("its end", || ended(&attempt.dir)).end, End::Exited(5));
         until("its process to be gone", || (!is_alive(runner)).then_some(()));
         if round < 2 {
