@@ -30,6 +30,7 @@ use tokio_util::task::AbortOnDropHandle;
 use self::workdir::{Workdir, remove_tree};
 use crate::blocking::blocking;
 use crate::host::unix_ms;
+use crate::secrets::Secrets;
 use crate::services::Services;
 use crate::stores::live::Progress;
 
@@ -278,14 +279,29 @@ impl Attempt {
         }
     }
 
-    /// Removes the workdir, whatever it takes.
+    /// Removes the workdir and the secrets, whatever it takes.
     async fn remove_workdir(&self) {
+        self.remove_secrets().await;
         loop {
             let workdir = self.workdir.clone();
             match blocking(move || workdir.remove()).await {
                 Ok(()) => return,
                 Err(error) => {
                     tracing::error!(attempt = %self.key, %error, "the workdir cannot be removed; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Removes the secrets, whatever it takes.
+    async fn remove_secrets(&self) {
+        loop {
+            let (secrets, key) = (Secrets::of(self.services.data.instance()), self.key.clone());
+            match blocking(move || secrets.remove(&key)).await {
+                Ok(()) => return,
+                Err(error) => {
+                    tracing::error!(attempt = %self.key, %error, "secrets cannot be removed; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
             }

@@ -13,6 +13,9 @@ use helix_model::limits::{OUTPUT_NAME_DEFAULT, WORKER_CAPACITY_MAX};
 use helix_model::{BuildSpec, Outputs, Platform, WorkerName};
 use serde::{Deserialize, Serialize};
 
+use crate::policy::PolicyConfig;
+use crate::secrets::{self, SecretConfig};
+
 /// What the configuration file holds.
 #[derive(Clone, PartialEq, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -64,6 +67,12 @@ pub struct Config {
     /// Container builds: no keys yet.
     #[serde(default)]
     pub podman: PodmanConfig,
+    /// What this host's owner allows.
+    #[serde(default)]
+    pub policy: PolicyConfig,
+    /// Secrets that builds may name.
+    #[serde(default)]
+    pub secrets: BTreeMap<String, SecretConfig>,
 }
 
 /// See [`Config::log`].
@@ -258,6 +267,7 @@ impl Config {
         self.resolve_paths(directory)?;
         self.check_exec()?;
         self.limits.check()?;
+        self.check_policy(directory)?;
         Ok(self)
     }
 
@@ -276,6 +286,20 @@ impl Config {
         let spec =
             BuildSpec { labels: self.labels.clone(), repo_url: "https://h/p".to_owned(), ..BuildSpec::default() };
         spec.validate().map_err(|invalid| ConfigWrong { key: "labels", why: invalid.why })
+    }
+
+    fn check_policy(&mut self, directory: &Path) -> Result<(), ConfigWrong> {
+        self.policy.check()?;
+        if !self.platforms.iter().any(|platform| self.policy.allows_platform(platform)) {
+            return wrong(
+                "policy.platforms",
+                format!("allows none of {}: nothing could be built", self.platforms.join(", ")),
+            );
+        }
+        if self.policy.executors.is_empty() {
+            return wrong("policy.executors", "is empty: nothing could be built");
+        }
+        secrets::check(&mut self.secrets, directory)
     }
 
     fn check_isolation(&self) -> Result<(), ConfigWrong> {
@@ -402,6 +426,12 @@ mod tests {
             (&format!("{GOOD}[exec]\noutput_name = '../x'"), "`exec.output_name`"),
             (&format!("{GOOD}[exec]\nenv = {{ LD_PRELOAD = 'x' }}"), "`exec.env`"),
             (&format!("{GOOD}[exec]\nshel = 'x'"), "exec.shell"),
+            (&format!("{GOOD}[policy]\nrepositories = ['example.com']"), "`policy.repositories`"),
+            (&format!("{GOOD}[policy]\nplatforms = ['plan9/mips']"), "`policy.platforms`"),
+            (&format!("{GOOD}[policy]\nexecutors = []"), "`policy.executors`"),
+            (&format!("{GOOD}[policy]\nrepos = []"), "policy.repositories"),
+            (&format!("{GOOD}[secrets.a]\nfile = 'x'"), "`secrets`: a: repositories"),
+            (&format!("{GOOD}[secrets.a]\nfiel = 'x'"), "fiel"),
             (&format!("{GOOD}[log]\nfilter = 'a=b=c'"), "`log.filter`"),
             (&format!("{GOOD}[limits]\nprocesses = 1"), "`limits.processes`"),
             (&format!("{GOOD}[limits]\ncpu_milli = 2000\ncpu_milli_max = 1000"), "`limits.cpu_milli`"),

@@ -26,5 +26,7 @@ pub(crate) fn config(data_dir: &Path) -> Config {
         limits: crate::config::LimitsConfig::default(),
         resources: crate::config::ResourcesConfig::default(),
         podman: PodmanConfig::default(),
+        policy: crate::policy::PolicyConfig::default(),
+        secrets: std::collections::BTreeMap::new(),
     }
 }

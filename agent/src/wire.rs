@@ -14,7 +14,7 @@ use crate::config::Config;
 pub fn offer(config: &Config, limits: &str) -> agent::Offer {
     let resources = &config.resources;
     let disk = helix_common::files::available_bytes(&config.exec.base_dir).unwrap_or(0);
-    agent::Offer {
+    let mut offer = agent::Offer {
         address: config.address.clone(),
         capacity: config.capacity,
         platforms: config.platforms.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect(),
@@ -27,7 +27,11 @@ pub fn offer(config: &Config, limits: &str) -> agent::Offer {
         memory_bytes: lowered(crate::host::memory_bytes(), resources.memory_bytes),
         disk_bytes: lowered(disk, resources.disk_bytes),
         limits: limits.to_owned(),
-    }
+    };
+    // What policy would refuse is better not sent.
+    offer.executors.retain(|executor| config.policy.allows_executor(executor));
+    offer.platforms.retain(|platform| config.policy.allows_platform(platform));
+    offer
 }
 
 /// What the host has, or less where the configuration says so. 0 is unknown or unsaid.

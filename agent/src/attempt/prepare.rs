@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use helix_agent_core::{Assignment, Event, StopCause, Verdict};
-use helix_model::{Command, Executor, Reason};
+use helix_model::{BuildSpec, Command, Executor, Reason};
 use helix_runner::journal;
 use helix_runner::{Order, Privileges};
 use tokio_stream::StreamExt as _;
@@ -17,6 +17,8 @@ use super::Attempt;
 use super::environment::environment;
 use crate::blocking::blocking;
 use crate::config::{Config, ExecConfig};
+use crate::policy;
+use crate::secrets::Secrets;
 use crate::source::archive::{Limits, unpack};
 use crate::source::git::Resolved;
 use crate::source::{SourceError, reason_of};
@@ -74,6 +76,7 @@ impl Attempt {
             limits,
             secrets: None,
         };
+        let order = self.with_secrets(order, spec).await?;
         let dir = self.dir.clone();
         let host = |what: &str, error: &io::Error| Verdict::Failed {
             reason: reason_of(error),
@@ -91,6 +94,23 @@ impl Attempt {
             }
         }
         Ok(())
+    }
+
+    /// Lays out the secrets that the build names, and has the order show them.
+    async fn with_secrets(&self, mut order: Order, spec: &BuildSpec) -> Result<Order, Verdict> {
+        let secrets = Secrets::of(self.services.data.instance());
+        let laid_out = tokio::select! {
+            cause = self.stop_wished() => return Err(stopped(cause)),
+            laid_out = secrets.lay_out(&self.services.config, spec, &self.key) => laid_out,
+        };
+        let Some(laid_out) = laid_out.map_err(|(reason, message)| Verdict::Failed { reason, message })? else {
+            return Ok(order);
+        };
+        let shown = blocking(move || laid_out.show(&mut order).map(|()| order)).await;
+        shown.map_err(|error| Verdict::Failed {
+            reason: reason_of(&error),
+            message: format!("cannot show the secrets to the build: {error}"),
+        })
     }
 
     /// Makes the workdir with the source in it. Gives the commit, if there is one.
@@ -150,11 +170,9 @@ impl Attempt {
 /// What will run, if the agent's owner allows it.
 fn check_policy(config: &Config, assignment: &Assignment) -> Result<Vec<OsString>, (Reason, String)> {
     let spec = &assignment.spec;
+    policy::check(config, assignment)?;
     if spec.executor == Some(Executor::Podman) {
         return Err((Reason::Policy, "this agent runs no podman builds".to_owned()));
-    }
-    if let Some(secret) = spec.secrets.first() {
-        return Err((Reason::Policy, format!("the secret {secret:?} is not configured on this agent")));
     }
     if spec.repo_url.starts_with("file://") && !config.source.allow_file_urls {
         let message = "file:// URLs are not allowed on this agent (source.allow_file_urls)";
@@ -194,7 +212,6 @@ fn nothing_to_run() -> (Reason, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use helix_model::BuildSpec;
     use std::collections::BTreeSet;
 
     #[test]

@@ -6,6 +6,7 @@
 mod cluster;
 mod host;
 mod limits;
+mod secrets;
 mod unproven;
 
 use std::path::Path;
