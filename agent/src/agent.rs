@@ -261,7 +261,7 @@ impl Loop {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             name: self.services.config.name.clone(),
             instance: self.services.data.instance().as_str().to_owned(),
-            offer: Some(wire::offer(&self.services.config, self.services.limiter.words())),
+            offer: Some(wire::offer(&self.services.config, self.services.limiter.words(), &self.services.disks)),
             attempts: offered
                 .map(|(key, ended)| wire_agent::OfferedAttempt { id: Some(attempt_to_wire(key)), ended })
                 .collect(),
@@ -283,7 +283,7 @@ impl Loop {
             }
         };
         let attempts = self.core.attempts().map(progress).collect();
-        let heartbeat = wire_agent::Heartbeat { attempts, pressure: String::new() };
+        let heartbeat = wire_agent::Heartbeat { attempts, pressure: self.services.disks.pressure() };
         self.send(AgentMessage { message: Some(agent_message::Message::Heartbeat(heartbeat)) });
     }
 

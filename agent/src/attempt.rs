@@ -160,7 +160,7 @@ impl Attempt {
 
     async fn live(&mut self, begin: Begin) {
         let (assignment, ordered) = match begin {
-            Begin::Fresh(assignment) => match self.write_assignment(&assignment).await {
+            Begin::Fresh(assignment) => match self.begin(&assignment).await {
                 Ok(()) => {
                     // The log opens with what came before it.
                     if !assignment.previous.is_empty() {
@@ -168,7 +168,12 @@ impl Attempt {
                     }
                     (*assignment, false)
                 }
-                Err(error) => return self.end_without_spool(&error).await,
+                Err(error) => {
+                    // Half a directory of an attempt that never began would be taken for one that did.
+                    let root = self.dir.root().to_owned();
+                    let _ = blocking(move || remove_tree(&root)).await;
+                    return self.end_without_spool(&error).await;
+                }
             },
             Begin::Found => match self.read_back().await {
                 Ok(Some(found)) => found,
@@ -199,9 +204,21 @@ impl Attempt {
         self.follow().await
     }
 
+    /// Writes the assignment, if there is room for what it assigns; room is made for it if there is not.
+    async fn begin(&self, assignment: &Assignment) -> io::Result<()> {
+        match self.write_assignment(assignment).await {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                crate::disk::collect::collect(&self.services).await;
+                self.write_assignment(assignment).await
+            }
+            other => other,
+        }
+    }
+
     async fn write_assignment(&self, assignment: &Assignment) -> io::Result<()> {
-        let (dir, assignment) = (self.dir.clone(), assignment.clone());
+        let (services, dir, assignment) = (Arc::clone(&self.services), self.dir.clone(), assignment.clone());
         blocking(move || {
+            services.disks.admit(&services.work_root, assignment.spec.resources.disk_bytes)?;
             crate::data_dir::make_private(dir.root())?;
             record::write_assignment(&dir, &assignment)
         })
@@ -226,8 +243,8 @@ impl Attempt {
 
     /// The directory of the attempt cannot be written: nothing ran, and there is no log.
     async fn end_without_spool(&mut self, error: &io::Error) {
-        tracing::error!(attempt = %self.key, %error, "an attempt's directory cannot be used");
-        let message = format!("the agent cannot use its spool: {error}");
+        tracing::error!(attempt = %self.key, %error, "an attempt cannot begin");
+        let message = format!("the agent cannot begin it: {error}");
         let verdict = Verdict::Failed { reason: crate::source::reason_of(error), message };
         self.say(Event::AttemptEnded(self.key.clone(), Box::new(Report::bare(verdict)))).await;
     }

@@ -3,6 +3,8 @@
 //! Loading (flag over environment over file over default) is `helix_common::config`'s. A [`Config`] that passed
 //! [`Config::check`] has absolute paths and values the rest of the program need not doubt.
 
+mod host;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +14,8 @@ use helix_common::tls::TlsFiles;
 use helix_model::limits::{OUTPUT_NAME_DEFAULT, WORKER_CAPACITY_MAX};
 use helix_model::{BuildSpec, Outputs, Platform, WorkerName};
 use serde::{Deserialize, Serialize};
+
+pub use host::{DiskConfig, LimitsConfig};
 
 use crate::policy::PolicyConfig;
 use crate::secrets::{self, SecretConfig};
@@ -64,6 +68,9 @@ pub struct Config {
     /// What is offered beside slots.
     #[serde(default)]
     pub resources: ResourcesConfig,
+    /// Room on the host's disks.
+    #[serde(default)]
+    pub disk: DiskConfig,
     /// Container builds: no keys yet.
     #[serde(default)]
     pub podman: PodmanConfig,
@@ -136,47 +143,6 @@ pub struct SourceConfig {
     pub allow_file_urls: bool,
 }
 
-/// See [`Config::limits`]. 0 means none, except where it is said otherwise.
-#[derive(Clone, PartialEq, Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct LimitsConfig {
-    /// Thousandths of a processor for builds that ask for none, and at most.
-    pub cpu_milli: u64,
-    /// See above.
-    pub cpu_milli_max: u64,
-    /// Bytes of memory, swap included, for builds that ask for none, and at most.
-    pub memory_bytes: u64,
-    /// See above.
-    pub memory_bytes_max: u64,
-    /// Bytes of disk for builds that ask for none (0: what is free above the reserve when it starts), and at most.
-    pub disk_bytes: u64,
-    /// See above.
-    pub disk_bytes_max: u64,
-    /// Files and directories in a build's workdir.
-    pub files: u64,
-    /// Processes and threads of a build.
-    pub processes: u64,
-    /// Open files of each process.
-    pub open_files: u64,
-}
-
-impl Default for LimitsConfig {
-    fn default() -> Self {
-        Self {
-            cpu_milli: 0,
-            cpu_milli_max: 0,
-            memory_bytes: 0,
-            memory_bytes_max: 0,
-            disk_bytes: 0,
-            disk_bytes_max: 0,
-            files: 0,
-            // Enough for a large build on a large host; a fork bomb ends there.
-            processes: 4096,
-            open_files: 65_536,
-        }
-    }
-}
-
 /// See [`Config::resources`]. 0 means what the host has; more than that is never offered.
 #[derive(Clone, PartialEq, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -193,30 +159,6 @@ pub struct ResourcesConfig {
 #[derive(Clone, PartialEq, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PodmanConfig {}
-
-impl LimitsConfig {
-    fn check(&self) -> Result<(), ConfigWrong> {
-        for (key, default, most) in [
-            ("limits.cpu_milli", self.cpu_milli, self.cpu_milli_max),
-            ("limits.memory_bytes", self.memory_bytes, self.memory_bytes_max),
-            ("limits.disk_bytes", self.disk_bytes, self.disk_bytes_max),
-        ] {
-            if most > 0 && default > most {
-                return wrong(key, format!("{default} is more than {key}_max, which is {most}"));
-            }
-        }
-        if (1..16).contains(&self.processes) {
-            return wrong("limits.processes", "is at least 16: a shell alone needs some; 0 means no limit");
-        }
-        if (1..16).contains(&self.open_files) {
-            return wrong("limits.open_files", "is at least 16; 0 means no limit");
-        }
-        if (1..1 << 20).contains(&self.memory_bytes) {
-            return wrong("limits.memory_bytes", "is less than a mebibyte; it is in bytes, and 0 means no limit");
-        }
-        Ok(())
-    }
-}
 
 fn isolation_default() -> String {
     "none".to_owned()

@@ -10,6 +10,7 @@ mod blocking;
 pub mod config;
 pub mod control;
 pub mod data_dir;
+pub mod disk;
 pub mod host;
 pub mod limits;
 pub mod policy;

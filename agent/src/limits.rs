@@ -86,7 +86,7 @@ impl Limiter {
         let base = self.host.own_tree(Controller::Pids)?.to_owned();
         // Not the prefix of attempts' cgroups, which are put away when their attempt is no more.
         let prefix = format!("{}.slot-", self.prefix.trim_end_matches('-'));
-        (self.config.processes > 0).then(|| Slots { base, prefix, processes: self.config.processes })
+        (self.config.processes > 0).then_some(Slots { base, prefix, processes: self.config.processes })
     }
 
     /// Which limits are enforced how, for people.
@@ -126,18 +126,18 @@ impl Limiter {
         Ok(Amounts { wanted, disk_bytes })
     }
 
-    /// An attempt's limits, for its order. `root` holds what it may write.
+    /// An attempt's limits, for its order. `root` holds what it may write, where so many bytes are left.
     #[must_use]
-    pub fn limits(&self, key: &AttemptKey, amounts: Amounts, root: &Path) -> Limits {
+    pub fn limits(&self, key: &AttemptKey, amounts: Amounts, root: &Path, left_bytes: u64) -> Limits {
         let mut wanted = amounts.wanted;
         if self.host.own_tree(Controller::Pids).is_some() {
             // Its slot sees to them.
             wanted.processes = None;
         }
         let limits = self.host.limits(&self.name(key), &wanted);
-        let disk = (amounts.disk_bytes.is_some() || self.config.files > 0).then(|| DiskLimit {
+        let disk = Some(DiskLimit {
             root: root.to_owned(),
-            bytes: amounts.disk_bytes.unwrap_or(u64::MAX),
+            bytes: amounts.disk_bytes.unwrap_or(left_bytes),
             files: some(self.config.files).unwrap_or(u64::MAX),
         });
         // Between two looks one file grows no further than all of them may.

@@ -17,6 +17,8 @@ use crate::agent::{self, Ended, Inputs};
 use crate::config::Config;
 use crate::control;
 use crate::data_dir::{DataDir, make_private};
+use crate::disk::Disks;
+use crate::disk::collect;
 use crate::limits::Limiter;
 use crate::services::Services;
 use crate::session;
@@ -58,6 +60,7 @@ pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result
         let services = Arc::clone(&services);
         tokio::task::spawn_blocking(move || agent::recover(&services)).await?.context("cannot read the spool")?
     };
+    let _disks = AbortOnDropHandle::new(tokio::spawn(collect::watch(Arc::clone(&services))));
     let (session_tx, session_rx) = mpsc::channel(SESSION_EVENTS_MAX);
     let session = tokio::spawn(session::keep(endpoints, session_tx, settings_tx));
     tracing::info!(name = services.config.name, instance = %services.data.instance(), "the agent runs");
@@ -94,11 +97,12 @@ fn services(
         .with_context(|| format!("cannot start {} (`runner_path`)", config.runner_path.display()))?;
     let work_root = config.exec.base_dir.join(id);
     make_private(&work_root).with_context(|| format!("cannot make {}", work_root.display()))?;
+    let disks = Disks::new(vec![config.data_dir.clone(), work_root.clone()], config.disk.clone());
     let mirrors = Mirrors::new(&data.mirrors(), &config.source).context("cannot prepare git")?;
     let nodes = Nodes::new(tls, settings);
     let (stores, live) = (Stores::new(nodes.clone()), LiveLogs::new(nodes));
     tracing::info!(limits = limiter.words(), "builds are limited by these means");
-    Ok(Services { config, data, work_root, limiter, starter, mirrors, stores, live })
+    Ok(Services { config, data, work_root, disks, limiter, starter, mirrors, stores, live })
 }
 
 /// Certificates and the log filter, whenever asked.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::config::Config;
 use crate::data_dir::DataDir;
+use crate::disk::Disks;
 use crate::limits::Limiter;
 use crate::source::git::Mirrors;
 use crate::starter::Starter;
@@ -19,6 +20,8 @@ pub struct Services {
     pub data: DataDir,
     /// Where workdirs are made.
     pub work_root: PathBuf,
+    /// Room for them.
+    pub disks: Disks,
     /// What limits attempts on this host.
     pub limiter: Limiter,
     /// Starts runners.

@@ -25,6 +25,7 @@ pub(crate) fn config(data_dir: &Path) -> Config {
         source: SourceConfig { allow_file_urls: true, ..SourceConfig::default() },
         limits: crate::config::LimitsConfig::default(),
         resources: crate::config::ResourcesConfig::default(),
+        disk: crate::config::DiskConfig::default(),
         podman: PodmanConfig::default(),
         policy: crate::policy::PolicyConfig::default(),
         secrets: std::collections::BTreeMap::new(),

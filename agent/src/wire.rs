@@ -8,12 +8,13 @@ use helix_proto::agent::{self, agent_message, coordinator_message};
 use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, spec_to_wire};
 
 use crate::config::Config;
+use crate::disk::Disks;
 
 /// What the agent offers; `limits` says how builds are limited.
 #[must_use]
-pub fn offer(config: &Config, limits: &str) -> agent::Offer {
+pub fn offer(config: &Config, limits: &str, disks: &Disks) -> agent::Offer {
     let resources = &config.resources;
-    let disk = helix_common::files::available_bytes(&config.exec.base_dir).unwrap_or(0);
+    let disk = disks.bytes_above_reserve(&config.exec.base_dir).unwrap_or(0);
     let mut offer = agent::Offer {
         address: config.address.clone(),
         capacity: config.capacity,

@@ -39,12 +39,18 @@ impl Attempt {
                 Err(verdict) => report.verdict = verdict,
             }
         }
+        let keep_until_ms = self.keep_until_ms(assignment, &report.verdict);
         if report.log.is_none() {
+            if let Some(until_ms) = keep_until_ms {
+                let kept = self.workdir.kept(&self.services.work_root, until_ms);
+                self.log_line(format!("the workdir is kept on {} in {}", self.services.config.name, kept.display()))
+                    .await;
+            }
             self.log_line(last_words(&report)).await;
         }
         self.progress.send_modify(|progress| progress.ended = true);
         self.write_report(&report).await;
-        self.clear_workdir(assignment, &report.verdict).await;
+        self.clear_workdir(keep_until_ms).await;
         self.say(Event::AttemptEnded(self.key.clone(), Box::new(report.clone()))).await;
         self.seal_behind(report).await;
     }
@@ -150,12 +156,24 @@ impl Attempt {
         }
     }
 
-    async fn clear_workdir(&self, assignment: &Assignment, verdict: &Verdict) {
-        let keep_ms = assignment.spec.keep_workdir_ms;
-        if keep_ms > 0 && matches!(verdict, Verdict::Failed { .. }) {
+    /// Until when the workdir is kept, if it is, within what the agent's owner allows.
+    fn keep_until_ms(&self, assignment: &Assignment, verdict: &Verdict) -> Option<u64> {
+        let config = self.services.disks.config();
+        let keep_ms = assignment.spec.keep_workdir_ms.min(config.kept_ms_max);
+        let wanted = keep_ms > 0 && config.kept_max > 0 && matches!(verdict, Verdict::Failed { .. });
+        wanted.then(|| unix_ms().saturating_add(keep_ms))
+    }
+
+    async fn clear_workdir(&self, keep_until_ms: Option<u64>) {
+        if let Some(until_ms) = keep_until_ms {
             let (workdir, root) = (self.workdir.clone(), self.services.work_root.clone());
-            let until_ms = unix_ms().saturating_add(keep_ms);
-            match blocking(move || workdir.keep(&root, until_ms)).await {
+            let most = self.services.disks.config().kept_max;
+            let kept = blocking(move || {
+                let kept = workdir.keep(&root, until_ms)?;
+                crate::disk::kept::trim(&root, most)?;
+                Ok(kept)
+            });
+            match kept.await {
                 Ok(kept) => {
                     tracing::info!(attempt = %self.key, path = %kept.display(), "the workdir is kept for a while")
                 }

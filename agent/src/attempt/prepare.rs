@@ -57,7 +57,10 @@ impl Attempt {
         };
         let commit = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
         self.start_push();
-        let limits = self.services.limiter.limits(&self.key, amounts, self.workdir.root());
+        let (services, root) = (std::sync::Arc::clone(&self.services), self.services.work_root.clone());
+        // A disk that cannot be asked is not filled by this.
+        let left = blocking(move || services.disks.bytes_above_reserve(&root)).await.unwrap_or(u64::MAX);
+        let limits = self.services.limiter.limits(&self.key, amounts, self.workdir.root(), left);
         let settings = self.services.stores.nodes().settings().await;
         let ms = |value: u64| (value > 0).then_some(value);
         let order = Order {
@@ -120,6 +123,7 @@ impl Attempt {
         made.map_err(|error| SourceError::host("cannot make the workdir", &error))?;
         let spec = &assignment.spec;
         if !spec.repo_url.is_empty() {
+            let _in_use = self.services.mirrors.lease(&spec.repo_url);
             let resolved = self.resolve(assignment).await?;
             self.log_line(format!("checking out {}", resolved.commit)).await;
             let index = self.dir.root().join("index");

@@ -81,16 +81,22 @@ impl Workdir {
     /// # Errors
     /// Those of the file system.
     pub fn keep(&self, base: &Path, until_ms: u64) -> io::Result<PathBuf> {
-        let kept = kept_dir(base);
-        make_private(&kept)?;
-        let name = self.root.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let to = kept.join(format!("{name}@{until_ms}"));
+        make_private(&kept_dir(base))?;
+        let to = self.kept(base, until_ms);
         std::fs::rename(&self.root, &to)?;
         Ok(to)
     }
+
+    /// Where [`Self::keep`] moves them.
+    #[must_use]
+    pub fn kept(&self, base: &Path, until_ms: u64) -> PathBuf {
+        let name = self.root.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        kept_dir(base).join(format!("{name}@{until_ms}"))
+    }
 }
 
-fn kept_dir(base: &Path) -> PathBuf {
+/// Where they stay.
+pub(crate) fn kept_dir(base: &Path) -> PathBuf {
     // No attempt's name begins with a dot.
     base.join(".kept")
 }

@@ -3,6 +3,8 @@
 //! A mirror has a lock that git itself holds while it fetches, so that a git which outlived its agent and the next
 //! agent's never write at once. Mirrors keep what was fetched: a pinned commit stays available.
 
+mod collect;
+
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -23,6 +25,8 @@ use crate::attempt::workdir::remove_tree;
 use crate::blocking::blocking;
 use crate::config::SourceConfig;
 use crate::data_dir::make_private;
+
+pub use collect::Lease;
 
 /// How long a fetch may take.
 const FETCH_LIMIT: Duration = Duration::from_secs(1800);
@@ -51,6 +55,12 @@ pub struct Mirrors {
     mirrors: Mutex<HashMap<String, Arc<Mirror>>>,
 }
 
+/// In a mirror: that it is whole, and when it was last used.
+const COMPLETE: &str = "helix-complete";
+
+/// In a mirror: whoever fetches holds it.
+const LOCK: &str = "helix-lock";
+
 #[derive(Debug)]
 struct Mirror {
     path: PathBuf,
@@ -70,7 +80,16 @@ impl Mirrors {
         let (global, home) = (root.join("gitconfig"), root.join("home"));
         make_private(&home)?;
         let text = git_configuration(config);
-        helix_common::files::write_atomic(&global, text.as_bytes(), 0o600, helix_common::files::Durability::Unsynced)?;
+        // A full disk must not keep an agent from starting: the rest of it makes room.
+        if fs::read(&global).ok().as_deref() != Some(text.as_bytes()) {
+            helix_common::files::write_atomic(
+                &global,
+                text.as_bytes(),
+                0o600,
+                helix_common::files::Durability::Unsynced,
+            )?;
+        }
+        collect::remove_set_aside(root);
         let protocols = if config.allow_file_urls { "https:http:ssh:file" } else { "https:http:ssh" };
         let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
         let mut environment: Vec<(OsString, OsString)> = [
@@ -163,6 +182,8 @@ impl Mirrors {
         let finished = run_git(&args, &environment, work, Stdio::null(), LOCAL_LIMIT).await;
         let finished = finished.map_err(|error| SourceError::host("cannot run git", &error))?;
         let _ = fs::remove_file(index);
+        // Only what is collected first depends on it.
+        let _ = File::open(mirror.path.join(COMPLETE)).and_then(|file| file.set_modified(std::time::SystemTime::now()));
         if finished.success { Ok(()) } else { Err(failed("cannot check out", &resolved.commit, &finished)) }
     }
 
@@ -177,11 +198,11 @@ impl Mirrors {
 
     /// Makes the mirror if it is not there, or only half.
     async fn ensure(&self, mirror: &Mirror) -> Result<(), SourceError> {
-        if mirror.path.join("helix-complete").exists() {
+        if mirror.path.join(COMPLETE).exists() {
             return Ok(());
         }
         let _alive = mirror.alive.write().await;
-        if mirror.path.join("helix-complete").exists() {
+        if mirror.path.join(COMPLETE).exists() {
             return Ok(());
         }
         let path = mirror.path.clone();
@@ -193,7 +214,7 @@ impl Mirrors {
         if !made.success {
             return Err(failed("cannot make a mirror", "", &made));
         }
-        fs::write(mirror.path.join("helix-complete"), "").map_err(host)
+        fs::write(mirror.path.join(COMPLETE), "").map_err(host)
     }
 
     /// Brings refs into the mirror. A fetch of the same refs that began after `asked` serves as well.
@@ -236,7 +257,7 @@ impl Mirrors {
     /// The mirror's lock, which a git of an agent that died may still hold for a while.
     async fn lock(&self, mirror: &Mirror) -> Result<File, SourceError> {
         let host = |error: io::Error| SourceError::host("cannot lock a mirror", &error);
-        let path = mirror.path.join("helix-lock");
+        let path = mirror.path.join(LOCK);
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
         let file = file.map_err(host)?;
         while let Err(error) = flock(&file, FlockOperation::NonBlockingLockExclusive) {

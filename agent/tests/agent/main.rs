@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cluster;
+mod disks;
 mod host;
 mod limits;
 mod secrets;

@@ -35,6 +35,9 @@ const CGROUP_WORD: Duration = Duration::from_millis(1);
 const SPOOL_RETRY: Duration = Duration::from_millis(200);
 /// How long a full disk is waited for, with the command held up by its full pipes, before the command is stopped.
 const SPOOL_PATIENCE: Duration = Duration::from_secs(10);
+/// The same for a command that said more than [`SPOOL_MUCH_BYTES`]: the loudest gives way first, and makes room for the others.
+const SPOOL_PATIENCE_LOUD: Duration = Duration::from_secs(3);
+const SPOOL_MUCH_BYTES: u64 = 16 * 1024 * 1024;
 /// How long after its end, before the last lines are given up.
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
 /// Pipe reads after the last descendant's death, at most: what dead processes left in a pipe is at most 1 MiB, but
@@ -347,7 +350,8 @@ impl Attempt {
             }
             Err(error) => {
                 let since = *self.stuck_since.get_or_insert_with(Instant::now);
-                if since.elapsed() >= SPOOL_PATIENCE {
+                let loud = self.spool.totals().bytes > SPOOL_MUCH_BYTES;
+                if since.elapsed() >= if loud { SPOOL_PATIENCE_LOUD } else { SPOOL_PATIENCE } {
                     self.stop(spool_reason(&error), 0);
                 }
             }

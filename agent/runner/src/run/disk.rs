@@ -24,6 +24,9 @@ const STEP_MAX: Duration = Duration::from_millis(2);
 const FILES_A_LOOK: u32 = 32;
 /// The last look, after the end, takes no longer than this.
 const LAST_LOOK_MAX: Duration = Duration::from_secs(2);
+/// A disk with less than this is full: whoever failed on it failed for that.
+const FULL_BYTES: u64 = 256 * 1024;
+const FULL_FILES: u64 = 8;
 /// Room for directory entries; the longest name fits many times.
 const ENTRIES_BYTES: usize = 8 * 1024;
 
@@ -59,8 +62,11 @@ impl DiskWatch {
         if Instant::now() < self.next_step { Usage::Within } else { self.count_for(STEP_MAX) }
     }
 
-    /// Counts everything once more, when nobody writes any longer.
+    /// Counts everything once more, when nobody writes any longer. A disk that is full is over as well, whoever filled it.
     pub(crate) fn last_look(&mut self) -> Usage {
+        if is_full(&self.limit) {
+            return Usage::Over("the disk is full".to_owned());
+        }
         self.walk = None;
         self.count_for(LAST_LOOK_MAX)
     }
@@ -80,6 +86,10 @@ impl DiskWatch {
                 // What was moved while it was counted is counted by the next walk.
                 Ok(false) | Err(_) => {
                     self.next_step = Instant::now() + PAUSE_MIN.max(walk.started.elapsed() * PAUSE_FACTOR);
+                    // Where nothing was left for others, its limit is out of reach; it need not be the one to fail for that.
+                    if walk.bytes >= self.limit.bytes / 2 && is_full(&self.limit) {
+                        return Usage::Over(format!("the disk is full, and {} bytes are the build's", walk.bytes));
+                    }
                     return walk.verdict(&self.limit);
                 }
                 Ok(true) => {}
@@ -198,6 +208,12 @@ impl Walk {
         (self.here, self.at) = (parent, above);
         Ok(true)
     }
+}
+
+fn is_full(limit: &DiskLimit) -> bool {
+    let Ok(stat) = rustix::fs::statvfs(&limit.root) else { return false };
+    let bytes = stat.f_bavail.saturating_mul(stat.f_frsize);
+    bytes < FULL_BYTES || (stat.f_files > 0 && stat.f_favail < FULL_FILES)
 }
 
 fn open(at: impl std::os::fd::AsFd, name: impl rustix::path::Arg) -> io::Result<OwnedFd> {

@@ -171,3 +171,35 @@ fn nothing_of_a_url_or_ref_can_be_an_option() {
     assert!(ssh_command(&config).contains("-oBatchMode=yes") && ssh_command(&config).contains("-i '/k'"));
     assert!(git_configuration(&config).contains("helper = \"!f() { echo \\\"x\\\"; }; f\""));
 }
+
+#[tokio::test]
+async fn the_least_used_mirror_goes_first_and_none_in_use() {
+    let repository = Repository::new();
+    let commit = repository.commit("f", "one");
+    // Several URLs of one repository have a mirror each.
+    let urls = [repository.url(), format!("{}/", repository.url()), format!("{}/.git", repository.url())];
+    for url in &urls {
+        repository.mirrors.resolve(url, "main").await.unwrap();
+    }
+    let path = |url: &str| repository.mirrors.mirror(url).path.clone();
+    for (age_s, url) in urls.iter().enumerate() {
+        let used = std::time::SystemTime::now() - Duration::from_secs(100 * age_s as u64);
+        File::open(path(url).join(COMPLETE)).unwrap().set_modified(used).unwrap();
+    }
+    let lease = repository.mirrors.lease(&urls[2]);
+    assert!(repository.mirrors.remove_least_used().await);
+    assert!(path(&urls[0]).exists() && !path(&urls[1]).exists() && path(&urls[2]).exists());
+    drop(lease);
+    // A git that outlived its agent still writes.
+    let lock = File::open(path(&urls[2]).join(LOCK)).unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    assert!(repository.mirrors.remove_least_used().await);
+    assert!(!path(&urls[0]).exists() && path(&urls[2]).exists());
+    assert!(!repository.mirrors.remove_least_used().await, "the last one is in use");
+    drop(lock);
+    assert!(repository.mirrors.remove_least_used().await);
+    // What was removed is made anew when it is wanted.
+    let resolved = repository.mirrors.resolve(&urls[0], "main").await.unwrap();
+    assert_eq!(resolved.commit, commit);
+    repository.check_out(&resolved).await;
+}
