@@ -77,6 +77,8 @@ enum Verb {
     Pki(verb::pki::PkiArguments),
     /// Keep a cluster for development running in the foreground
     Dev(dev::DevArguments),
+    /// Look at context, certificates, coordinators, quorum and workers, and say what to do
+    Doctor(verb::doctor::DoctorArguments),
     /// Print a completion script
     Completion(verb::completion::CompletionArguments),
     /// Print the versions of this command and of the cluster
@@ -117,6 +119,7 @@ async fn dispatch(arguments: Arguments, output: &Output) -> Result<exit::Code, F
         Verb::Cluster(cluster) => verb::cluster::run(cluster, &context, output).await,
         Verb::Pki(pki) => verb::pki::run(pki, output),
         Verb::Dev(arguments) => dev::run(arguments, output).await,
+        Verb::Doctor(doctor) => verb::doctor::run(doctor, &context, output).await,
         Verb::Completion(completion) => verb::completion::run::<Arguments>(&completion, output),
         Verb::Version(version) => verb::version::run(&version, &context, output).await,
     }

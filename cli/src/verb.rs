@@ -5,6 +5,7 @@ pub(crate) mod batch;
 pub(crate) mod cancel;
 pub(crate) mod cluster;
 pub(crate) mod completion;
+pub(crate) mod doctor;
 pub(crate) mod explain;
 pub(crate) mod list;
 pub(crate) mod logs;

@@ -86,6 +86,11 @@ impl Peers {
         Self { inner: Arc::new(inner) }
     }
 
+    /// Who this node is, and whom it trusts.
+    pub(crate) fn tls(&self) -> &TlsStore {
+        &self.inner.tls
+    }
+
     /// A channel for small calls to a node, which may be ourselves.
     ///
     /// # Errors

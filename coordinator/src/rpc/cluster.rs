@@ -1,6 +1,6 @@
 //! `helix.v1.ClusterService`: the coordinators themselves. On port 7421, too, where followers ask the leader.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use helix_model::NodeId;
 use helix_proto::v1;
@@ -61,6 +61,10 @@ impl ClusterRpc {
             totals: Some(registry.with_state(totals_of)),
             node: registry.node().0,
             warnings: self.warnings(),
+            now_ms: unix_ms(SystemTime::now()),
+            certificate_not_after_ms: unix_ms(self.peers.tls().not_after()),
+            free_bytes: self.services.disk.free_bytes(),
+            reserve_bytes: registry.with_state(|state| state.policy().disk_reserve_bytes),
         }
     }
 
@@ -98,6 +102,10 @@ impl ClusterRpc {
         }
         warnings
     }
+}
+
+fn unix_ms(at: SystemTime) -> i64 {
+    at.duration_since(UNIX_EPOCH).ok().and_then(|since| i64::try_from(since.as_millis()).ok()).unwrap_or(0)
 }
 
 #[tonic::async_trait]

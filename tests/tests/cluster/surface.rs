@@ -125,6 +125,46 @@ fn edges_of_logs_and_artifacts_are_what_people_expect() {
     assert_eq!(cluster.helix(&path).code, 0);
 }
 
+/// Whoever runs the cluster is told what is wrong and what to do.
+#[test]
+fn doctor_finds_what_is_wrong() {
+    let cluster = Cluster::start(&Shape { coordinators: 3, agents: 1, ..Shape::default() }).unwrap();
+    let said = cluster.helix(&["doctor"]);
+    assert_eq!(said.code, 0, "{}", said.stdout);
+    for check in
+        ["ok    context: ", "ok    certificate: ", "ok    leader: ", "ok    quorum: 3 of 3", "ok    workers: 1 of 1"]
+    {
+        assert!(said.stdout.contains(check), "{check}: {}", said.stdout);
+    }
+    assert_eq!(said.stdout.matches("answers in").count(), 3, "{}", said.stdout);
+    assert!(!said.stdout.contains("fail") && !said.stdout.contains("clock"), "{}", said.stdout);
+    let leader = cluster.leader();
+    let follower = cluster.all("coordinator").into_iter().find(|member| member.id != leader.id).unwrap();
+    cluster.kill(&follower);
+    cluster.kill(&cluster.all("agent")[0]);
+    wait_for("both are missed", PATIENCE, || {
+        let said = cluster.helix(&["doctor", "-o", "json"]);
+        let report: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+        let fails = |check: &str| {
+            let found = report.as_array().unwrap().iter();
+            found
+                .filter(|line| line["verdict"] == "fail")
+                .any(|line| line["check"].as_str().unwrap().starts_with(check))
+        };
+        let all = fails("endpoint ") && fails(&format!("coordinator {}", follower.id)) && fails("workers");
+        (said.code == 1 && all).then_some(())
+    });
+    for member in cluster.all("coordinator") {
+        if member.id != follower.id {
+            cluster.kill(&member);
+        }
+    }
+    let said = cluster.helix(&["doctor"]);
+    assert!(said.code == 125 && said.stdout.contains("fail  cluster: no coordinator answers"), "{said:?}");
+    let said = cluster.helix_with(&cluster.root().join("none.toml"), &["doctor"]);
+    assert!(said.code == 1 && said.stdout.starts_with("fail  context: "), "{said:?}");
+}
+
 /// Bytes that a coordinator has itself need no leader.
 #[test]
 fn stale_reads_serve_logs_and_artifacts_without_a_quorum() {
