@@ -41,6 +41,11 @@ const DETACH_LIMIT: Duration = Duration::from_secs(10);
 /// How long stopping everything may take, reports included: less than systemd and `helix dev` wait.
 const STOP_ALL_LIMIT: Duration = Duration::from_secs(12);
 
+/// How long a leader may take to hear the reports when everything was stopped and nothing else is left to do; and one who is not
+/// even there. With the time that processes have to end, it is less than ten seconds.
+const UNHEARD_LIMIT: Duration = Duration::from_secs(5);
+const UNHEARD_ALONE_LIMIT: Duration = Duration::from_secs(2);
+
 /// Events of attempts that wait for the loop.
 const EVENTS_MAX: usize = 1024;
 
@@ -79,6 +84,7 @@ pub async fn run(services: Arc<Services>, found: Vec<(AttemptKey, Found)>, input
         side_tasks: JoinSet::new(),
         detaching: Vec::new(),
         ended: None,
+        unheard_since: None,
     };
     for (key, found) in found {
         running.take(Event::AttemptFound(key, found));
@@ -97,6 +103,8 @@ struct Loop {
     side_tasks: JoinSet<()>,
     detaching: Vec<DetachRequest>,
     ended: Option<Ended>,
+    /// Since when there is nothing to do but to report to a leader who is not there.
+    unheard_since: Option<Instant>,
 }
 
 impl Loop {
@@ -289,6 +297,7 @@ impl Loop {
 
     fn tick(&mut self) {
         self.take(Event::Ticked);
+        self.leave_unheard();
         // A task ends by itself only after a removal; one that panicked has to be told of.
         let over: Vec<AttemptKey> =
             self.attempts.iter().filter(|(_, handle)| handle.is_over()).map(|(key, _)| key.clone()).collect();
@@ -296,9 +305,25 @@ impl Loop {
             let known = self.core.attempts().any(|(other, _)| *other == key);
             if known {
                 tracing::error!(attempt = %key, "an attempt's task ended by a fault of ours; it is taken on again");
-                self.attempts.remove(&key);
-                self.start(key, Begin::Found);
+                let wished = self.attempts.remove(&key).map(|handle| handle.wishes.borrow().clone());
+                self.start(key.clone(), Begin::Found);
+                // What was wanted of it still is: nobody will say so again.
+                self.wish(&key, |wishes| *wishes = wished.unwrap_or_default());
             }
+        }
+    }
+
+    /// Ends an agent that was told to stop everything, has, and is not heard: the reports are on disk, for the next one.
+    fn leave_unheard(&mut self) {
+        let stopped =
+            self.core.mode() == Mode::Stopping && self.core.attempts().all(|(_, attempt)| attempt.has_ended());
+        if !stopped {
+            self.unheard_since = None;
+            return;
+        }
+        let limit = if self.outbox.is_some() { UNHEARD_LIMIT } else { UNHEARD_ALONE_LIMIT };
+        if self.unheard_since.get_or_insert_with(Instant::now).elapsed() >= limit {
+            self.take(Event::StopAllTimedOut);
         }
     }
 

@@ -270,6 +270,23 @@ async fn an_agent_told_to_go_finishes_first_and_told_twice_stops_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_told_twice_to_go_waits_no_longer_for_who_does_not_answer() {
+    let mut world = World::new().await;
+    let id = world.cluster.assign("unheard", &line("trap '' TERM; while :; do sleep 1; done")).await;
+    eventually("it runs", || !world.host.workdirs().is_empty()).await;
+    world.host.terminate();
+    eventually("the first signal arrived", || world.host.log().contains("SIGTERM")).await;
+    let told = std::time::Instant::now();
+    world.host.terminate();
+    assert!(world.host.exited().await);
+    assert!(told.elapsed() < std::time::Duration::from_secs(10), "{:?}", told.elapsed());
+    // Nothing is lost: the next agent reports what the first one stopped.
+    world.cluster.seen().messages.clear();
+    world.host.start();
+    assert_eq!(world.cluster.finished(&id).await.reason, "drained");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_ref_is_resolved_agreed_on_and_built() {
     let world = World::new().await;
     let repository = world.dir().join("repository");

@@ -38,6 +38,8 @@ const SPOOL_PATIENCE: Duration = Duration::from_secs(10);
 /// The same for a command that said more than [`SPOOL_MUCH_BYTES`]: the loudest gives way first, and makes room for the others.
 const SPOOL_PATIENCE_LOUD: Duration = Duration::from_secs(3);
 const SPOOL_MUCH_BYTES: u64 = 16 * 1024 * 1024;
+/// Between two looks whether the attempt's directory is still there.
+const DIRECTORY_LOOK: Duration = Duration::from_secs(2);
 /// How long after its end, before the last lines are given up.
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
 /// Pipe reads after the last descendant's death, at most: what dead processes left in a pipe is at most 1 MiB, but
@@ -60,6 +62,8 @@ pub(crate) struct Attempt {
     connections: Connections,
     tree: Tree,
     disk: Option<DiskWatch>,
+    /// When the directory is looked at next.
+    directory_look: Instant,
     outputs: Vec<Output>,
     buffer: Vec<u8>,
     /// The command's pid until it was reaped.
@@ -103,6 +107,7 @@ impl Attempt {
             connections,
             tree: Tree::new(cgroup, groups),
             disk,
+            directory_look: now + DIRECTORY_LOOK,
             outputs: Vec::new(),
             buffer: vec![0; READ_BYTES],
             command: None,
@@ -182,9 +187,22 @@ impl Attempt {
         self.serve();
         if !gone {
             self.look_at_clock();
+            self.look_at_directory();
         }
         self.flush();
         gone
+    }
+
+    /// A runner whose directory was removed can be reached and heard by nobody: its build is nobody's.
+    fn look_at_directory(&mut self) {
+        let now = Instant::now();
+        if self.stop.is_some() || now < self.directory_look {
+            return;
+        }
+        self.directory_look = now + DIRECTORY_LOOK;
+        if rustix::fs::stat(".").is_ok_and(|stat| stat.st_nlink == 0) {
+            self.stop(Reason::Internal, 0);
+        }
     }
 
     fn note_end(&mut self, end: Option<End>) {
@@ -223,6 +241,7 @@ impl Attempt {
             moments.push(self.silence_end());
             moments.push(self.disk.as_ref().map(DiskWatch::next_step));
         }
+        moments.push(self.stop.is_none().then_some(self.directory_look));
         moments.push(self.tree.is_childless().then(|| Instant::now() + CGROUP_WORD));
         moments.push(self.stuck_since.map(|_| Instant::now() + SPOOL_RETRY));
         moments.into_iter().flatten().min()

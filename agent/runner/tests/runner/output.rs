@@ -164,3 +164,36 @@ fn output_of_a_pipe_that_outlives_the_command_is_waited_for() {
     assert_eq!((outcome.end, outcome.leftovers_killed), (End::Exited(0), 0));
     assert_eq!(text(&attempt.records(), Stream::Stdout), ["early", "late"]);
 }
+
+#[test]
+fn a_flood_of_binary_output_is_bounded_on_disk_and_in_memory_and_keeps_both_ends() {
+    // A quarter of a gigabyte without a single line end, beside ordinary words at the beginning and at the end.
+    let limit = 2 << 20;
+    let script = "echo first; head -c 250000000 /dev/urandom | tr '\\n' x; echo; echo last; read x < gate";
+    let mut attempt = Attempt::new(script).with(|order| order.log_bytes_max = limit);
+    let gate = attempt.workdir.join("gate");
+    rustix::fs::mknodat(rustix::fs::CWD, &gate, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    attempt = attempt.start();
+    let mut client = attempt.connect();
+    until("all of it", || (client.status().log.bytes >= 250_000_000 + 9).then_some(()));
+    let peak = until("its memory", || peak_kib(attempt.runner_pid()));
+    assert!(peak < 16 * 1024, "{peak} KiB");
+    let on_disk: u64 = [attempt.dir.log_head(), attempt.dir.log_tail(), attempt.dir.log_tail_old()]
+        .iter()
+        .filter_map(|path| path.metadata().ok())
+        .map(|data| data.len())
+        .sum();
+    assert!(on_disk <= limit, "{on_disk}");
+    std::fs::write(gate, "go\n").unwrap();
+    let outcome = attempt.outcome();
+    let lines = attempt.records();
+    assert_eq!((&lines[0].bytes[..], &lines.last().unwrap().bytes[..]), (&b"first"[..], &b"last"[..]));
+    let kept: u64 = lines.iter().filter(|line| line.stream == Stream::Stdout).map(|line| line.bytes.len() as u64).sum();
+    assert_eq!(kept + outcome.log.dropped_bytes, 250_000_000 + 9, "{:?}", outcome.log);
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.stream == Stream::System && line.bytes.windows(12).any(|words| words == b"dropped here")),
+        "it is not told"
+    );
+}

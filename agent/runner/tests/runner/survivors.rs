@@ -169,3 +169,12 @@ fn what_a_power_cut_damaged_is_cleared_up_all_the_same() {
     assert_eq!(inspect(&attempt.dir).unwrap(), AttemptState::RunnerDied);
     assert_eq!(sweep(&attempt.dir, PATIENCE).unwrap(), Sweep::Proven { killed: 0 });
 }
+
+#[test]
+fn a_runner_whose_directory_was_removed_ends_its_build() {
+    let mut attempt = Attempt::new("echo $$ > pid; exec sleep 1000").start();
+    let pid = attempt.pid("pid");
+    std::fs::remove_dir_all(attempt.dir.root()).unwrap();
+    attempt.runner_exits();
+    assert!(!is_alive(pid));
+}
