@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
-use helix_tests::cluster::{Cluster, PATIENCE, Shape, alive, wait_for};
+use helix_tests::cluster::{Cluster, PATIENCE, Shape, alive, programs, wait_for};
 
 /// The first thing that anybody tries works through each of the three endpoints.
 #[test]
@@ -163,6 +163,30 @@ fn doctor_finds_what_is_wrong() {
     assert!(said.code == 125 && said.stdout.contains("fail  cluster: no coordinator answers"), "{said:?}");
     let said = cluster.helix_with(&cluster.root().join("none.toml"), &["doctor"]);
     assert!(said.code == 1 && said.stdout.starts_with("fail  context: "), "{said:?}");
+}
+
+/// What an earlier life said, and its numbers, are of no help.
+#[test]
+fn a_dev_cluster_that_cannot_start_shows_this_start_alone() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let start = || {
+        let mut command = Command::new(programs().join("helix"));
+        command.args(["dev", "--agents", "0", "--base-port", &port, "--data-dir"]).arg(dir.path().join("cluster"));
+        command.output().unwrap()
+    };
+    let log = dir.path().join("cluster/logs/coordinator-1.log");
+    assert_eq!(start().status.code(), Some(1));
+    let before = fs::read_to_string(&log).unwrap().lines().count();
+    let mark = "a line of an earlier life";
+    fs::write(&log, format!("{}{mark}\n", fs::read_to_string(&log).unwrap())).unwrap();
+    let said = String::from_utf8(start().stderr).unwrap();
+    assert!(before > 0 && said.contains("coordinator 1 ended with code") && said.contains(&port), "{said}");
+    assert!(!said.contains(mark), "{said}");
+    let members: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(dir.path().join("cluster/cluster.json")).unwrap()).unwrap();
+    assert!(members[0]["pid"].is_null(), "{members}");
 }
 
 /// Bytes that a coordinator has itself need no leader.

@@ -12,7 +12,7 @@ use crate::support::{Attempt, is_alive, text};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The tools that this machine has; none where namespaces are forbidden.
-fn tools() -> Vec<Tool> {
+pub fn tools() -> Vec<Tool> {
     let mut tools = vec![Tool::Namespaces];
     for path in ["/usr/bin/bwrap", "/usr/local/bin/bwrap"] {
         if Path::new(path).exists() {

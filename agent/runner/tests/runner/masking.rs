@@ -1,11 +1,14 @@
 //! Secrets that a command says are not in its log, and nowhere else that the runner writes.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use helix_model::limits::LOG_LINE_BYTES_MAX;
+use helix_runner::isolation::{Absence, Access, Entry, Network};
 use helix_runner::{End, Stream};
 
-use crate::support::Attempt;
+use crate::isolation::tools;
+use crate::support::{Attempt, text};
 
 const TOKEN: &str = "tok-5f3a9c81e7";
 const KEY: &str = "-----BEGIN KEY-----\nMIIBVAIBADANBgkq\nhkiG9w0BAQEFAASC\n-----END KEY-----\n";
@@ -85,4 +88,32 @@ fn a_runner_that_cannot_read_the_secrets_starts_nothing() {
     let End::NotStarted { error, .. } = attempt.outcome().end else { panic!("it was started") };
     assert!(error.contains("cannot read the secrets"), "{error}");
     assert!(attempt.records().iter().all(|line| line.stream == Stream::System));
+}
+
+#[test]
+fn an_isolated_command_reads_its_secrets_where_it_is_shown_them_and_nothing_more() {
+    for tool in tools() {
+        let secrets = tempfile::tempdir().unwrap();
+        let file = secrets.path().join("token");
+        std::fs::write(&file, TOKEN).unwrap();
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o400)).unwrap();
+        let script = "stat -c '%a %u' /run/secrets/token; cat /run/secrets/token; echo; \
+                      touch /run/secrets/x 2> /dev/null || echo read-only; ls /run /run/secrets | tr '\\n' ' '";
+        let mut attempt = Attempt::new(script).isolated(tool.clone(), Network::Host).with(|order| {
+            if let Some(user) = order.user {
+                for path in [file.as_path(), secrets.path()] {
+                    std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)).unwrap();
+                }
+            }
+            order.secrets = Some(secrets.path().to_owned());
+            let (source, target) = (secrets.path().to_owned(), "/run/secrets".into());
+            let view = &mut order.isolation.as_mut().unwrap().view;
+            view.push(Entry::Bind { source, target, access: Access::Read, absence: Absence::Fails });
+        });
+        attempt = attempt.start();
+        let (outcome, records) = (attempt.outcome(), attempt.records());
+        assert_eq!(outcome.end, End::Exited(0), "{tool:?} {records:?}");
+        let said = text(&records, Stream::Stdout);
+        assert_eq!(said, ["400 1000", "***", "read-only", "/run: secrets  /run/secrets: token "], "{tool:?}");
+    }
 }
