@@ -44,6 +44,11 @@ pub(crate) struct Seen {
     /// Lines by attempt and number; a number with two texts is an error.
     pub(crate) lines: BTreeMap<(String, u64), String>,
     pub(crate) logs_ended: Vec<String>,
+    pub(crate) push_streams: u32,
+    /// Messages of the build `refused`, none of which is taken.
+    pub(crate) refusals: u32,
+    /// Whether lines of the build `forgotten` were asked for again, which is done once.
+    pub(crate) asked_again: bool,
     pub(crate) blobs: HashMap<Vec<u8>, Bytes>,
     pub(crate) uploads: u32,
 }
@@ -231,11 +236,23 @@ impl AgentService for Service {
 
     async fn push_logs(&self, request: Request<Streaming<PushLog>>) -> Result<Response<Self::PushLogsStream>, Status> {
         let this = self.clone();
+        this.note(|seen| seen.push_streams += 1);
         let acks = request.into_inner().map(move |push| {
             let push = push?;
             let id = push.id.clone().unwrap();
             let seq = push.records.last().map_or(0, |record| record.seq);
+            let mut ack = PushLogAck { id: push.id.clone(), seq, ..PushLogAck::default() };
             this.note(|seen| {
+                if id.build_id == "refused" {
+                    seen.refusals += 1;
+                    ack.refused = "the log is too long".to_owned();
+                    return;
+                }
+                if id.build_id == "forgotten" && !push.records.is_empty() && !seen.asked_again {
+                    seen.asked_again = true;
+                    (ack.seq, ack.again) = (0, true);
+                    return;
+                }
                 for record in &push.records {
                     let text = String::from_utf8_lossy(&record.data).into_owned();
                     let before = seen.lines.insert((id.build_id.clone(), record.seq), text.clone());
@@ -245,7 +262,7 @@ impl AgentService for Service {
                     seen.logs_ended.push(id.build_id.clone());
                 }
             });
-            Ok(PushLogAck { id: push.id, seq, ..PushLogAck::default() })
+            Ok(ack)
         });
         Ok(Response::new(Box::pin(acks)))
     }

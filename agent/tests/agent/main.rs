@@ -210,6 +210,37 @@ async fn a_killed_agent_comes_back_to_the_same_attempt_with_every_line_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_log_that_is_not_taken_disturbs_no_other() {
+    let world = World::new().await;
+    let gate = world.dir().join("gate");
+    let script = format!("echo 1; while [ ! -e {} ]; do echo more; sleep 0.02; done; echo last", gate.display());
+    let mut ids = Vec::new();
+    for build in ["good", "refused", "forgotten"] {
+        ids.push(world.cluster.assign(build, &line(&script)).await);
+    }
+    let begun = |seen: &cluster::Seen| {
+        let lines = |build: &str| seen.lines.keys().filter(|(other, _)| other == build).count();
+        (seen.refusals > 0 && seen.asked_again && lines("good") > 5 && lines("forgotten") > 5).then_some(())
+    };
+    world.cluster.wait_for("lines of the others", begun).await;
+    std::fs::write(&gate, "").unwrap();
+    for id in &ids {
+        world.cluster.finished(id).await;
+        let sealed = world.cluster.sealed_log(id).await;
+        assert_eq!((sealed.first().unwrap().as_str(), sealed.last().unwrap().as_str()), ("1", "last"));
+        let live = world.cluster.live_lines(id);
+        if id.build_id == "refused" {
+            assert!(live.is_empty() && world.cluster.seen().refusals < 10, "it is pushed on and on");
+        } else {
+            let ended = |seen: &cluster::Seen| seen.logs_ended.contains(&id.build_id).then_some(());
+            world.cluster.wait_for("the live log's end", ended).await;
+            assert_eq!(world.cluster.live_lines(id), sealed, "{}", id.build_id);
+        }
+    }
+    assert_eq!(world.cluster.seen().push_streams, 1, "the stream was ended for one of them");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_detached_agent_leaves_its_builds_running() {
     let mut world = World::new().await;
     let gate = world.dir().join("gate");
