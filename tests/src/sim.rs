@@ -11,6 +11,7 @@ mod client;
 mod faults;
 mod host;
 mod oracle;
+mod orphan;
 mod random;
 mod registry;
 mod world;
@@ -30,16 +31,25 @@ pub enum Bug {
     SkippedEntry,
     /// A new leader sends nothing that the old one had promised to send.
     ForgottenEffects,
+    /// An agent calls dead what it cannot see.
+    ClaimedProof,
+    /// An agent offers more memory than its host has.
+    InflatedOffer,
+    /// No leader ends a quarantine.
+    NeverProbed,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 8] = [
         Self::AckBeforeCommit,
         Self::StoppedBeforeDead,
         Self::InventedSuccess,
         Self::SkippedEntry,
         Self::ForgottenEffects,
+        Self::ClaimedProof,
+        Self::InflatedOffer,
+        Self::NeverProbed,
     ];
 }
 
@@ -62,6 +72,12 @@ pub struct Summary {
     pub losses: u64,
     /// Builds that ended without proof.
     pub unverified: u64,
+    /// Ends that agents reported without proof.
+    pub unproven: u64,
+    /// Quarantines that came to a probe.
+    pub probes: u64,
+    /// Ticks at which room was kept for a task.
+    pub claims: u64,
 }
 
 /// What did not hold, and how to see it again.
@@ -111,9 +127,13 @@ mod tests {
             sum.reruns += one.reruns;
             sum.losses += one.losses;
             sum.unverified += one.unverified;
+            sum.unproven += one.unproven;
+            sum.probes += one.probes;
+            sum.claims += one.claims;
         }
         // A run in which little goes wrong proves little.
         assert!(sum.succeeded > 1_000 && sum.failed > 300 && sum.cancelled > 300, "{sum:?}");
+        assert!(sum.unproven > 50 && sum.probes > 50 && sum.claims > 50, "{sum:?}");
         assert!(sum.terms > 600 && sum.reruns > 300 && sum.losses > 100 && sum.unverified > 10, "{sum:?}");
     }
 

@@ -9,7 +9,7 @@ use helix_core::command::{self as cmd, Command, Outcome, WorkerOffer};
 use helix_core::record::{BlobRef, SealedLog, Standing};
 use helix_core::state::Offered;
 use helix_core::{Effect, Rejection, Reply};
-use helix_model::{AttemptKey, Death, Digest, Executor, Instance, NodeId, Platform, Reason, WorkerName};
+use helix_model::{AttemptKey, Death, Digest, Executor, Instance, NodeId, Platform, Reason, Resources, WorkerName};
 
 use super::Bug;
 use super::host::Fate;
@@ -37,7 +37,7 @@ pub(super) enum Down {
 
 /// Where an attempt stands for its agent.
 #[derive(Clone, Debug)]
-enum Phase {
+pub(super) enum Phase {
     Running,
     /// Being killed; afterwards it is reported, or what is left of it is given up.
     Killing(Afterwards),
@@ -46,7 +46,7 @@ enum Phase {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Afterwards {
+pub(super) enum Afterwards {
     Report,
     Seal,
     Forget,
@@ -67,7 +67,7 @@ pub(super) struct Agent {
     next_beat: u64,
     heard_at: u64,
     arrival: u64,
-    runs: BTreeMap<AttemptKey, (Phase, u64)>,
+    pub(super) runs: BTreeMap<AttemptKey, (Phase, u64)>,
 }
 
 impl Agent {
@@ -89,13 +89,14 @@ impl Agent {
         }
     }
 
-    fn offer(&self) -> WorkerOffer {
+    fn offer(&self, memory_bytes: u64) -> WorkerOffer {
         let platforms: &[&str] = if self.arm { &["linux/amd64", "linux/arm64"] } else { &["linux/amd64"] };
         WorkerOffer {
             capacity: self.capacity,
             platforms: platforms.iter().filter_map(|text| Platform::new(text).ok()).collect(),
             executors: BTreeSet::from([Executor::Exec]),
             allows_job_commands: true,
+            resources: Resources { memory_bytes, ..Resources::default() },
             ..WorkerOffer::default()
         }
     }
@@ -160,6 +161,8 @@ impl World {
         }
         let now = self.now;
         let (name, instance) = (self.agents[agent].name.clone(), self.instance(agent));
+        let inflated = if self.bug == Some(Bug::InflatedOffer) { 2 } else { 1 };
+        let memory = self.hosts[agent].memory * inflated;
         let this = &mut self.agents[agent];
         if this.open && now.saturating_sub(this.heard_at) > 2_000 {
             this.disconnect();
@@ -168,7 +171,7 @@ impl World {
             if this.next_hello <= now {
                 this.next_hello = now + 500;
                 this.session += 1;
-                let register = cmd::RegisterWorker { worker: name, instance, offer: this.offer() };
+                let register = cmd::RegisterWorker { worker: name, instance, offer: this.offer(memory) };
                 let hello = Up::Hello { session: this.session, register, offered: this.runs.keys().cloned().collect() };
                 self.send_up(agent, hello);
             }
@@ -308,7 +311,7 @@ impl World {
 
     /// Kills what lives of an attempt, and then does `afterwards`.
     fn stop(&mut self, agent: usize, key: &AttemptKey, afterwards: Afterwards) {
-        let lives = self.hosts[agent].processes.contains_key(key);
+        let lives = self.hosts[agent].can_kill(key);
         let phase = self.agents[agent].runs.get(key).map(|(phase, _)| phase);
         match (phase, afterwards) {
             (None, Afterwards::Seal | Afterwards::Forget) => return,
@@ -332,7 +335,7 @@ impl World {
         }
     }
 
-    fn is_dead(&mut self, agent: usize, key: &AttemptKey) {
+    pub(super) fn is_dead(&mut self, agent: usize, key: &AttemptKey) {
         let report = self.report(agent, key, Outcome::Stopped);
         let runs = &mut self.agents[agent].runs;
         match runs.get(key) {
@@ -370,12 +373,13 @@ impl World {
     }
 
     pub(super) fn process_dies(&mut self, host: usize, boot: u64, key: &AttemptKey) {
-        if self.hosts[host].boot == boot && self.hosts[host].processes.remove(key).is_some() {
+        let here = self.hosts[host].boot == boot && self.hosts[host].can_kill(key);
+        if here && self.hosts[host].processes.remove(key).is_some() {
             self.is_dead(host, key);
         }
     }
 
-    fn report(&mut self, agent: usize, key: &AttemptKey, outcome: Outcome) -> cmd::FinishAttempt {
+    pub(super) fn report(&mut self, agent: usize, key: &AttemptKey, outcome: Outcome) -> cmd::FinishAttempt {
         let sealed = matches!(outcome, Outcome::Succeeded { .. }) || self.random.chance(30);
         // Now and then bytes are on fewer coordinators than they should be.
         let holders = if self.random.chance(10) { 1 } else { 2 };
@@ -388,8 +392,13 @@ impl World {
             signal: None,
             artifacts: Vec::new(),
             log: sealed.then(|| log(holders)),
-            death: Death::Proven,
+            death: if self.knows_dead(agent, key) { Death::Proven } else { Death::Unproven },
         }
+    }
+
+    /// Whether the agent may claim that nothing of an attempt is left, as far as its runner's fate goes.
+    fn knows_dead(&self, agent: usize, key: &AttemptKey) -> bool {
+        !self.hosts[agent].unproven.contains(key) || self.bug == Some(Bug::ClaimedProof)
     }
 
     fn answered(&mut self, agent: usize, key: &AttemptKey, sealing: bool, reply: &Reply) {
@@ -424,7 +433,7 @@ impl World {
     /// Proves dead what is held against this worker, as far as it is.
     fn release(&mut self, agent: usize, held: &BTreeSet<AttemptKey>) {
         for key in held {
-            if !self.hosts[agent].processes.contains_key(key) {
+            if !self.hosts[agent].can_kill(key) && self.knows_dead(agent, key) {
                 let (worker, instance) = (self.agents[agent].name.clone(), self.instance(agent));
                 let command = Command::ReleaseHold(cmd::ReleaseHold { worker, instance, key: key.clone() });
                 let session = self.agents[agent].session;

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use helix_core::command::{self as cmd, Authority, Command};
 use helix_core::{Rejection, Reply};
-use helix_model::{BuildId, BuildSpec, Digest, Executor, OnWorkerLoss, Platform};
+use helix_model::{BuildId, BuildSpec, Digest, Executor, OnWorkerLoss, Platform, Resources};
 
 use super::Bug;
+use super::host::MEMORY_MAX;
 use super::random::Random;
 use super::registry::Origin;
 use super::world::{Event, World};
@@ -72,6 +73,10 @@ fn any_spec(random: &mut Random) -> BuildSpec {
         retries: u32::from(random.chance(20)),
         on_worker_loss: if random.chance(20) { OnWorkerLoss::Fail } else { OnWorkerLoss::Rerun },
         timeout_ms: if random.chance(60) { random.between(3_000, 15_000) } else { 0 },
+        resources: Resources {
+            memory_bytes: if random.chance(40) { random.between(1, MEMORY_MAX) } else { 0 },
+            ..Resources::default()
+        },
         silence_timeout_ms: if random.chance(20) { 2_000 } else { 0 },
         ..BuildSpec::default()
     }

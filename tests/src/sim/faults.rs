@@ -17,7 +17,7 @@ impl World {
         let ms = self.random.between(200, 4_000);
         self.after(ms, Event::Fault);
         let agent = self.random.below(self.agents.len());
-        match self.random.below(12) {
+        match self.random.below(14) {
             0..2 => self.fell_leader(),
             2..4 => self.restart_node(),
             4 => self.crash_agent(agent, 1, 8_000),
@@ -33,7 +33,8 @@ impl World {
                 self.crash_agent(agent, 100, 8_000);
             }
             9 => self.operate(agent),
-            10 => {
+            10 | 11 => self.kill_runner(agent),
+            12 => {
                 self.agents[agent].capacity = self.random.between(1, 3) as u32;
                 self.agents[agent].disconnect();
             }
@@ -77,6 +78,8 @@ impl World {
         self.crash_agent(agent, 500, 5_000);
         self.hosts[agent].boot += 1;
         self.hosts[agent].processes.clear();
+        self.hosts[agent].unproven.clear();
+        self.hosts[agent].hidden.clear();
         self.agents[agent].wipe();
     }
 
@@ -121,6 +124,10 @@ impl World {
         self.healed = true;
         for agent in 0..self.agents.len() {
             self.agents[agent].cut_off_until = 0;
+            // What cannot be proven dead holds its worker until somebody boots the host.
+            if !self.hosts[agent].unproven.is_empty() {
+                self.reboot_host(agent);
+            }
             let worker = self.agents[agent].name.clone();
             self.propose(vec![(Command::UndrainWorker(cmd::UndrainWorker { worker }), Origin::Nobody)]);
         }

@@ -1,8 +1,13 @@
 //! A build host as it really is, whatever agents and coordinators believe: which processes live on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use helix_model::{AttemptKey, BuildId};
+
+use super::random::Random;
+
+/// The most memory that a host has, or a build asks for.
+pub(super) const MEMORY_MAX: u64 = 4;
 
 /// What a process will do if nobody kills it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,9 +26,28 @@ pub(super) struct Host {
     pub(super) boot: u64,
     /// Living processes, the fate of each, and when it began.
     pub(super) processes: BTreeMap<AttemptKey, (Fate, u64)>,
+    /// Whether what a dead runner leaves is killed and known.
+    pub(super) cgroups: bool,
+    /// Attempts whose runners died here without one, in this boot: nobody can prove them dead.
+    pub(super) unproven: BTreeSet<AttemptKey>,
+    /// Those of them that hid, and that nobody kills.
+    pub(super) hidden: BTreeSet<AttemptKey>,
+    /// Its memory, in units of the simulation; 0 where the agent does not tell.
+    pub(super) memory: u64,
 }
 
 impl Host {
+    /// The first can run everything.
+    pub(super) fn new(number: usize, random: &mut Random) -> Self {
+        let memory = if number == 0 { MEMORY_MAX } else { random.between(0, MEMORY_MAX) };
+        Self { cgroups: random.chance(50), memory, ..Self::default() }
+    }
+
+    /// Whether something lives that its agent finds and can kill.
+    pub(super) fn can_kill(&self, key: &AttemptKey) -> bool {
+        self.processes.contains_key(key) && !self.hidden.contains(key)
+    }
+
     pub(super) fn runs_any_of(&self, build: &BuildId) -> Option<&AttemptKey> {
         self.processes.keys().find(|key| key.build == *build)
     }

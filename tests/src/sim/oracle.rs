@@ -2,12 +2,33 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use helix_core::record::{Applied, BuildRecord, Row, RowChange};
+use helix_core::command::AssignTask;
+use helix_core::record::{Applied, BuildRecord, Row, RowChange, Trust};
 use helix_core::{Command, Effect, Known, Reply, State};
-use helix_model::{AttemptKey, BuildId, BuildState};
+use helix_model::{AttemptKey, BuildId, BuildState, Death, LogTime, WorkerName};
 
 use super::Summary;
 use super::host::Host;
+
+/// How much later than its time a probe may come: leaders change, and proposals are lost with them.
+const PROBE_LATE_MS: u64 = 20_000;
+
+/// Whether a worker is kept in quarantine longer than it should be.
+pub(super) fn overdue_probe(state: &State, now: LogTime) -> Result<(), String> {
+    for worker in state.workers() {
+        if let Trust::Quarantined { until, .. } = worker.trust
+            && now.since_ms(until) > PROBE_LATE_MS
+        {
+            return Err(format!("worker {} is in quarantine since {until}, and it is {now}", worker.name));
+        }
+    }
+    Ok(())
+}
+
+fn host_of<'a>(hosts: &'a [Host], worker: &WorkerName) -> Option<&'a Host> {
+    let number = hosts.iter().enumerate().find(|(number, _)| worker.as_str() == format!("w{number}"));
+    number.map(|(_, host)| host)
+}
 
 #[derive(Debug, Default)]
 pub(super) struct Oracle {
@@ -18,6 +39,8 @@ pub(super) struct Oracle {
     /// Attempts whose processes really ended well.
     pub(super) succeeded: BTreeSet<AttemptKey>,
     ended: BTreeMap<BuildId, BuildState>,
+    /// Ends that were committed without proof, and where.
+    unproven: BTreeSet<(WorkerName, AttemptKey)>,
     /// Entries seen: each is judged once, when the first node applies it.
     pub(super) seen: usize,
     pub(super) summary: Summary,
@@ -42,7 +65,7 @@ impl Oracle {
         }
         for (command, reply) in commands.iter().zip(replies) {
             if *reply == Reply::Done {
-                self.judge_done(state, command)?;
+                self.judge_done(state, command, hosts)?;
             }
         }
         let purged = applied.effects.iter().filter_map(|effect| match effect {
@@ -93,7 +116,7 @@ impl Oracle {
         Ok(())
     }
 
-    fn judge_done(&mut self, state: &State, command: &Command) -> Result<(), String> {
+    fn judge_done(&mut self, state: &State, command: &Command, hosts: &[Host]) -> Result<(), String> {
         match command {
             Command::AssignTask(c) => {
                 self.summary.reruns += u64::from(c.key.attempt.0 > 1);
@@ -102,11 +125,48 @@ impl Oracle {
                 if load > capacity as usize {
                     return Err(format!("worker {} was given {load} attempts; its capacity is {capacity}", c.worker));
                 }
+                host_of(hosts, &c.worker).map_or(Ok(()), |host| self.judge_host(state, c, host))?;
             }
             Command::LoseWorker(_) => self.summary.losses += 1,
+            Command::ProbeWorker(_) => self.summary.probes += 1,
+            Command::FinishAttempt(c) if c.death == Death::Unproven => {
+                self.summary.unproven += 1;
+                self.unproven.insert((c.worker.clone(), c.key.clone()));
+            }
+            Command::FinishAttempt(c) => {
+                if host_of(hosts, &c.worker).is_some_and(|host| host.processes.contains_key(&c.key)) {
+                    return Err(format!("{} was reported dead and lives on {}", c.key, c.worker));
+                }
+            }
+            // An operator's word stands for a proof.
+            Command::RemoveWorker(c) => self.unproven.retain(|(worker, _)| *worker != c.worker),
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether a worker could be given this, as its host really is.
+    fn judge_host(&self, state: &State, c: &AssignTask, host: &Host) -> Result<(), String> {
+        let name = &c.worker;
+        let lives = |key: &&AttemptKey| host.hidden.contains(*key) && host.processes.contains_key(*key);
+        let unproven = self.unproven.iter().filter(|(worker, _)| worker == name).map(|(_, key)| key);
+        if let Some(key) = unproven.clone().find(lives) {
+            return Err(format!("worker {name} was given {}, but {key}, which nobody saw dead, lives there", c.key));
+        }
+        let asked = state.running_on(name).filter_map(|key| match state.build(&key.build) {
+            Some(Known::Open(build)) => Some(build.spec.resources.memory_bytes),
+            _ => None,
+        });
+        let asked: u64 = asked.sum();
+        if host.memory > 0 && asked > host.memory {
+            return Err(format!("worker {name} was given work for {asked} of memory, and has {}", host.memory));
+        }
+        let count = state.running_on(name).count();
+        match state.worker(name).map(|worker| &worker.trust) {
+            Some(Trust::Quarantined { .. }) => Err(format!("worker {name} was given work in quarantine")),
+            Some(Trust::Probing { .. }) if count > 1 => Err(format!("worker {name} was probed with {count} attempts")),
+            _ => Ok(()),
+        }
     }
 
     /// What must hold at every moment for whoever leads.

@@ -129,6 +129,7 @@ impl Registry {
             | Command::EndUnverified(helix_core::command::EndUnverified { key }) => {
                 mark(&mut flight.attempts, key, under_way);
             }
+            Command::ProbeWorker(c) => mark(&mut flight.workers, &c.worker, under_way),
             Command::LoseWorker(c) => mark(&mut flight.workers, &c.worker, under_way),
             Command::PurgeBuilds(c) => c.builds.iter().for_each(|id| mark(&mut flight.purging, id, under_way)),
             Command::ExpireTombstones(c) => c.builds.iter().for_each(|id| mark(&mut flight.expiring, id, under_way)),

@@ -67,7 +67,7 @@ impl World {
         let mut random = Random::new(seed);
         let registry = Registry::new(&mut random);
         let agents: Vec<Agent> = (0..2 + random.below(5)).map(|number| Agent::new(number, &mut random)).collect();
-        let hosts = agents.iter().map(|_| Host::default()).collect();
+        let hosts = (0..agents.len()).map(|number| Host::new(number, &mut random)).collect();
         let clients = (0..3).map(|number| Client::new(number, &mut random)).collect();
         Self {
             seed,
@@ -211,11 +211,18 @@ impl World {
         let Some(leader) = registry.leader else { return };
         let state = &registry.nodes[leader].state;
         registry.liveness.brake = due::brake(state, &registry.liveness, time);
+        registry.liveness.claims = schedule::claims(state, &registry.liveness, time);
+        self.oracle.summary.claims += u64::from(!registry.liveness.claims.is_empty());
+        let overdue = super::oracle::overdue_probe(state, time);
         let mut commands = due::due(state, &registry.in_flight, &registry.liveness, time);
+        if self.bug == Some(Bug::NeverProbed) {
+            commands.retain(|command| !matches!(command, Command::ProbeWorker(_)));
+        }
         commands.extend(schedule::schedule(state, &registry.in_flight, &registry.liveness, time, 5));
         if !commands.is_empty() {
             self.propose(commands.into_iter().map(|command| (command, Origin::Nobody)).collect());
         }
+        self.check(overdue);
         for node in 0..NODES {
             if Some(node) != self.registry.leader && self.random.chance(30) {
                 self.catch_up(node);
@@ -355,6 +362,8 @@ fn policy() -> Policy {
         timeout_default_ms: 30_000,
         timeout_grace_ms: 1_000,
         retain_builds: 15,
+        quarantine_after: 2,
+        quarantine_ms: 4_000,
         ..Policy::default()
     }
 }
