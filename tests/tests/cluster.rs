@@ -8,6 +8,8 @@
 mod agents;
 #[path = "cluster/coordinators.rs"]
 mod coordinators;
+#[path = "cluster/disks.rs"]
+mod disks;
 #[path = "cluster/sizes.rs"]
 mod sizes;
 #[path = "cluster/surface.rs"]
