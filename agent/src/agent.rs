@@ -269,7 +269,12 @@ impl Loop {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             name: self.services.config.name.clone(),
             instance: self.services.data.instance().as_str().to_owned(),
-            offer: Some(wire::offer(&self.services.config, self.services.limiter.words(), &self.services.disks)),
+            offer: Some(wire::offer(
+                &self.services.config,
+                self.services.isolated.word(),
+                self.services.limiter.words(),
+                &self.services.disks,
+            )),
             attempts: offered
                 .map(|(key, ended)| wire_agent::OfferedAttempt { id: Some(attempt_to_wire(key)), ended })
                 .collect(),

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use host::{DiskConfig, LimitsConfig};
 
+use crate::isolation::{Bind, UserSetting, Wish};
 use crate::policy::PolicyConfig;
 use crate::secrets::{self, SecretConfig};
 
@@ -45,8 +46,9 @@ pub struct Config {
     /// Spool, mirrors and, unless `exec.base_dir` says otherwise, workdirs.
     #[serde(default)]
     pub data_dir: PathBuf,
-    /// How exec builds are kept apart: `none`.
-    #[serde(default = "isolation_default")]
+    /// How exec builds are kept apart from the host: `none`, `namespaces`, `bubblewrap`; empty for namespaces where they
+    /// work, else none.
+    #[serde(default)]
     pub isolation: String,
     /// `helix-runner`; empty means the one beside this program.
     #[serde(default)]
@@ -108,8 +110,14 @@ pub struct ExecConfig {
     pub env: BTreeMap<String, String>,
     /// `PATH` of builds.
     pub path: String,
-    /// Host paths that isolated builds see.
+    /// Host paths that isolated builds see besides the usual, `SRC:DST:ro`.
     pub bind: Vec<String>,
+    /// What isolated builds reach: `host` or `none`.
+    pub network: String,
+    /// Whom isolated builds run as, if the agent is root; empty for a user of its own for each.
+    pub user: String,
+    /// The program `bwrap`.
+    pub bubblewrap: PathBuf,
     /// Whether builds may bring their own command.
     pub allow_job_commands: bool,
 }
@@ -124,6 +132,9 @@ impl Default for ExecConfig {
             env: BTreeMap::new(),
             path: "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
             bind: Vec::new(),
+            network: "host".to_owned(),
+            user: String::new(),
+            bubblewrap: "bwrap".into(),
             allow_job_commands: false,
         }
     }
@@ -159,10 +170,6 @@ pub struct ResourcesConfig {
 #[derive(Clone, PartialEq, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PodmanConfig {}
-
-fn isolation_default() -> String {
-    "none".to_owned()
-}
 
 /// Why a configuration cannot be used: the key, what is wrong, what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -245,14 +252,22 @@ impl Config {
     }
 
     fn check_isolation(&self) -> Result<(), ConfigWrong> {
-        match self.isolation.as_str() {
-            "none" if self.exec.bind.is_empty() => Ok(()),
-            "none" => wrong("exec.bind", "needs an isolation: with `none` builds see the host as it is"),
-            "namespaces" | "bubblewrap" => {
-                wrong("isolation", format!("{:?} is not available in this version; use \"none\"", self.isolation))
-            }
-            other => wrong("isolation", format!("{other:?} is none of none, namespaces, bubblewrap")),
+        let Some(wish) = Wish::parse(&self.isolation) else {
+            return wrong("isolation", format!("{:?} is none of none, namespaces, bubblewrap", self.isolation));
+        };
+        if wish == Wish::None && !self.exec.bind.is_empty() {
+            return wrong("exec.bind", "needs an isolation: with `none` builds see the host as it is");
         }
+        for bind in &self.exec.bind {
+            Bind::parse(bind).map_err(|why| ConfigWrong { key: "exec.bind", why })?;
+        }
+        if !matches!(self.exec.network.as_str(), "host" | "none") {
+            return wrong("exec.network", format!("{:?} is neither host nor none", self.exec.network));
+        }
+        if wish == Wish::None && self.exec.network != "host" {
+            return wrong("exec.network", "needs an isolation: with `none` builds reach what the host reaches");
+        }
+        UserSetting::parse(&self.exec.user).map(drop).map_err(|why| ConfigWrong { key: "exec.user", why })
     }
 
     fn resolve_paths(&mut self, directory: &Path) -> Result<(), ConfigWrong> {
@@ -362,9 +377,12 @@ mod tests {
             ("name = 'w'\ncoordinators = ['https://a:1']", "`data_dir`"),
             (&format!("{GOOD}capacity = 100000"), "`capacity`"),
             (&format!("{GOOD}platforms = ['Linux']"), "`platforms`"),
-            (&format!("{GOOD}isolation = 'namespaces'"), "not available in this version"),
             (&format!("{GOOD}isolation = 'jail'"), "`isolation`"),
-            (&format!("{GOOD}[exec]\nbind = ['/a:/a:ro']"), "`exec.bind`"),
+            (&format!("{GOOD}isolation = 'none'\n[exec]\nbind = ['/a:/a:ro']"), "`exec.bind`"),
+            (&format!("{GOOD}[exec]\nbind = ['a:/a:ro']"), "`exec.bind`"),
+            (&format!("{GOOD}[exec]\nnetwork = 'some'"), "`exec.network`"),
+            (&format!("{GOOD}isolation = 'none'\n[exec]\nnetwork = 'none'"), "`exec.network`"),
+            (&format!("{GOOD}[exec]\nuser = 'root'"), "`exec.user`"),
             (&format!("{GOOD}[exec]\noutput_name = '../x'"), "`exec.output_name`"),
             (&format!("{GOOD}[exec]\nenv = {{ LD_PRELOAD = 'x' }}"), "`exec.env`"),
             (&format!("{GOOD}[exec]\nshel = 'x'"), "exec.shell"),

@@ -12,6 +12,7 @@ pub mod control;
 pub mod data_dir;
 pub mod disk;
 pub mod host;
+pub mod isolation;
 pub mod limits;
 pub mod policy;
 pub mod program;

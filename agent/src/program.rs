@@ -19,6 +19,7 @@ use crate::control;
 use crate::data_dir::{DataDir, make_private};
 use crate::disk::Disks;
 use crate::disk::collect;
+use crate::isolation::Isolated;
 use crate::limits::Limiter;
 use crate::services::Services;
 use crate::session;
@@ -52,7 +53,7 @@ pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result
     let endpoints = Endpoints::new(&config.coordinators, Arc::clone(&tls))?;
     let _reloads = AbortOnDropHandle::new(reload(&shutdown, Arc::clone(&tls), telemetry, config.log.filter.clone()));
     let (settings_tx, settings) = watch::channel(None);
-    let services = Arc::new(services(config, data, tls, settings.clone())?);
+    let services = Arc::new(services(config, data, tls, settings.clone()).await?);
     let listener = control::listen(services.data.root()).context("cannot make the control socket")?;
     let (detach_tx, detach) = mpsc::channel(4);
     let _control = AbortOnDropHandle::new(tokio::spawn(control::serve(listener, detach_tx)));
@@ -83,7 +84,7 @@ pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result
     }
 }
 
-fn services(
+async fn services(
     config: Config,
     data: DataDir,
     tls: Arc<TlsStore>,
@@ -97,12 +98,13 @@ fn services(
         .with_context(|| format!("cannot start {} (`runner_path`)", config.runner_path.display()))?;
     let work_root = config.exec.base_dir.join(id);
     make_private(&work_root).with_context(|| format!("cannot make {}", work_root.display()))?;
+    let isolated = Isolated::choose(&config, &work_root, &starter).await?;
     let disks = Disks::new(vec![config.data_dir.clone(), work_root.clone()], config.disk.clone());
     let mirrors = Mirrors::new(&data.mirrors(), &config.source).context("cannot prepare git")?;
     let nodes = Nodes::new(tls, settings);
     let (stores, live) = (Stores::new(nodes.clone()), LiveLogs::new(nodes));
     tracing::info!(limits = limiter.words(), "builds are limited by these means");
-    Ok(Services { config, data, work_root, disks, limiter, starter, mirrors, stores, live })
+    Ok(Services { config, data, work_root, disks, limiter, isolated, starter, mirrors, stores, live })
 }
 
 /// Certificates and the log filter, whenever asked.

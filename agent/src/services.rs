@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 use crate::disk::Disks;
+use crate::isolation::Isolated;
 use crate::limits::Limiter;
 use crate::source::git::Mirrors;
 use crate::starter::Starter;
@@ -24,6 +25,8 @@ pub struct Services {
     pub disks: Disks,
     /// What limits attempts on this host.
     pub limiter: Limiter,
+    /// How exec builds are kept apart.
+    pub isolated: Isolated,
     /// Starts runners.
     pub starter: Starter,
     /// Repositories.

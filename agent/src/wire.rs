@@ -10,9 +10,9 @@ use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, s
 use crate::config::Config;
 use crate::disk::Disks;
 
-/// What the agent offers; `limits` says how builds are limited.
+/// What the agent offers; `isolation` and `limits` say how builds are kept apart and limited.
 #[must_use]
-pub fn offer(config: &Config, limits: &str, disks: &Disks) -> agent::Offer {
+pub fn offer(config: &Config, isolation: &str, limits: &str, disks: &Disks) -> agent::Offer {
     let resources = &config.resources;
     let disk = disks.bytes_above_reserve(&config.exec.base_dir).unwrap_or(0);
     let mut offer = agent::Offer {
@@ -23,7 +23,7 @@ pub fn offer(config: &Config, limits: &str, disks: &Disks) -> agent::Offer {
         executors: vec!["exec".to_owned()],
         allows_job_commands: config.exec.allow_job_commands,
         has_own_command: !config.exec.command.is_empty(),
-        isolation: config.isolation.clone(),
+        isolation: isolation.to_owned(),
         cpu_milli: lowered(crate::host::cpu_milli(), resources.cpu_milli),
         memory_bytes: lowered(crate::host::memory_bytes(), resources.memory_bytes),
         disk_bytes: lowered(disk, resources.disk_bytes),

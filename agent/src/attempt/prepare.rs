@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use helix_agent_core::{Assignment, Event, StopCause, Verdict};
@@ -67,7 +68,7 @@ impl Attempt {
             argv,
             environment: environment(&self.services.config, assignment, &self.workdir, commit.as_ref()),
             workdir: self.workdir.work(),
-            user: None,
+            user: self.services.isolated.user(&self.key),
             privileges: Privileges::NeverMore,
             cgroup: self.services.limiter.cgroup(&self.key),
             wall_ms: ms(spec.timeout_ms).or(ms(settings.timeout_default_ms)),
@@ -75,7 +76,7 @@ impl Attempt {
             grace_ms: GRACE_MS,
             leftover_ms: LEFTOVER_MS,
             log_bytes_max: settings.log_bytes_max,
-            isolation: None,
+            isolation: self.services.isolated.of(&self.workdir),
             limits,
             secrets: None,
         };
@@ -85,6 +86,9 @@ impl Attempt {
             reason: reason_of(error),
             message: format!("{what}: {error}"),
         };
+        let (services, workdir, key) = (Arc::clone(&self.services), self.workdir.clone(), self.key.clone());
+        let handed_over = blocking(move || services.isolated.hand_over(&workdir, &key)).await;
+        handed_over.map_err(|error| host("cannot hand over the workdir", &error))?;
         blocking(move || order.write(&dir)).await.map_err(|error| host("cannot write the order", &error))?;
         // From here on a runner may have it: whatever fails now, the directory tells.
         match self.services.starter.start(self.dir.clone()).await {
