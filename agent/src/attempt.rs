@@ -27,6 +27,7 @@ use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
+pub(crate) use self::prepare::shell_path;
 use self::workdir::{Workdir, remove_tree};
 use crate::blocking::blocking;
 use crate::host::unix_ms;

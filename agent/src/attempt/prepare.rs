@@ -203,7 +203,7 @@ fn check_policy(config: &Config, assignment: &Assignment) -> Result<Vec<OsString
 
 /// The agent's shell where the agent's own `PATH` has it: whatever `PATH` a build brings, its line is run by that one. A
 /// shell that is not there keeps its name, and the start says so.
-fn shell_path(exec: &ExecConfig) -> OsString {
+pub(crate) fn shell_path(exec: &ExecConfig) -> OsString {
     let runs = |path: &PathBuf| path.metadata().is_ok_and(|file| file.is_file() && file.mode() & 0o111 != 0);
     if exec.shell.contains('/') {
         return exec.shell.clone().into();

@@ -9,6 +9,7 @@ use helix_runner::{AttemptDir, AttemptState, End, Order, Outcome, Privileges};
 use tokio::time::Instant;
 
 use super::Isolated;
+use crate::attempt::shell_path;
 use crate::attempt::workdir::{Workdir, remove_tree};
 use crate::blocking::blocking;
 use crate::config::Config;
@@ -63,7 +64,7 @@ fn order(isolated: &Isolated, config: &Config, workdir: &Workdir, user: Option<h
     let environment: [(OsString, OsString); 2] =
         [("PATH".into(), config.exec.path.clone().into()), ("HOME".into(), workdir.home().into())];
     Order {
-        argv: vec![config.exec.shell.clone().into(), "-c".into(), ":".into()],
+        argv: vec![shell_path(&config.exec), "-c".into(), ":".into()],
         environment: environment.into(),
         workdir: workdir.work(),
         user,

@@ -54,7 +54,7 @@ impl Host {
     fn wrapped(dir: &Path, cluster: &Cluster, wrapper: &[&str], more: &str) -> Self {
         let tls = &cluster.tls;
         let text = format!(
-            "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\ndata_dir = '{}'\nrunner_path = '{}'\n\
+            "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\nisolation = 'none'\ndata_dir = '{}'\nrunner_path = '{}'\n\
              [tls]\nca = '{}'\ncert = '{}'\nkey = '{}'\n\
              [exec]\nallow_job_commands = true\n[source]\nallow_file_urls = true\n{more}",
             cluster.endpoint,
