@@ -109,13 +109,14 @@ fn wipe_a_node(hosts: &Hosts) {
 
 /// What the runbook says of upgrading an agent: the build that runs meanwhile ends as if nothing had been.
 fn detach_in_mid_build(hosts: &Hosts) {
-    let submit = "helix submit --id upgrade --no-output -- 'until [ -e /var/lib/helix/go ]; do sleep 0.1; done'\n\
+    let submit = "helix submit --id upgrade --no-output -- 'until [ -e go ]; do sleep 0.1; done'\n\
                   until helix status upgrade | grep -q running; do sleep 0.1; done";
     must(hosts, "admin", "a long build", submit);
     let status = json(hosts, "helix status upgrade -o json");
     let worker = status["worker"].as_str().unwrap();
-    let upgrade =
-        "helix-agent detach --config /etc/helix/agent.toml; systemctl restart helix-agent; touch /var/lib/helix/go";
+    // Into the build's workdir: where builds are isolated they see nothing else of the host's.
+    let upgrade = "helix-agent detach --config /etc/helix/agent.toml; systemctl restart helix-agent\n\
+                   touch /var/lib/helix/agent/work/*/upgrade.0.1/work/go";
     must(hosts, worker, "an upgrade", upgrade);
     must(hosts, "admin", "the build's end", "helix wait upgrade");
     assert_eq!(json(hosts, "helix status upgrade -o json")["attempt"], 1, "it ran once");

@@ -133,7 +133,7 @@ fn init(plan: Plan<'_>, hold: Hold) -> Result<std::convert::Infallible, Failed> 
     let command = start_command(plan, isolation)?;
     // SAFETY: a plain call with integers.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
-    // There is nobody to tell any more: the command has the only end of that pipe. Nor is there a reason to go on without.
+    // Best effort: nobody in here can make it do anything.
     let _ = powers::drop_capabilities();
     reap(command, &status)
 }
