@@ -1,0 +1,311 @@
+//! Exec builds under an agent that isolates: the attacks, on one cluster, beside a build that has something to lose.
+
+use std::fs;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::fs::chown;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::Command;
+
+use helix_tests::cluster::{Cluster, PATIENCE, Shape, signal, skip, wait_for};
+use rustix::process::{Signal, geteuid};
+
+use crate::attacks;
+use crate::cases::{BREACH, Case, Places};
+use crate::traces::{self, BUILDS_FROM};
+
+/// A cluster with one agent that isolates its builds; `None` where this machine cannot.
+fn isolating(test: &str, tool: &str) -> Option<Cluster> {
+    if !geteuid().is_root() {
+        skip(test, "it gives builds other users, which only root can");
+        return None;
+    }
+    let settings = [
+        format!("isolation={tool}"),
+        "exec.network=none".to_owned(),
+        "limits.processes=100".to_owned(),
+        "limits.open_files=1024".to_owned(),
+    ];
+    let shape = Shape { coordinators: 1, agents: 1, capacity: 6, settings: settings.into() };
+    match Cluster::start(&shape) {
+        Ok(cluster) => Some(cluster),
+        Err(error) if format!("{error:#}").contains("cannot be used on this host") => {
+            skip(test, &format!("{error:#}"));
+            None
+        }
+        Err(error) => panic!("{error:#}"),
+    }
+}
+
+fn data_dir(cluster: &Cluster) -> PathBuf {
+    cluster.member("agent", "agent-1").data_dir
+}
+
+/// The workdir of a build that runs.
+fn workdir(cluster: &Cluster, id: &str) -> PathBuf {
+    wait_for("the build's workdir", PATIENCE, || {
+        let roots = fs::read_dir(data_dir(cluster).join("work")).ok()?.flatten();
+        roots.map(|root| root.path().join(format!("{id}.0.1/work"))).find(|work| work.join("started").exists())
+    })
+}
+
+/// A build with a secret, which runs until it is told to end.
+fn start_victim(cluster: &Cluster) -> PathBuf {
+    let line =
+        "echo s3cret > secret; touch started; until [ -e go ]; do sleep 0.05; done; [ ! -e planted ] && cat secret";
+    submit(cluster, "victim", &["--no-output", "--env", "VICTIM=secret"], line);
+    workdir(cluster, "victim")
+}
+
+fn submit(cluster: &Cluster, id: &str, flags: &[&str], line: &str) {
+    let mut arguments = vec!["submit", "-o", "quiet", "--id", id];
+    arguments.extend(flags);
+    arguments.extend(["--", line]);
+    let said = cluster.helix(&arguments);
+    assert_eq!(said.code, 0, "{id}: {}", said.stderr);
+}
+
+fn places(cluster: &Cluster, victim: &std::path::Path) -> Places {
+    let grpc = cluster.all("coordinator")[0].grpc.clone().unwrap();
+    Places {
+        key: cluster.root().join("pki/agent-agent-1-key.pem").display().to_string(),
+        data_dir: data_dir(cluster).display().to_string(),
+        victim: victim.display().to_string(),
+        grpc_port: grpc.rsplit(':').next().unwrap().to_owned(),
+    }
+}
+
+/// What is wrong with how a case ended.
+fn complaint(cluster: &Cluster, case: &Case) -> Option<String> {
+    let status = cluster.json(&["status", case.name]);
+    let log = cluster.helix(&["logs", case.name]);
+    let log = log.stdout + &log.stderr;
+    let state = status["state"].as_str().unwrap_or_default();
+    let ended = if state == "succeeded" { state } else { status["reason"].as_str().unwrap_or(state) };
+    let tail: String = log.chars().rev().take(600).collect::<Vec<_>>().into_iter().rev().collect();
+    if log.contains(BREACH) {
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(BREACH)).collect();
+        return Some(format!("{}: {lines:?}", case.name));
+    }
+    if ended != case.ends {
+        return Some(format!("{}: ended as {ended:?}, not {:?}: {tail}", case.name, case.ends));
+    }
+    let explained = cluster.helix(&["explain", case.name]);
+    if ended != "succeeded" && !explained.stdout.contains(ended) && !explained.stdout.contains(&ended.replace('_', " "))
+    {
+        return Some(format!("{}: explain does not tell {ended:?}: {}", case.name, explained.stdout));
+    }
+    (!log.contains(case.says)).then(|| format!("{}: its log does not say {:?}: {tail}", case.name, case.says))
+}
+
+/// Listens under a name that only the host's network knows; another test may do so already.
+fn listen_abstractly() -> Option<UnixListener> {
+    UnixListener::bind_addr(&SocketAddr::from_abstract_name("helix-hostile-test").ok()?).ok()
+}
+
+fn run_suite(test: &str, tool: &str, cases: &[Case]) {
+    let Some(cluster) = isolating(test, tool) else { return };
+    // A name that only the host's network knows.
+    let _listener = listen_abstractly();
+    let host_name = rustix::system::uname().nodename().to_owned();
+    let victim = start_victim(&cluster);
+    let places = places(&cluster, &victim);
+    assert!(PathBuf::from(&places.key).exists() && victim.join("secret").exists(), "there is something to lose");
+    for case in cases {
+        let mut flags = case.flags.to_vec();
+        if !flags.contains(&"--output") {
+            flags.push("--no-output");
+        }
+        submit(&cluster, case.name, &flags, &places.fill(&case.script));
+    }
+    for case in cases {
+        cluster.helix(&["wait", case.name]);
+    }
+    let complaints: Vec<String> = cases.iter().filter_map(|case| complaint(&cluster, case)).collect();
+    assert!(complaints.is_empty(), "{} of {}:\n{}", complaints.len(), cases.len(), complaints.join("\n"));
+    assert_eq!(rustix::system::uname().nodename(), host_name.as_c_str());
+    fs::write(victim.join("go"), "").unwrap();
+    assert_eq!(cluster.helix(&["wait", "victim"]).code, 0, "{}", cluster.helix(&["logs", "victim"]).stdout);
+    let mut builds: Vec<String> = cases.iter().map(|case| case.name.to_owned()).collect();
+    builds.push("victim".to_owned());
+    let data_dir = data_dir(&cluster);
+    let mut left = Vec::new();
+    wait_for("a clean host", PATIENCE, || {
+        left = traces::left(&data_dir, &builds);
+        left.is_empty().then_some(())
+    });
+}
+
+#[test]
+fn hostile_builds_in_namespaces_end_as_they_must_and_leave_nothing() {
+    let cases = attacks::all();
+    assert!(cases.len() >= 50, "{}", cases.len());
+    run_suite("hostile builds in namespaces", "namespaces", &cases);
+}
+
+#[test]
+fn hostile_builds_under_bubblewrap_end_as_they_must_and_leave_nothing() {
+    // It tells a death by signal as shells do, and ends daemons with the command itself.
+    let cases = attacks::all().into_iter().map(|case| match case.name {
+        "kills-everything" => Case { ends: "exit", ..case },
+        "daemon" => Case { says: "", ..case },
+        _ => case,
+    });
+    run_suite("hostile builds under bubblewrap", "bubblewrap", &cases.collect::<Vec<_>>());
+}
+
+/// The attacks that only look, on a host as it is: an agent that is root and isolates nothing gives all of it away. So what
+/// they find under an isolation is found out, and not missed.
+#[test]
+fn without_isolation_the_attacks_that_look_get_through() {
+    if !geteuid().is_root() {
+        return skip("attacks without isolation", "only root may see everything");
+    }
+    let shape = Shape { coordinators: 1, agents: 1, capacity: 6, settings: vec!["isolation=none".to_owned()] };
+    let cluster = Cluster::start(&shape).unwrap();
+    let victim = start_victim(&cluster);
+    let places = places(&cluster, &victim);
+    let looking =
+        ["agents-key", "others-workdir", "others-environment", "home-and-run", "devices-of-the-host", "coordinator"];
+    let cases: Vec<Case> = attacks::all().into_iter().filter(|case| looking.contains(&case.name)).collect();
+    assert_eq!(cases.len(), looking.len());
+    for case in &cases {
+        submit(&cluster, case.name, &["--no-output"], &places.fill(&case.script));
+        cluster.helix(&["wait", case.name]);
+        let complaint = complaint(&cluster, case);
+        assert!(complaint.is_some_and(|complaint| complaint.contains(BREACH)), "{} was not noticed", case.name);
+    }
+    fs::write(victim.join("go"), "").unwrap();
+}
+
+#[test]
+fn memory_and_disk_beyond_what_was_asked_end_a_build_for_that_reason() {
+    let test = "memory and disk beyond what was asked";
+    let Some(cluster) = isolating(test, "namespaces") else { return };
+    let limits = cluster.json(&["workers", "show", "agent-1"]).to_string();
+    submit(
+        &cluster,
+        "disk-hog",
+        &["--no-output", "--disk", "20MiB"],
+        "head -c 200000000 /dev/zero > fill; exec sleep 1000",
+    );
+    let mut expected = vec![("disk-hog", "disk_full")];
+    if limits.contains("memory cgroup") {
+        submit(
+            &cluster,
+            "memory-hog",
+            &["--no-output", "--memory", "64MiB"],
+            "perl -e '$x = \"x\" x 1000000000'; sleep 1000",
+        );
+        expected.push(("memory-hog", "oom"));
+    } else {
+        skip(test, "this host limits no memory");
+    }
+    for (id, reason) in &expected {
+        cluster.helix(&["wait", id]);
+        assert_eq!(cluster.json(&["status", id])["reason"], *reason, "{}", cluster.helix(&["logs", id]).stdout);
+    }
+    let builds: Vec<String> = expected.iter().map(|(id, _)| (*id).to_owned()).collect();
+    let data_dir = data_dir(&cluster);
+    wait_for("a clean host", PATIENCE, || traces::left(&data_dir, &builds).is_empty().then_some(()));
+}
+
+#[test]
+fn what_would_trick_the_environment_is_refused_at_submit() {
+    let Some(cluster) = isolating("tricks with the environment", "namespaces") else { return };
+    for flags in [
+        ["--env", "LD_PRELOAD=/tmp/x.so"],
+        ["--env", "HELIX_WORKDIR=/etc"],
+        ["--build-arg", "LD_LIBRARY_PATH=/tmp"],
+        ["--output", "../out"],
+        ["--output", "/etc/passwd"],
+        ["--output", "a/../../b"],
+        ["--repo", "ext::sh -c id"],
+        ["--repo", "--upload-pack=id"],
+    ] {
+        let said = cluster.helix(&["submit", flags[0], flags[1], "--", "true"]);
+        assert_ne!(said.code, 0, "{flags:?}: {}", said.stdout);
+    }
+}
+
+#[test]
+fn the_look_for_traces_notices_each_kind() {
+    let Some(cluster) = isolating("the look for traces", "namespaces") else { return };
+    let data_dir = data_dir(&cluster);
+    let builds = ["planted".to_owned()];
+    let look = || traces::left(&data_dir, &builds);
+    wait_for("a clean host", PATIENCE, || look().is_empty().then_some(()));
+
+    let mut process = Command::new("sleep").arg("1000").uid(BUILDS_FROM + 7).spawn().unwrap();
+    assert!(look().iter().any(|line| line.starts_with("process")), "{:?}", look());
+    signal(i32::try_from(process.id()).unwrap(), Signal::KILL);
+    process.wait().unwrap();
+
+    let root = fs::read_dir(data_dir.join("work")).unwrap().flatten().next().unwrap().path();
+    fs::create_dir(root.join("planted.0.1")).unwrap();
+    assert!(look().iter().any(|line| line.starts_with("workdir")), "{:?}", look());
+    let mut process = Command::new("sleep").arg("1000").current_dir(root.join("planted.0.1")).spawn().unwrap();
+    assert!(look().iter().any(|line| line.contains("in a workdir")), "{:?}", look());
+    signal(i32::try_from(process.id()).unwrap(), Signal::KILL);
+    process.wait().unwrap();
+
+    let mounted =
+        Command::new("mount").args(["-t", "tmpfs", "planted"]).arg(root.join("planted.0.1")).status().unwrap();
+    assert!(mounted.success());
+    let noticed = look();
+    assert!(Command::new("umount").arg(root.join("planted.0.1")).status().unwrap().success());
+    assert!(noticed.iter().any(|line| line.starts_with("mount")), "{noticed:?}");
+    fs::remove_dir(root.join("planted.0.1")).unwrap();
+
+    let file = PathBuf::from(format!("/dev/shm/helix-planted-{}", std::process::id()));
+    fs::write(&file, "").unwrap();
+    chown(&file, Some(BUILDS_FROM + 7), None).unwrap();
+    let noticed = look();
+    fs::remove_file(&file).unwrap();
+    assert!(noticed.iter().any(|line| line.starts_with("file")), "{noticed:?}");
+
+    if let Some(base) = fs::read_dir("/sys/fs/cgroup").ok().and_then(|mut trees| {
+        trees.find_map(|tree| {
+            let group = tree.ok()?.path().join("helix-test-planted.0.1");
+            fs::create_dir(&group).ok()?;
+            group.join("cgroup.procs").exists().then_some(group)
+        })
+    }) {
+        let noticed = look();
+        fs::remove_dir(&base).unwrap();
+        assert!(noticed.iter().any(|line| line.starts_with("control group")), "{noticed:?}");
+    }
+    assert!(look().is_empty(), "{:?}", look());
+}
+
+#[test]
+fn an_isolated_build_outlives_its_agent_and_its_runners_death_is_proof() {
+    let Some(cluster) = isolating("an isolated build and its agent's death", "namespaces") else { return };
+    assert_eq!(cluster.json(&["workers", "show", "agent-1"])["isolation"], "namespaces");
+    let line = "touch started; i=0; until [ -e go ]; do i=$((i+1)); echo line $i; sleep 0.02; done; echo end $i";
+    submit(&cluster, "outlives", &["--no-output"], line);
+    let work = workdir(&cluster, "outlives");
+    let agent = cluster.member("agent", "agent-1");
+    cluster.kill(&agent);
+    cluster.start_again(&agent);
+    fs::write(work.join("go"), "").unwrap();
+    assert_eq!(cluster.helix(&["wait", "outlives"]).code, 0);
+    let log = cluster.helix(&["logs", "outlives"]).stdout;
+    let numbers: Vec<usize> = log.lines().filter_map(|line| line.strip_prefix("line ")?.parse().ok()).collect();
+    assert_eq!(numbers, (1..=numbers.len()).collect::<Vec<_>>());
+
+    submit(&cluster, "orphaned", &["--no-output"], "touch started; setsid sleep 1000 & exec sleep 1000");
+    workdir(&cluster, "orphaned");
+    let runner = wait_for("the runner", PATIENCE, || {
+        let line = traces::left(&data_dir(&cluster), &[]).into_iter().find(|line| line.starts_with("runner"))?;
+        line.split(' ').nth(1)?.parse().ok()
+    });
+    signal(runner, Signal::KILL);
+    cluster.helix(&["wait", "orphaned"]);
+    let status = cluster.json(&["status", "orphaned"]);
+    assert_eq!(status["reason"], "internal", "{status}");
+    let log = cluster.helix(&["logs", "orphaned"]);
+    assert!((log.stdout + &log.stderr).contains("all its processes are dead"));
+    wait_for("a clean host", PATIENCE, || traces::left(&data_dir(&cluster), &[]).is_empty().then_some(()));
+}

@@ -1,0 +1,113 @@
+//! Looking for what builds left on the host: processes, mounts, control groups, files, shared memory.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+/// The lowest id that isolated builds of a root agent have; nothing else on a host has such.
+pub(crate) const BUILDS_FROM: u32 = 0x7000_0000;
+
+/// Everything that is left of these builds under an agent with this data directory, one line each.
+pub(crate) fn left(data_dir: &Path, builds: &[String]) -> Vec<String> {
+    let mut found = processes(data_dir);
+    found.extend(mounts(data_dir));
+    found.extend(control_groups(builds));
+    found.extend(workdirs(data_dir));
+    for shared in ["/tmp", "/var/tmp", "/dev/shm", "/run", "/dev/mqueue"] {
+        owned(Path::new(shared), 3, &mut found);
+    }
+    found.extend(shared_memory());
+    found
+}
+
+fn is_builds(id: u32) -> bool {
+    (BUILDS_FROM..BUILDS_FROM + 0x0800_0000).contains(&id)
+}
+
+fn processes(data_dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(owner) = entry.metadata() else { continue };
+        let name = || fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')) {
+            continue;
+        }
+        if is_builds(owner.uid()) {
+            found.push(format!("process {pid} ({}) of user {}", name(), owner.uid()));
+        } else if fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(data_dir.join("work"))) {
+            found.push(format!("process {pid} ({}) in a workdir", name()));
+        } else if name() == "helix-runner"
+            && fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(data_dir.join("attempts")))
+        {
+            found.push(format!("runner {pid}"));
+        }
+    }
+    found
+}
+
+fn mounts(data_dir: &Path) -> Vec<String> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let data_dir = data_dir.display().to_string();
+    table.lines().filter(|line| line.contains(&data_dir)).map(|line| format!("mount {line}")).collect()
+}
+
+fn control_groups(builds: &[String]) -> Vec<String> {
+    let mut found = Vec::new();
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    for line in table.lines().filter(|line| line.contains(" - cgroup")) {
+        if let Some(at) = line.split(' ').nth(4) {
+            groups(Path::new(at), 6, builds, &mut found);
+        }
+    }
+    found
+}
+
+fn groups(at: &Path, depth: u32, builds: &[String], found: &mut Vec<String>) {
+    for entry in fs::read_dir(at).into_iter().flatten().flatten().filter(|_| depth > 0) {
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("helix-") && builds.iter().any(|build| name.contains(&format!("-{build}."))) {
+            found.push(format!("control group {}", entry.path().display()));
+        }
+        groups(&entry.path(), depth - 1, builds, found);
+    }
+}
+
+fn workdirs(data_dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for root in fs::read_dir(data_dir.join("work")).into_iter().flatten().flatten() {
+        let inside = fs::read_dir(root.path()).into_iter().flatten().flatten();
+        found.extend(inside.map(|entry| format!("workdir {}", entry.path().display())));
+    }
+    found
+}
+
+fn owned(at: &Path, depth: u32, found: &mut Vec<String>) {
+    for entry in fs::read_dir(at).into_iter().flatten().flatten() {
+        let Ok(data) = entry.path().symlink_metadata() else { continue };
+        if is_builds(data.uid()) || is_builds(data.gid()) {
+            found.push(format!("file {} of user {}", entry.path().display(), data.uid()));
+        }
+        if data.is_dir() && depth > 0 {
+            owned(&entry.path(), depth - 1, found);
+        }
+    }
+}
+
+fn shared_memory() -> Vec<String> {
+    let mut found = Vec::new();
+    for (kind, owner_at) in [("shm", 7), ("sem", 4), ("msg", 7)] {
+        let table = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap_or_default();
+        for line in table.lines().skip(1) {
+            let owner = line.split_whitespace().nth(owner_at).and_then(|id| id.parse().ok()).unwrap_or(0);
+            if is_builds(owner) {
+                found.push(format!("shared memory ({kind}) {line}"));
+            }
+        }
+    }
+    found
+}
