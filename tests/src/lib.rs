@@ -3,4 +3,5 @@
 #![allow(clippy::expect_used, clippy::print_stderr, clippy::missing_panics_doc, clippy::must_use_candidate)]
 
 pub mod cluster;
+pub mod isolation_start;
 pub mod sim;

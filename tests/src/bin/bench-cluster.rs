@@ -1,7 +1,7 @@
 //! `cargo bench-cluster [NAME...]`: what a cluster of three on this machine does, with mutual TLS and every
 //! acknowledged write synced on a majority. Each name ends with a line `NAME ours=N peer=N ratio=N.NN limit=N`.
 //!
-//! No peer is driven beside it yet: `peer` and `ratio` are `-`.
+//! A peer is driven beside it where one is named; elsewhere `peer` and `ratio` are `-`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -29,14 +29,15 @@ use serde::Deserialize;
 /// Measures a cluster of three coordinators on this machine.
 #[derive(Parser)]
 struct Arguments {
-    /// submit-latency, submit-rate, no-op-rate, no-op-latency, fail-over [default: all]
+    /// submit-latency, submit-rate, no-op-rate, no-op-latency, fail-over, isolation-start [default: all]
     names: Vec<String>,
     /// Fewer rounds
     #[arg(long)]
     quick: bool,
 }
 
-const NAMES: [&str; 5] = ["submit-latency", "submit-rate", "no-op-rate", "no-op-latency", "fail-over"];
+const NAMES: [&str; 6] =
+    ["submit-latency", "submit-rate", "no-op-rate", "no-op-latency", "fail-over", "isolation-start"];
 
 /// How long any call may take, fail-overs included.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
             "submit-rate" => submit_rate(&runtime, arguments.quick),
             "no-op-rate" => no_op_rate(&runtime, arguments.quick),
             "no-op-latency" => no_op_latency(&runtime, arguments.quick),
+            "isolation-start" => helix_tests::isolation_start::measure(arguments.quick),
             _ => fail_over(&runtime, arguments.quick),
         };
         if let Err(error) = result {

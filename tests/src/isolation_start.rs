@@ -1,0 +1,148 @@
+//! What isolating a command costs: `true` run bare, in the runner's namespaces, and under bubblewrap, in turns.
+//!
+//! Ours is what namespaces add to a whole run of `helix-runner`; the peer is what `bwrap`, run directly and without any of us,
+//! adds to a bare run. Both show the same parts of the host. Times are of this machine as it is, so medians of many.
+
+#![allow(clippy::print_stdout)] // A measurement is there to be printed.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use helix_runner::isolation::{Entry, Isolation, Network, Tool};
+use helix_runner::{AttemptDir, End, Order, Outcome, Privileges, User};
+
+use crate::cluster::programs;
+
+/// Twice as cheap as bubblewrap is the promise.
+const LIMIT: f64 = 0.5;
+
+/// Parts of `/etc` that both show: about as many as an agent shows.
+const ETC_COUNT: usize = 40;
+
+/// Whom builds run as where we are root.
+const BUILD_USER: User = User { uid: 0x7000_0001, gid: 0x7000_0001 };
+
+/// Measures and prints.
+///
+/// # Errors
+/// When a run fails.
+pub fn measure(quick: bool) -> anyhow::Result<()> {
+    let rounds = if quick { 40 } else { 200 };
+    let scratch = tempfile::Builder::new().prefix("helix-bench-").tempdir()?;
+    let view = view(scratch.path())?;
+    let bubblewrap = Path::new("/usr/bin/bwrap").exists();
+    let mut times: [Vec<Duration>; 4] = Default::default();
+    for round in 0..rounds {
+        times[0].push(timed(|| run(Command::new("/usr/bin/true")))?);
+        if bubblewrap {
+            times[1].push(timed(|| run(bwrap(&view)))?);
+        }
+        times[2].push(attempt(&scratch.path().join(format!("bare-{round}")), None)?);
+        let isolation = Isolation { tool: Tool::Namespaces, network: Network::Host, view: view.clone() };
+        times[3].push(attempt(&scratch.path().join(format!("own-{round}")), Some(isolation))?);
+    }
+    let [exec, peer, bare, own] = times.map(median);
+    println!("true alone {:.2} ms, under bwrap {:.2} ms", ms(exec), ms(peer));
+    println!("runner with true {:.2} ms, with namespaces {:.2} ms", ms(bare), ms(own));
+    let ours = ms(own) - ms(bare);
+    if bubblewrap {
+        let peer = ms(peer) - ms(exec);
+        println!("isolation-start ours={ours:.2}ms peer={peer:.2}ms ratio={:.2} limit={LIMIT:.2}", ours / peer);
+    } else {
+        println!("isolation-start ours={ours:.2}ms peer=- ratio=- limit={LIMIT:.2}");
+    }
+    Ok(())
+}
+
+fn view(scratch: &Path) -> anyhow::Result<Vec<Entry>> {
+    let mut view = vec![Entry::host("/usr")];
+    for name in ["bin", "sbin", "lib", "lib64"] {
+        let path = Path::new("/").join(name);
+        if let Ok(to) = std::fs::read_link(&path) {
+            view.push(Entry::Link { target: path, to });
+        } else if path.exists() {
+            view.push(Entry::host(path));
+        }
+    }
+    let mut etc: Vec<PathBuf> = std::fs::read_dir("/etc")?.flatten().map(|entry| entry.path()).collect();
+    // What the isolation itself provides, and what a link leads away from.
+    let own = ["/etc/passwd", "/etc/group", "/etc/hostname", "/etc/mtab"];
+    etc.retain(|path| !own.iter().any(|own| path == Path::new(own)) && !path.is_symlink());
+    etc.sort();
+    view.extend(etc.into_iter().take(ETC_COUNT).map(Entry::host));
+    let work = scratch.join("work");
+    std::fs::create_dir(&work)?;
+    view.push(Entry::own(&work, "/work"));
+    Ok(view)
+}
+
+fn timed(run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Duration> {
+    let started = Instant::now();
+    run()?;
+    Ok(started.elapsed())
+}
+
+fn run(mut command: Command) -> anyhow::Result<()> {
+    let status = command.stdin(Stdio::null()).status().context("cannot run")?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}
+
+fn bwrap(view: &[Entry]) -> Command {
+    let mut command = Command::new("/usr/bin/bwrap");
+    command.args(["--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--die-with-parent"]);
+    command.args(["--new-session", "--uid", "1000", "--gid", "1000", "--proc", "/proc", "--dev", "/dev"]);
+    for entry in view {
+        match entry {
+            Entry::Link { target, to } => command.arg("--symlink").args([to, target]),
+            Entry::Bind { source, target, .. } if target == Path::new("/work") => {
+                command.arg("--bind").args([source, target])
+            }
+            Entry::Bind { source, target, .. } => command.arg("--ro-bind").args([source, target]),
+        };
+    }
+    command.args(["--remount-ro", "/", "--chdir", "/work", "/usr/bin/true"]);
+    command
+}
+
+/// One attempt, from the start of its runner to its end.
+fn attempt(root: &Path, isolation: Option<Isolation>) -> anyhow::Result<Duration> {
+    std::fs::create_dir(root)?;
+    let dir = AttemptDir::new(root);
+    let is_root = rustix::process::geteuid().is_root();
+    let order = Order {
+        argv: vec!["/usr/bin/true".into()],
+        environment: Vec::new(),
+        workdir: if isolation.is_some() { "/work".into() } else { root.to_owned() },
+        user: (is_root && isolation.is_some()).then_some(BUILD_USER),
+        privileges: Privileges::NeverMore,
+        cgroup: None,
+        wall_ms: None,
+        silence_ms: None,
+        grace_ms: 0,
+        leftover_ms: 0,
+        log_bytes_max: 1024 * 1024,
+        isolation,
+        limits: helix_runner::limits::Limits::default(),
+        secrets: None,
+    };
+    order.write(&dir)?;
+    let mut command = Command::new(programs().join("helix-runner"));
+    command.arg(root);
+    let time = timed(|| run(command))?;
+    let outcome = Outcome::read(&dir)?.context("a runner leaves a result")?;
+    ensure!(outcome.end == End::Exited(0), "{:?}", outcome.end);
+    std::fs::remove_dir_all(root)?;
+    Ok(time)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
