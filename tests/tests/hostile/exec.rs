@@ -328,7 +328,7 @@ fn an_isolated_build_outlives_its_agent_and_its_runners_death_is_proof() {
     // A failure's log may come after the failure.
     wait_for("the proof in its log", PATIENCE, || {
         let log = cluster.helix(&["logs", "orphaned", "--attempt", "1"]);
-        (log.stdout + &log.stderr).contains("all its processes are dead").then_some(())
+        (log.stdout + &log.stderr).contains("all processes are dead").then_some(())
     });
     // Tried again, as what its host did to it; that one is not waited for.
     cluster.helix(&["cancel", "orphaned"]);
