@@ -40,6 +40,18 @@ impl Slots {
         self.base.join(format!("{}{index}", self.prefix))
     }
 
+    /// Removes slots that nobody is in, of this agent and of others that died: the kernel keeps those that are used, and who loses
+    /// one just before it is used makes it again.
+    pub fn remove_unused(&self) {
+        for entry in std::fs::read_dir(&self.base).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with("helix-") && name.contains(".slot-") {
+                let _ = std::fs::remove_dir(entry.path());
+            }
+        }
+    }
+
     /// Makes it, if it is not there.
     ///
     /// # Errors

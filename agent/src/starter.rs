@@ -44,6 +44,7 @@ impl Starter {
             None => Forkers::One(Box::new(Forker::start(program)?)),
             Some(slots) => {
                 let mut slots = Pool { program: program.to_owned(), slots, forkers: Vec::new() };
+                slots.slots.remove_unused();
                 slots.free()?;
                 Forkers::InSlots(slots)
             }
@@ -114,19 +115,36 @@ impl Pool {
                 self.forkers.push(None);
             }
             let path = self.slots.path(index);
-            let own = self.forkers[index].as_ref().and_then(Forker::pid);
-            if self.forkers[index].is_none() {
-                self.slots.make(&path)?;
+            let usable = match self.take(index, &path) {
+                // Another agent that started just now took it for one of a dead agent.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.forkers[index] = None;
+                    self.take(index, &path)?
+                }
+                usable => usable?,
+            };
+            if usable {
+                return self.forkers[index].as_mut().ok_or_else(|| io::ErrorKind::NotFound.into());
             }
-            if is_taken(&path, own)? {
-                continue;
-            }
-            if self.forkers[index].is_none() {
-                self.forkers[index] = Some(Forker::start_in(&self.program, Some(path))?);
-            }
-            return self.forkers[index].as_mut().ok_or_else(|| io::ErrorKind::NotFound.into());
         }
         Err(io::Error::other("builds that ended are still dying everywhere"))
+    }
+}
+
+impl Pool {
+    /// Puts a forker in a slot, if there is none. False when builds are in it.
+    fn take(&mut self, index: usize, path: &Path) -> io::Result<bool> {
+        let own = self.forkers[index].as_ref().and_then(Forker::pid);
+        if self.forkers[index].is_none() {
+            self.slots.make(path)?;
+        }
+        if is_taken(path, own)? {
+            return Ok(false);
+        }
+        if self.forkers[index].is_none() {
+            self.forkers[index] = Some(Forker::start_in(&self.program, Some(path.to_owned()))?);
+        }
+        Ok(true)
     }
 }
 
