@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use helix_model::BuildSpec;
 use helix_proto::agent::AttemptId;
@@ -10,6 +11,7 @@ use helix_proto::agent::AttemptId;
 use super::World;
 use super::cluster::line;
 use super::host::eventually;
+use super::unproven::skip;
 
 const VALUE: &str = "s3cr3t-4f1b-value";
 
@@ -96,6 +98,36 @@ async fn a_secret_is_a_file_in_memory_and_shows_nowhere() {
     assert_eq!(sorted, ["***", "***", "***", "***", "400 regular file", "tmpfs"], "{said:?}");
     assert!(!contains(format!("{finished:?} {:?}", world.cluster.live_lines(&id)).as_bytes()));
     world.forget(&id).await;
+}
+
+/// Whether an agent can isolate builds here.
+fn can_isolate() -> bool {
+    let user = if rustix::process::geteuid().is_root() { "--pid" } else { "--map-root-user" };
+    let tried = Command::new("unshare").args([user, "--mount", "--fork", "true"]).stderr(Stdio::null()).status();
+    tried.is_ok_and(|status| status.success())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_isolated_build_is_shown_its_secrets_and_nobody_elses() {
+    if !can_isolate() {
+        return skip("an_isolated_build_is_shown_its_secrets_and_nobody_elses");
+    }
+    let mut world = configured("[secrets.token]\nfile = 'DIR/token'\nrepositories = ['*']\n").await;
+    world.host.kill();
+    let path = world.dir().join("agent.toml");
+    let text = fs::read_to_string(&path).unwrap().replace("isolation = 'none'", "isolation = 'namespaces'");
+    fs::write(path, text).unwrap();
+    world.host.start();
+    world.hellos(3).await;
+    let script = "echo \"$HELIX_SECRETS\"; cat \"$HELIX_SECRETS/token\"; ls -A /dev/shm; rm -f /run/secrets/token; ls /run/secrets";
+    let id = world.cluster.assign("with", &with_secret("token", script)).await;
+    let finished = world.cluster.finished(&id).await;
+    let sealed = world.cluster.sealed_log(&id).await;
+    let out: Vec<&str> = sealed.iter().map(String::as_str).filter(|line| !line.contains("cannot remove")).collect();
+    assert_eq!(out, ["/run/secrets", "***", "token"], "{finished:?}");
+    let id = world.cluster.assign("without", &line("ls -A /run /dev/shm; echo \"none: $HELIX_SECRETS\"")).await;
+    world.cluster.finished(&id).await;
+    assert_eq!(world.cluster.sealed_log(&id).await.join(" "), "/dev/shm:  /run: none: ");
 }
 
 #[tokio::test(flavor = "multi_thread")]

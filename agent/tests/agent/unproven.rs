@@ -8,7 +8,7 @@ use super::cluster::{Cluster, line};
 use super::host::{Host, eventually};
 
 /// Where namespaces are forbidden the test can show nothing. It says so, and fails where skips are forbidden.
-fn skip(test: &str) {
+pub(crate) fn skip(test: &str) {
     let forbidden = ["CI", "HELIX_FORBID_SKIPS"].iter().any(|name| std::env::var_os(name).is_some());
     assert!(!forbidden, "{test} must not be skipped here: a mount namespace cannot be made");
     eprintln!("SKIPPED {test}: a mount namespace cannot be made");
