@@ -121,16 +121,6 @@ pub fn wait_for<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Opt
     }
 }
 
-/// A test that cannot run here says so; where skips are forbidden it fails.
-///
-/// # Panics
-/// Where `CI` or `HELIX_FORBID_SKIPS` is set.
-pub fn skip(test: &str, why: &str) {
-    let forbidden = ["CI", "HELIX_FORBID_SKIPS"].iter().any(|name| std::env::var_os(name).is_some());
-    assert!(!forbidden, "{test} must not be skipped here: {why}");
-    eprintln!("SKIPPED {test}: {why}");
-}
-
 /// Sends a signal; a process that is gone already is no error.
 pub fn signal(pid: i32, signal: Signal) {
     if let Some(pid) = Pid::from_raw(pid) {

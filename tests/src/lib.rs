@@ -5,3 +5,4 @@
 pub mod cluster;
 pub mod isolation_start;
 pub mod sim;
+pub mod skip;

@@ -25,10 +25,8 @@ impl World {
     fn has(&self, limit: &str) -> bool {
         let words = self.cluster.seen().hellos[0].offer.clone().unwrap().limits;
         let has = words.split(", ").any(|word| word.starts_with(&format!("{limit} cgroup")));
-        let forbidden = ["CI", "HELIX_FORBID_SKIPS"].iter().any(|name| std::env::var_os(name).is_some());
-        assert!(has || !forbidden, "must not be skipped here: {words}");
         if !has {
-            eprintln!("SKIPPED: no cgroup limits {limit} here: {words}");
+            super::skip::skip("a test of limits", format!("no cgroup limits {limit} here: {words}"));
         }
         has
     }

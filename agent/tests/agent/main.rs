@@ -8,6 +8,9 @@ mod disks;
 mod host;
 mod limits;
 mod secrets;
+#[allow(unreachable_pub)] // Another crate exports it.
+#[path = "../../../tests/src/skip.rs"]
+mod skip;
 mod unproven;
 
 use std::path::Path;

@@ -11,7 +11,7 @@ use helix_proto::agent::AttemptId;
 use super::World;
 use super::cluster::line;
 use super::host::eventually;
-use super::unproven::skip;
+use super::skip::skip;
 
 const VALUE: &str = "s3cr3t-4f1b-value";
 
@@ -110,7 +110,7 @@ fn can_isolate() -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_isolated_build_is_shown_its_secrets_and_nobody_elses() {
     if !can_isolate() {
-        return skip("an_isolated_build_is_shown_its_secrets_and_nobody_elses");
+        return skip("an_isolated_build_is_shown_its_secrets_and_nobody_elses", "a mount namespace cannot be made");
     }
     let mut world = configured("[secrets.token]\nfile = 'DIR/token'\nrepositories = ['*']\n").await;
     world.host.kill();

@@ -8,7 +8,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use helix_tests::cluster::{Cluster, Member, PATIENCE, Shape, signal, skip, wait_for};
+use helix_tests::cluster::{Cluster, Member, PATIENCE, Shape, signal, wait_for};
+use helix_tests::skip::skip;
 use rustix::process::Signal;
 use serde_json::Value;
 

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use helix_tests::cluster::{Cluster, PATIENCE, Shape, skip, wait_for};
+use helix_tests::cluster::{Cluster, PATIENCE, Shape, wait_for};
+use helix_tests::skip::skip;
 
 /// A small file system; gone with this value.
 struct Small(PathBuf);

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use helix_tests::cluster::{programs, skip};
+use helix_tests::cluster::programs;
+use helix_tests::skip::skip;
 use serde_json::Value;
 
 use crate::hosts::{Done, Hosts, missing};

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use helix_tests::cluster::{Cluster, PATIENCE, Shape, signal, skip, wait_for};
+use helix_tests::cluster::{Cluster, PATIENCE, Shape, signal, wait_for};
+use helix_tests::skip::skip;
 use rustix::process::{Signal, geteuid};
 
 use crate::attacks;
@@ -39,7 +40,7 @@ fn isolating(test: &str, tool: &str) -> Option<Cluster> {
     match Cluster::start(&shape) {
         Ok(cluster) => Some(cluster),
         Err(error) if format!("{error:#}").contains("cannot be used on this host") => {
-            skip(test, &format!("{error:#}"));
+            skip(test, format!("{error:#}"));
             None
         }
         Err(error) => panic!("{error:#}"),

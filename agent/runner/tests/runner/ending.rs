@@ -4,6 +4,7 @@ use helix_model::Reason;
 use helix_runner::journal;
 use helix_runner::{AttemptState, End, MemoryKill, Privileges, Stream, User, inspect};
 
+use crate::skip::skip;
 use crate::support::{Attempt, With, is_alive, kill, spawn, text, until, ways};
 
 #[test]
@@ -162,8 +163,7 @@ fn the_command_runs_once_however_many_runners_come() {
 #[test]
 fn another_user_is_taken_where_that_is_allowed() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: needs root");
-        return;
+        return skip("another_user_is_taken_where_that_is_allowed", "it needs root");
     }
     let mut attempt = Attempt::new("id -u; id -g; id -G; cat attempt/journal").with(|order| {
         order.user = Some(User { uid: 65534, gid: 65533 });

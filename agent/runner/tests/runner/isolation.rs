@@ -7,6 +7,7 @@ use helix_model::Reason;
 use helix_runner::isolation::{Entry, Network, Tool};
 use helix_runner::{End, Outcome, Record, Stream, Sweep, sweep};
 
+use crate::skip::skip;
 use crate::support::{Attempt, is_alive, text};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,9 +23,8 @@ pub fn tools() -> Vec<Tool> {
     tools.retain(|tool| {
         let (outcome, records) = run(tool, Network::Host, "true");
         let works = outcome.end == End::Exited(0);
-        assert!(works || std::env::var_os("HELIX_FORBID_SKIPS").is_none(), "{tool:?}: {outcome:?} {records:?}");
         if !works {
-            eprintln!("SKIPPED in part: {tool:?} does not work here: {:?}", outcome.end);
+            skip("a part of isolation", format!("{tool:?} does not work here: {outcome:?} {records:?}"));
         }
         works
     });

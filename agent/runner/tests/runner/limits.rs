@@ -5,6 +5,7 @@ use helix_runner::cgroup::{Controller, Enforcement, Host, Wanted};
 use helix_runner::limits::{DiskLimit, Limits};
 use helix_runner::{End, MemoryKill, Stream, Sweep, sweep};
 
+use crate::skip::skip;
 use crate::support::{Attempt, With, is_alive, text, until};
 
 const WANTED: Wanted = Wanted { cpu_milli: None, memory_bytes: None, processes: None };
@@ -13,9 +14,7 @@ const WANTED: Wanted = Wanted { cpu_milli: None, memory_bytes: None, processes: 
 fn limited(script: &str, test: &str, needed: Controller, wanted: Wanted) -> Option<Attempt> {
     let host = Host::find();
     if !matches!(host.enforcement(needed), Enforcement::Cgroup1 | Enforcement::Cgroup2) {
-        let forbidden = ["CI", "HELIX_FORBID_SKIPS"].iter().any(|name| std::env::var_os(name).is_some());
-        assert!(!forbidden, "{test} must not be skipped here: no cgroup for {needed:?}");
-        eprintln!("SKIPPED {test}: no writable cgroup for {needed:?}");
+        skip(test, format!("no writable cgroup for {needed:?}"));
         return None;
     }
     Some(Attempt::new(script).held(With::Cgroup).with(|order| {

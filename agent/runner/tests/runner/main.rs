@@ -10,6 +10,8 @@ mod isolation;
 mod limits;
 mod masking;
 mod output;
+#[path = "../../../../tests/src/skip.rs"]
+mod skip;
 mod spool;
 mod support;
 mod survivors;

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::skip::skip;
 use helix_runner::control::{self, Event, Frames, Request, Status};
 use helix_runner::isolation::{Entry, Isolation, Network, Tool};
 use helix_runner::processes::Process;
@@ -43,7 +44,7 @@ pub fn ways() -> Vec<With> {
     if cgroup::base().is_some() {
         vec![With::TreeOnly, With::Cgroup]
     } else {
-        eprintln!("SKIPPED in part: no writable cgroup v2 here");
+        skip("a part", "no writable cgroup v2 here");
         vec![With::TreeOnly]
     }
 }
