@@ -133,10 +133,10 @@ impl Oracle {
                 self.summary.unproven += 1;
                 self.unproven.insert((c.worker.clone(), c.key.clone()));
             }
-            Command::FinishAttempt(c) => {
-                if host_of(hosts, &c.worker).is_some_and(|host| host.processes.contains_key(&c.key)) {
-                    return Err(format!("{} was reported dead and lives on {}", c.key, c.worker));
-                }
+            Command::FinishAttempt(c)
+                if host_of(hosts, &c.worker).is_some_and(|host| host.processes.contains_key(&c.key)) =>
+            {
+                return Err(format!("{} was reported dead and lives on {}", c.key, c.worker));
             }
             // An operator's word stands for a proof.
             Command::RemoveWorker(c) => self.unproven.retain(|(worker, _)| *worker != c.worker),
