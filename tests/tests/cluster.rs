@@ -10,6 +10,8 @@ mod agents;
 mod coordinators;
 #[path = "cluster/disks.rs"]
 mod disks;
+#[path = "cluster/placing.rs"]
+mod placing;
 #[path = "cluster/sizes.rs"]
 mod sizes;
 #[path = "cluster/surface.rs"]
