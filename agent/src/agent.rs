@@ -274,6 +274,7 @@ impl Loop {
                 self.services.isolated.word(),
                 self.services.limiter.words(),
                 &self.services.disks,
+                &self.services.podman.standing().borrow(),
             )),
             attempts: offered
                 .map(|(key, ended)| wire_agent::OfferedAttempt { id: Some(attempt_to_wire(key)), ended })

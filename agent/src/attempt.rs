@@ -8,6 +8,7 @@
 pub mod environment;
 mod finish;
 mod follow;
+mod image;
 pub mod outputs;
 mod prepare;
 pub mod record;
@@ -25,7 +26,7 @@ use helix_model::{AttemptKey, Reason};
 use helix_runner::journal::{self, Journal};
 use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep};
 use tokio::sync::{mpsc, watch};
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 pub(crate) use self::prepare::shell_path;
 use self::workdir::{Workdir, remove_tree};
@@ -95,6 +96,7 @@ pub fn start(services: Arc<Services>, key: AttemptKey, begin: Begin, events: mps
         last_output_ms: Arc::clone(&last_output_ms),
         runner: None,
         push: None,
+        steps: TaskTracker::new(),
     };
     Handle { wishes, last_output_ms, task: AbortOnDropHandle::new(tokio::spawn(attempt.run(begin))) }
 }
@@ -138,6 +140,8 @@ struct Attempt {
     runner: Option<std::os::unix::net::UnixStream>,
     /// Pushes the live log; ends with this task.
     push: Option<AbortOnDropHandle<()>>,
+    /// What the agent itself runs for it, besides its command.
+    steps: TaskTracker,
 }
 
 impl Attempt {
@@ -328,7 +332,9 @@ impl Attempt {
 
     /// Kills what runs and removes all there is.
     async fn remove(&self) -> Death {
+        self.steps_are_dead().await;
         let death = self.kill_until_dead().await;
+        self.sweep_podman().await;
         self.remove_workdir().await;
         loop {
             let root: PathBuf = self.dir.root().to_owned();

@@ -4,6 +4,7 @@
 //! [`Config::check`] has absolute paths and values the rest of the program need not doubt.
 
 mod host;
+mod podman;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,8 @@ use helix_common::tls::TlsFiles;
 use helix_model::limits::{OUTPUT_NAME_DEFAULT, WORKER_CAPACITY_MAX};
 use helix_model::{BuildSpec, Outputs, Platform, WorkerName};
 use serde::{Deserialize, Serialize};
+
+pub use self::podman::PodmanConfig;
 
 pub use host::{DiskConfig, LimitsConfig};
 
@@ -73,7 +76,7 @@ pub struct Config {
     /// Room on the host's disks.
     #[serde(default)]
     pub disk: DiskConfig,
-    /// Container builds: no keys yet.
+    /// Container builds.
     #[serde(default)]
     pub podman: PodmanConfig,
     /// What this host's owner allows.
@@ -166,11 +169,6 @@ pub struct ResourcesConfig {
     pub disk_bytes: u64,
 }
 
-/// See [`Config::podman`].
-#[derive(Clone, PartialEq, Debug, Default, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct PodmanConfig {}
-
 /// Why a configuration cannot be used: the key, what is wrong, what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("`{key}`: {why}")]
@@ -214,6 +212,7 @@ impl Config {
         }
         self.check_isolation()?;
         self.resolve_paths(directory)?;
+        self.podman.check(directory, &self.data_dir)?;
         self.check_exec()?;
         self.limits.check()?;
         self.check_policy(directory)?;
@@ -396,6 +395,9 @@ mod tests {
             (&format!("{GOOD}[limits]\nprocesses = 1"), "`limits.processes`"),
             (&format!("{GOOD}[limits]\ncpu_milli = 2000\ncpu_milli_max = 1000"), "`limits.cpu_milli`"),
             (&format!("{GOOD}[resources]\nmemory_bytes = 'much'"), "resources.memory_bytes"),
+            (&format!("{GOOD}[podman]\nnetwork = 'bridge'"), "`podman.network`"),
+            (&format!("{GOOD}[podman]\nemulated = ['arm64']"), "`podman.emulated`"),
+            (&format!("{GOOD}[podman]\npodman_path = ''"), "`podman.podman_path`"),
         ];
         for (file, expected) in table {
             let error = load(file, &[]).unwrap_err();

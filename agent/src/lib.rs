@@ -11,6 +11,7 @@ pub mod config;
 pub mod control;
 pub mod data_dir;
 pub mod disk;
+pub mod executor;
 pub mod host;
 pub mod isolation;
 pub mod limits;

@@ -162,6 +162,18 @@ impl Limiter {
         self.host.unified.as_ref().map(|base| base.join(self.name(key)))
     }
 
+    /// Where those cgroups are made.
+    #[must_use]
+    pub fn unified(&self) -> Option<&Path> {
+        self.host.unified.as_deref()
+    }
+
+    /// What the names of this agent's cgroups begin with; the attempt follows.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     fn name(&self, key: &AttemptKey) -> String {
         format!("{}{key}", self.prefix)
     }

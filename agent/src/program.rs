@@ -1,5 +1,6 @@
 //! The program from its checked configuration to its exit.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,9 +10,10 @@ use helix_common::endpoints::Endpoints;
 use helix_common::shutdown::Shutdown;
 use helix_common::telemetry;
 use helix_common::tls::TlsStore;
+use helix_model::AttemptKey;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::agent::{self, Ended, Inputs};
 use crate::config::Config;
@@ -19,6 +21,7 @@ use crate::control;
 use crate::data_dir::{DataDir, make_private};
 use crate::disk::Disks;
 use crate::disk::collect;
+use crate::executor::podman::{Podman, Standing};
 use crate::isolation::Isolated;
 use crate::limits::Limiter;
 use crate::services::Services;
@@ -31,6 +34,9 @@ use crate::stores::{Nodes, Stores};
 
 /// Messages of the session that wait for the loop.
 const SESSION_EVENTS_MAX: usize = 1024;
+
+/// How long the first offer waits for podman to be tried.
+const FIRST_TRIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the last messages may take to leave.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
@@ -63,11 +69,23 @@ pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result
     };
     let _disks = AbortOnDropHandle::new(tokio::spawn(collect::watch(Arc::clone(&services))));
     let (session_tx, session_rx) = mpsc::channel(SESSION_EVENTS_MAX);
-    let session = tokio::spawn(session::keep(endpoints, session_tx, settings_tx));
+    let alive = found.iter().map(|(key, _)| key.clone()).collect();
+    let _podman = AbortOnDropHandle::new(tokio::spawn(look_after_podman(Arc::clone(&services), alive)));
+    let mut standing = services.podman.standing();
+    let session = tokio::spawn(async move {
+        // So that the first offer is the whole one. Builds that run need nobody yet.
+        let tried = standing.wait_for(|standing| *standing != Standing::Untried);
+        let _ = tokio::time::timeout(FIRST_TRIAL_LIMIT, tried).await.map(drop);
+        session::keep(endpoints, session_tx, settings_tx, standing).await;
+    });
     tracing::info!(name = services.config.name, instance = %services.data.instance(), "the agent runs");
     let inputs = Inputs { session: session_rx, detach, shutdown, settings };
     let ended = agent::run(Arc::clone(&services), found, inputs).await;
     farewell(session).await;
+    if let Ended::Exit(ExitKind::Done, _) = &ended {
+        let services = Arc::clone(&services);
+        let _ = tokio::task::spawn_blocking(move || services.podman.unmount()).await;
+    }
     match ended {
         Ended::Exit(kind, requests) => {
             let word = match kind {
@@ -90,6 +108,7 @@ async fn services(
     tls: Arc<TlsStore>,
     settings: watch::Receiver<Option<Arc<Settings>>>,
 ) -> anyhow::Result<Services> {
+    let cluster = tls.own_identity().cluster.to_string();
     // Agents may share a base directory and a host; each has its own place, named after its data directory's life.
     let id: String = data.instance().as_str().chars().take(8).collect();
     // Before anything is started: it may move this process to another cgroup.
@@ -104,7 +123,18 @@ async fn services(
     let nodes = Nodes::new(tls, settings);
     let (stores, live) = (Stores::new(nodes.clone()), LiveLogs::new(nodes));
     tracing::info!(limits = limiter.words(), "builds are limited by these means");
-    Ok(Services { config, data, work_root, disks, limiter, isolated, starter, mirrors, stores, live })
+    let podman =
+        Podman::new(&config, limiter.unified(), limiter.prefix()).context("cannot prepare podman's directories")?;
+    Ok(Services { config, cluster, data, work_root, disks, limiter, isolated, starter, mirrors, podman, stores, live })
+}
+
+/// Clears up what earlier agents' builds left, and finds out whether podman works.
+async fn look_after_podman(services: Arc<Services>, alive: BTreeSet<AttemptKey>) {
+    if let Err(error) = services.podman.sweep_all_but(&TaskTracker::new(), &alive).await {
+        tracing::error!(%error, "what builds of an earlier agent left cannot be removed");
+    }
+    services.podman.try_now().await;
+    services.podman.keep_trying().await;
 }
 
 /// Certificates and the log filter, whenever asked.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 use crate::disk::Disks;
+use crate::executor::podman::Podman;
 use crate::isolation::Isolated;
 use crate::limits::Limiter;
 use crate::source::git::Mirrors;
@@ -17,6 +18,8 @@ use crate::stores::live::LiveLogs;
 pub struct Services {
     /// Checked.
     pub config: Config,
+    /// The cluster's name.
+    pub cluster: String,
     /// The spool.
     pub data: DataDir,
     /// Where workdirs are made.
@@ -31,6 +34,8 @@ pub struct Services {
     pub starter: Starter,
     /// Repositories.
     pub mirrors: Mirrors,
+    /// Images.
+    pub podman: Podman,
     /// Blobs.
     pub stores: Stores,
     /// Live logs.

@@ -19,6 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
+use crate::executor::podman::Standing;
 use crate::settings::Settings;
 
 /// Version of the session's protocol.
@@ -48,11 +49,12 @@ pub enum SessionEvent {
     Refused(String),
 }
 
-/// Keeps a session open until the agent hears no more.
+/// Keeps a session open until the agent hears no more. When `offer` changes a new one begins, since a session has one Hello.
 pub async fn keep(
     endpoints: Endpoints,
     agent: mpsc::Sender<SessionEvent>,
     settings: watch::Sender<Option<Arc<Settings>>>,
+    mut offer: watch::Receiver<Standing>,
 ) {
     let mut number = 0;
     let mut hints = 0;
@@ -67,7 +69,8 @@ pub async fn keep(
                 return;
             }
         };
-        let ended = hold(session, channel, &agent, &settings).await;
+        offer.mark_unchanged();
+        let ended = hold(session, channel, &agent, &settings, &mut offer).await;
         if ended.was_open {
             tracing::info!(%endpoint, "the session ended");
             hints = 0;
@@ -85,6 +88,7 @@ pub async fn keep(
                 tracing::error!(%endpoint, reason, message, "the cluster refuses this agent; trying again");
                 Status::unavailable("refused")
             }
+            Why::Renewed => continue,
             Why::Moved(leader) => not_leader(Some(&leader).filter(|leader| !leader.is_empty()).map(String::as_str)),
             Why::Broken(status) => status,
         };
@@ -115,6 +119,8 @@ struct Ended {
 enum Why {
     Refused(Refused),
     Moved(String),
+    /// What is offered has changed.
+    Renewed,
     Broken(Status),
 }
 
@@ -124,6 +130,7 @@ async fn hold(
     channel: Channel,
     agent: &mpsc::Sender<SessionEvent>,
     settings: &watch::Sender<Option<Arc<Settings>>>,
+    offer: &mut watch::Receiver<Standing>,
 ) -> Ended {
     let (outbox, rx) = mpsc::channel(OUTBOX_MAX);
     let opened = tokio::time::timeout(WELCOME_LIMIT, open(channel, outbox.clone(), rx, agent)).await;
@@ -136,7 +143,10 @@ async fn hold(
     if agent.send(SessionEvent::Opened(session, outbox)).await.is_err() {
         return Ended { was_open: false, why: Why::Broken(Status::cancelled("the agent is ending")) };
     }
-    let why = listen(session, &mut messages, agent, settings).await;
+    let why = tokio::select! {
+        why = listen(session, &mut messages, agent, settings) => why,
+        Ok(()) = offer.changed() => Why::Renewed,
+    };
     Ended { was_open: true, why }
 }
 

@@ -2,17 +2,19 @@
 
 use std::collections::BTreeSet;
 
-use helix_agent_core::{Artifact, Assignment, Blob, Death, Message, Order, Report, SealedLog, Verdict};
+use helix_agent_core::{Artifact, Assignment, Blob, Death, Image, Message, Order, Report, SealedLog, Verdict};
 use helix_model::{AttemptKey, Digest, InvalidField, NodeId, Platform, Reason};
 use helix_proto::agent::{self, agent_message, coordinator_message};
 use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, spec_to_wire};
 
 use crate::config::Config;
 use crate::disk::Disks;
+use crate::executor::podman::Standing;
 
 /// What the agent offers; `isolation` and `limits` say how builds are kept apart and limited.
 #[must_use]
-pub fn offer(config: &Config, isolation: &str, limits: &str, disks: &Disks) -> agent::Offer {
+pub fn offer(config: &Config, isolation: &str, limits: &str, disks: &Disks, podman: &Standing) -> agent::Offer {
+    let executors = [Some("exec"), podman.works().then_some("podman")];
     let resources = &config.resources;
     let disk = disks.bytes_above_reserve(&config.exec.base_dir).unwrap_or(0);
     let mut offer = agent::Offer {
@@ -20,7 +22,7 @@ pub fn offer(config: &Config, isolation: &str, limits: &str, disks: &Disks) -> a
         capacity: config.capacity,
         platforms: config.platforms.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect(),
         labels: config.labels.clone().into_iter().collect(),
-        executors: vec!["exec".to_owned()],
+        executors: executors.into_iter().flatten().map(str::to_owned).collect(),
         allows_job_commands: config.exec.allow_job_commands,
         has_own_command: !config.exec.command.is_empty(),
         isolation: isolation.to_owned(),
@@ -28,9 +30,12 @@ pub fn offer(config: &Config, isolation: &str, limits: &str, disks: &Disks) -> a
         memory_bytes: lowered(crate::host::memory_bytes(), resources.memory_bytes),
         disk_bytes: lowered(disk, resources.disk_bytes),
         limits: limits.to_owned(),
+        podman: podman.words(),
+        emulated: config.podman.emulated.clone(),
     };
     // What policy would refuse is better not sent.
     offer.executors.retain(|executor| config.policy.allows_executor(executor));
+    offer.emulated.retain(|platform| config.policy.allows_platform(platform));
     offer.platforms.retain(|platform| config.policy.allows_platform(platform));
     offer
 }
@@ -136,6 +141,8 @@ pub fn report_to_wire(key: &AttemptKey, report: &Report) -> agent::Finished {
         artifacts: report.artifacts.iter().map(artifact_to_wire).collect(),
         log: report.log.as_ref().map(log_to_wire),
         unproven: report.death == Death::Unproven,
+        image: report.image.as_ref().map(image_to_wire),
+        index: report.index.map(|digest| digest.0.to_vec().into()).unwrap_or_default(),
         ..agent::Finished::default()
     };
     match &report.verdict {
@@ -145,6 +152,10 @@ pub fn report_to_wire(key: &AttemptKey, report: &Report) -> agent::Finished {
             if let Some(first) = report.artifacts.first() {
                 wire.digest = first.blob.digest.0.to_vec().into();
                 wire.size = first.blob.size;
+            }
+            if let Some(image) = &report.image {
+                wire.digest = image.digest.0.to_vec().into();
+                wire.size = image.size;
             }
         }
         Verdict::Failed { reason, message } => {
@@ -175,6 +186,28 @@ pub fn report_from_wire(wire: agent::Finished) -> Result<Report, InvalidField> {
         artifacts: wire.artifacts.into_iter().map(artifact_from_wire).collect::<Result<_, _>>()?,
         log: wire.log.map(log_from_wire).transpose()?,
         death: if wire.unproven { Death::Unproven } else { Death::Proven },
+        image: wire.image.map(image_from_wire).transpose()?,
+        index: if wire.index.is_empty() { None } else { Some(Digest::from_slice(&wire.index)?) },
+    })
+}
+
+fn image_to_wire(image: &Image) -> agent::BuiltImage {
+    agent::BuiltImage {
+        sha256: image.digest.0.to_vec().into(),
+        size: image.size,
+        id: image.id.0.to_vec().into(),
+        manifest_size: image.manifest_size,
+        media_type: image.media_type.clone(),
+    }
+}
+
+fn image_from_wire(wire: agent::BuiltImage) -> Result<Image, InvalidField> {
+    Ok(Image {
+        digest: Digest::from_slice(&wire.sha256)?,
+        size: wire.size,
+        id: Digest::from_slice(&wire.id)?,
+        manifest_size: wire.manifest_size,
+        media_type: wire.media_type,
     })
 }
 
@@ -235,7 +268,11 @@ mod tests {
             let (exit_code, signal) = (Some(3), Some(9));
             for death in [Death::Proven, Death::Unproven] {
                 let (verdict, log, artifacts) = (verdict.clone(), log.clone(), artifacts.clone());
-                let report = Report { verdict, exit_code, signal, artifacts, log, death };
+                let (digest, id) = (Digest([3; 32]), Digest([4; 32]));
+                let media_type = "application/vnd.oci.image.manifest.v1+json".to_owned();
+                let image = Some(Image { digest, size: 5, id, manifest_size: 6, media_type });
+                let index = Some(Digest([5; 32]));
+                let report = Report { verdict, exit_code, signal, artifacts, log, death, image, index };
                 assert_eq!(report_from_wire(report_to_wire(&key, &report)).unwrap(), report);
             }
         }

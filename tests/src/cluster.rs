@@ -167,6 +167,10 @@ impl Cluster {
         command.arg("dev").arg("--data-dir").arg(root);
         command.args(["--coordinators", &shape.coordinators.to_string()]);
         command.args(["--agents", &shape.agents.to_string(), "--capacity", &shape.capacity.to_string()]);
+        // Trying podman takes each agent a second, and few tests build images.
+        if !shape.settings.iter().any(|setting| setting.starts_with("podman.")) {
+            command.args(["--set", "agent.podman.enabled=false"]);
+        }
         for setting in &shape.settings {
             command.args(["--set", &format!("agent.{setting}")]);
         }

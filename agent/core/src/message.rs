@@ -39,6 +39,21 @@ pub struct Artifact {
     pub blob: Blob,
 }
 
+/// An image that a podman build made.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Image {
+    /// Its manifest's digest, as a registry tells it.
+    pub digest: Digest,
+    /// Bytes of its layers, unpacked.
+    pub size: u64,
+    /// Its configuration's digest: podman's image id.
+    pub id: Digest,
+    /// Its manifest's bytes; 0 where the manifest is a registry's alone.
+    pub manifest_size: u64,
+    /// Its manifest's media type.
+    pub media_type: String,
+}
+
 /// A log, sealed and stored.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SealedLog {
@@ -82,13 +97,26 @@ pub struct Report {
     pub log: Option<SealedLog>,
     /// Whether its processes were seen dead; always so for a success.
     pub death: Death,
+    /// The image, of a podman build that succeeded.
+    pub image: Option<Image>,
+    /// The digest of the index that names the images of all platforms, where this attempt pushed one.
+    pub index: Option<Digest>,
 }
 
 impl Report {
     /// The end of an attempt that made nothing, whose processes are dead.
     #[must_use]
     pub fn bare(verdict: Verdict) -> Self {
-        Self { verdict, exit_code: None, signal: None, artifacts: Vec::new(), log: None, death: Death::Proven }
+        Self {
+            verdict,
+            exit_code: None,
+            signal: None,
+            artifacts: Vec::new(),
+            log: None,
+            death: Death::Proven,
+            image: None,
+            index: None,
+        }
     }
 }
 

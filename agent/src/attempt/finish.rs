@@ -10,7 +10,7 @@ use helix_model::{Outputs, Reason};
 use helix_runner::{End, MemoryKill, Outcome};
 
 use super::outputs::{self, Output, Unusable, Why};
-use super::{Attempt, Ending, record, seal};
+use super::{Attempt, Ending, image, record, seal};
 use crate::blocking::blocking;
 use crate::host::unix_ms;
 use crate::stores::StoreError;
@@ -20,13 +20,32 @@ use crate::stores::body::{Body, Source};
 const UPLOADS_MAX: usize = 4;
 
 /// A failure: why, and in words.
-type Failure = (Reason, String);
+pub(super) type Failure = (Reason, String);
 
 impl Attempt {
     /// Makes the report, clears up, says it, and sees to the log.
     pub(super) async fn finish(&mut self, assignment: &Assignment, ending: Ending) {
+        let podman = image::is_podman(assignment);
+        let why = match &ending {
+            Ending::Ran(outcome) if podman => self.why_podman_failed(outcome).await,
+            _ => None,
+        };
         let (mut report, ran_well) = self.judge(ending);
-        if ran_well {
+        if let (Verdict::Failed { reason: Reason::Exit, .. }, Some(why)) = (&report.verdict, why) {
+            report.verdict = why;
+        }
+        if ran_well && podman {
+            self.say(Event::CommandEnded(self.key.clone())).await;
+            match self.deliver_all(assignment).await {
+                Ok((delivered, log)) => {
+                    let image_tag = crate::executor::podman::build::image_tag(assignment);
+                    report.verdict = Verdict::Succeeded { image_tag };
+                    (report.artifacts, report.log) = (delivered.artifacts, Some(log));
+                    report.image = Some(delivered.image);
+                }
+                Err(verdict) => report.verdict = verdict,
+            }
+        } else if ran_well {
             self.say(Event::CommandEnded(self.key.clone())).await;
             match self.store_all(assignment).await {
                 Ok((artifacts, log)) => {
@@ -47,6 +66,9 @@ impl Attempt {
                     .await;
             }
             self.log_line(last_words(&report)).await;
+        }
+        if podman {
+            self.sweep_podman().await;
         }
         self.progress.send_modify(|progress| progress.ended = true);
         self.write_report(&report).await;
@@ -137,7 +159,7 @@ impl Attempt {
         }
     }
 
-    async fn store_log(&self) -> Result<SealedLog, Failure> {
+    pub(super) async fn store_log(&self) -> Result<SealedLog, Failure> {
         let dir = self.dir.clone();
         let sealed = blocking(move || seal::seal(&dir)).await;
         let (body, lines) =

@@ -18,6 +18,7 @@ use super::Attempt;
 use super::environment::environment;
 use crate::blocking::blocking;
 use crate::config::{Config, ExecConfig};
+use crate::executor::podman::build;
 use crate::policy;
 use crate::secrets::Secrets;
 use crate::source::archive::{Limits, unpack};
@@ -80,6 +81,10 @@ impl Attempt {
             limits,
             secrets: None,
         };
+        let order = match spec.executor {
+            Some(Executor::Podman) => self.podman_order(order, assignment).await?,
+            Some(Executor::Exec) | None => order,
+        };
         let order = self.with_secrets(order, spec).await?;
         let dir = self.dir.clone();
         let host = |what: &str, error: &io::Error| Verdict::Failed {
@@ -87,8 +92,10 @@ impl Attempt {
             message: format!("{what}: {error}"),
         };
         let (services, workdir, key) = (Arc::clone(&self.services), self.workdir.clone(), self.key.clone());
-        let handed_over = blocking(move || services.isolated.hand_over(&workdir, &key)).await;
-        handed_over.map_err(|error| host("cannot hand over the workdir", &error))?;
+        if order.isolation.is_some() {
+            let handed_over = blocking(move || services.isolated.hand_over(&workdir, &key)).await;
+            handed_over.map_err(|error| host("cannot hand over the workdir", &error))?;
+        }
         blocking(move || order.write(&dir)).await.map_err(|error| host("cannot write the order", &error))?;
         // From here on a runner may have it: whatever fails now, the directory tells.
         match self.services.starter.start(self.dir.clone()).await {
@@ -113,6 +120,9 @@ impl Attempt {
         let Some(laid_out) = laid_out.map_err(|(reason, message)| Verdict::Failed { reason, message })? else {
             return Ok(order);
         };
+        if spec.executor == Some(Executor::Podman) {
+            build::add_options(&mut order, laid_out.podman_arguments());
+        }
         let shown = blocking(move || laid_out.show(&mut order).map(|()| order)).await;
         shown.map_err(|error| Verdict::Failed {
             reason: reason_of(&error),
@@ -179,12 +189,16 @@ impl Attempt {
 fn check_policy(config: &Config, assignment: &Assignment) -> Result<Vec<OsString>, (Reason, String)> {
     let spec = &assignment.spec;
     policy::check(config, assignment)?;
-    if spec.executor == Some(Executor::Podman) {
-        return Err((Reason::Policy, "this agent runs no podman builds".to_owned()));
-    }
     if spec.repo_url.starts_with("file://") && !config.source.allow_file_urls {
         let message = "file:// URLs are not allowed on this agent (source.allow_file_urls)";
         return Err((Reason::Policy, message.to_owned()));
+    }
+    if spec.executor == Some(Executor::Podman) {
+        if !config.podman.enabled {
+            return Err((Reason::Policy, "this agent runs no podman builds (podman.enabled)".to_owned()));
+        }
+        // What runs is podman; see `podman_order`.
+        return Ok(Vec::new());
     }
     let shell = |line: &str| vec![shell_path(&config.exec), "-c".into(), line.into()];
     match &spec.command {

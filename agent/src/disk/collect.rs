@@ -7,10 +7,14 @@ use tokio::time::Instant;
 
 use super::{Disks, Mark, kept};
 use crate::blocking::blocking;
+use crate::executor::podman::{Pruned, Tier};
 use crate::services::Services;
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a store that builds use is waited for.
+const PRUNE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Between two collections that did not help: what fills the disk is not ours.
 const IN_VAIN: Duration = Duration::from_secs(30);
@@ -50,11 +54,25 @@ pub async fn collect(services: &Arc<Services>) {
     while !look(services, Mark::Goal).await.is_empty() && remove_oldest_kept(services).await {
         removed.0 += 1;
     }
+    remove_images(services, Tier::Dangling).await;
     while !look(services, Mark::Goal).await.is_empty() && services.mirrors.remove_least_used().await {
         removed.1 += 1;
     }
+    remove_images(services, Tier::Unused).await;
     if removed != (0, 0) {
         tracing::info!(kept_workdirs = removed.0, mirrors = removed.1, "room was made");
+    }
+}
+
+/// Removes images and layers, unless there is room already or builds use the store.
+async fn remove_images(services: &Arc<Services>, tier: Tier) {
+    if look(services, Mark::Goal).await.is_empty() {
+        return;
+    }
+    match services.podman.prune(tier, PRUNE_PATIENCE).await {
+        Ok(Pruned::Done) => tracing::info!(?tier, "images were removed"),
+        Ok(Pruned::Busy) => {}
+        Err(error) => tracing::warn!(%error, "images cannot be removed"),
     }
 }
 

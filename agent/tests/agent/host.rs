@@ -56,7 +56,8 @@ impl Host {
         let text = format!(
             "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\nisolation = 'none'\ndata_dir = '{}'\nrunner_path = '{}'\n\
              [tls]\nca = '{}'\ncert = '{}'\nkey = '{}'\n\
-             [exec]\nallow_job_commands = true\n[source]\nallow_file_urls = true\n{more}",
+             [exec]\nallow_job_commands = true\n[source]\nallow_file_urls = true\n\
+             [podman]\nenabled = false\n{more}",
             cluster.endpoint,
             dir.join("data").display(),
             runner().display(),

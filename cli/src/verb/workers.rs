@@ -157,6 +157,8 @@ fn item(worker: &v1::WorkerStatus) -> Item {
             "executors": worker.executors,
             "isolation": worker.isolation,
             "limits": text_json(&worker.limits),
+            "podman": text_json(&worker.podman),
+            "emulated": worker.emulated,
             "last_seen": time_json(worker.last_seen_ms),
             "version": worker.version,
             "pressure": text_json(&worker.pressure),
@@ -190,6 +192,8 @@ fn detail(worker: &v1::WorkerStatus) -> String {
     line("labels", &labels.join(" "));
     line("isolation", &worker.isolation);
     line("limits", &worker.limits);
+    line("podman", &worker.podman);
+    line("emulated", &worker.emulated.join(" "));
     if !worker.pressure.is_empty() {
         line("pressure", &format!("{}: no new work until there is room again", worker.pressure));
     }

@@ -238,6 +238,10 @@ pub struct WorkerOffer {
     pub version: String,
     /// What it has beside slots; 0 means it does not say.
     pub resources: Resources,
+    /// How podman works there, or why it does not; for people.
+    pub podman: String,
+    /// Platforms that podman alone builds there.
+    pub emulated: BTreeSet<Platform>,
 }
 
 /// See [`Command::DetachWorker`].

@@ -140,6 +140,8 @@ pub(super) fn offer(wire: Option<store::WorkerOffer>) -> Result<WorkerOffer, Cod
             memory_bytes: wire.memory_bytes,
             disk_bytes: wire.disk_bytes,
         },
+        podman: wire.podman,
+        emulated: wire.emulated.iter().map(|text| Platform::new(text)).collect::<Result<_, _>>()?,
     })
 }
 
@@ -158,5 +160,7 @@ pub(super) fn offer_wire(offer: &WorkerOffer) -> Option<store::WorkerOffer> {
         cpu_milli: offer.resources.cpu_milli,
         memory_bytes: offer.resources.memory_bytes,
         disk_bytes: offer.resources.disk_bytes,
+        podman: offer.podman.clone(),
+        emulated: offer.emulated.iter().map(|platform| platform.as_str().to_owned()).collect(),
     })
 }

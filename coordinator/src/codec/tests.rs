@@ -71,6 +71,8 @@ fn offer() -> WorkerOffer {
         limits: String::new(),
         version: "1".to_owned(),
         resources: Resources { cpu_milli: 1, memory_bytes: 2, disk_bytes: 3 },
+        podman: "podman 4, runc".to_owned(),
+        emulated: BTreeSet::from([Platform::new("linux/riscv64").unwrap()]),
     }
 }
 

@@ -72,7 +72,9 @@ fn offer(wire: agent::Offer, version: &str) -> Result<WorkerOffer, InvalidField>
     if wire.executors.is_empty() {
         return Err(InvalidField::new("executors", "none is offered: there is nothing to run builds with"));
     }
-    if wire.platforms.len().max(wire.labels.len()).max(wire.executors.len()) > OFFER_ENTRIES_MAX {
+    if wire.platforms.len().max(wire.emulated.len()).max(wire.labels.len()).max(wire.executors.len())
+        > OFFER_ENTRIES_MAX
+    {
         return Err(InvalidField::new("offer", format!("more than {OFFER_ENTRIES_MAX} entries in one list")));
     }
     let long = |text: &String| text.len() > limits::LABEL_BYTES_MAX;
@@ -96,6 +98,8 @@ fn offer(wire: agent::Offer, version: &str) -> Result<WorkerOffer, InvalidField>
             memory_bytes: wire.memory_bytes,
             disk_bytes: wire.disk_bytes,
         },
+        podman: line(&wire.podman),
+        emulated: wire.emulated.iter().map(|text| Platform::new(text)).collect::<Result<_, _>>()?,
     })
 }
 

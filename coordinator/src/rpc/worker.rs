@@ -148,6 +148,8 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
         executors: offer.executors.iter().map(|executor| executor.as_str().to_owned()).collect(),
         isolation: offer.isolation.clone(),
         limits: offer.limits.clone(),
+        podman: offer.podman.clone(),
+        emulated: offer.emulated.iter().map(ToString::to_string).collect(),
         last_seen_ms: heard.map_or(0, |heard| unix_ms(heard.last_seen)),
         version: offer.version.clone(),
         pressure: heard.map_or_else(String::new, |heard| heard.pressure.clone()),

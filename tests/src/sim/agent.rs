@@ -137,7 +137,7 @@ impl World {
 
     fn send_up(&mut self, agent: usize, message: Up) {
         if let Some(time) = self.arrival(agent) {
-            self.at(time, Event::Up { agent, message });
+            self.at(time, Event::Up { agent, message: Box::new(message) });
         }
     }
 

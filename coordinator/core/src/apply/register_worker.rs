@@ -71,11 +71,15 @@ fn check_offer(offer: &WorkerOffer) -> Result<(), Rejection> {
     if offer.capacity > WORKER_CAPACITY_MAX {
         return Err(Rejection::OfferInvalid("a capacity above 250"));
     }
-    if offer.labels.len() > MAP_ENTRIES_MAX || offer.platforms.len() > MAP_ENTRIES_MAX {
+    if offer.labels.len() > MAP_ENTRIES_MAX || offer.platforms.len().max(offer.emulated.len()) > MAP_ENTRIES_MAX {
         return Err(Rejection::OfferInvalid("more labels or platforms than 256"));
     }
     if offer.labels.iter().any(|(key, value)| key.len() > LABEL_BYTES_MAX || value.len() > LABEL_BYTES_MAX) {
         return Err(Rejection::OfferInvalid("a label of more than 256 bytes"));
+    }
+    // What podman says of itself is longer.
+    if offer.podman.len() > 2 * TEXT_BYTES_MAX {
+        return Err(Rejection::OfferInvalid("a word on podman of more than 1,024 bytes"));
     }
     if [&offer.address, &offer.isolation, &offer.limits, &offer.version].iter().any(|text| text.len() > TEXT_BYTES_MAX)
     {

@@ -166,7 +166,11 @@ impl Need {
     #[must_use]
     pub fn unfit(&self, worker: &WorkerRecord) -> Option<Unfit> {
         let offer = &worker.offer;
-        if self.platform.as_ref().is_some_and(|platform| !offer.platforms.contains(platform)) {
+        let builds_for = |platform: &Platform| {
+            let emulated = self.executor == Executor::Podman && offer.emulated.contains(platform);
+            offer.platforms.contains(platform) || emulated
+        };
+        if self.platform.as_ref().is_some_and(|platform| !builds_for(platform)) {
             return Some(Unfit::Platform);
         }
         if !offer.executors.contains(&self.executor) {

@@ -1,0 +1,1 @@
+//! Several platforms are one build.
