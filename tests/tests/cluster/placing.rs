@@ -1,6 +1,7 @@
 //! Who gets what, with real agents: asks that add up, refusals with numbers, attempts that break and go elsewhere.
 
-use helix_tests::cluster::{Cluster, PATIENCE, Shape, skip, wait_for};
+use helix_tests::cluster::{Cluster, PATIENCE, Shape, wait_for};
+use helix_tests::skip::skip;
 
 fn two_agents() -> Cluster {
     let settings = vec!["resources.memory_bytes=1073741824".to_owned()];

@@ -6,7 +6,8 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use helix_tests::cluster::{Cluster, Member, PATIENCE, Shape, skip, wait_for};
+use helix_tests::cluster::{Cluster, Member, PATIENCE, Shape, wait_for};
+use helix_tests::skip::skip;
 use serde_json::Value;
 
 /// A base for images: everything that busybox can do.
