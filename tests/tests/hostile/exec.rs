@@ -15,7 +15,7 @@ use rustix::process::{Signal, geteuid};
 
 use crate::attacks;
 use crate::cases::{BREACH, Case, Places};
-use crate::traces::{self, BUILDS_FROM};
+use crate::traces::{self, user_of};
 
 /// One test at a time: what one's builds do, another would take for what its own left.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -207,12 +207,7 @@ fn memory_and_disk_beyond_what_was_asked_end_a_build_for_that_reason() {
     );
     let mut expected = vec![("disk-hog", "disk_full")];
     if limits.contains("memory cgroup") {
-        submit(
-            &cluster,
-            "memory-hog",
-            &["--no-output", "--memory", "64MiB"],
-            "perl -e '$x = \"x\" x 1000000000'; sleep 1000",
-        );
+        submit(&cluster, "memory-hog", &["--no-output", "--memory", "64MiB"], "perl -e '$x = \"x\" x 1000000000'");
         expected.push(("memory-hog", "oom"));
     } else {
         skip(test, "this host limits no memory");
@@ -254,7 +249,7 @@ fn the_look_for_traces_notices_each_kind() {
     let look = || traces::left(&data_dir, &builds);
     wait_for("a clean host", PATIENCE, || look().is_empty().then_some(()));
 
-    let mut process = Command::new("sleep").arg("1000").uid(BUILDS_FROM + 7).spawn().unwrap();
+    let mut process = Command::new("sleep").arg("1000").uid(user_of("planted.0.1")).spawn().unwrap();
     assert!(look().iter().any(|line| line.starts_with("process")), "{:?}", look());
     signal(i32::try_from(process.id()).unwrap(), Signal::KILL);
     process.wait().unwrap();
@@ -277,7 +272,7 @@ fn the_look_for_traces_notices_each_kind() {
 
     let file = PathBuf::from(format!("/dev/shm/helix-planted-{}", std::process::id()));
     fs::write(&file, "").unwrap();
-    chown(&file, Some(BUILDS_FROM + 7), None).unwrap();
+    chown(&file, Some(user_of("planted.0.1")), None).unwrap();
     let noticed = look();
     fs::remove_file(&file).unwrap();
     assert!(noticed.iter().any(|line| line.starts_with("file")), "{noticed:?}");

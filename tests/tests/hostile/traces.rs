@@ -1,30 +1,32 @@
 //! Looking for what builds left on the host: processes, mounts, control groups, files, shared memory.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-/// The lowest id that isolated builds of a root agent have; nothing else on a host has such.
-pub(crate) const BUILDS_FROM: u32 = 0x7000_0000;
+/// The user that an agent which is root gives an attempt: out of a range that nothing else on a host uses, by its key.
+pub(crate) fn user_of(attempt: &str) -> u32 {
+    let hash = attempt.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    0x7000_0000 + hash % 0x0800_0000
+}
 
 /// Everything that is left of these builds under an agent with this data directory, one line each.
 pub(crate) fn left(data_dir: &Path, builds: &[String]) -> Vec<String> {
-    let mut found = processes(data_dir);
+    let users: BTreeSet<u32> =
+        builds.iter().flat_map(|build| (1..=3).map(move |number| user_of(&format!("{build}.0.{number}")))).collect();
+    let mut found = processes(data_dir, &users);
     found.extend(mounts(data_dir));
     found.extend(control_groups(builds));
     found.extend(workdirs(data_dir));
     for shared in ["/tmp", "/var/tmp", "/dev/shm", "/run", "/dev/mqueue"] {
-        owned(Path::new(shared), 3, &mut found);
+        owned(Path::new(shared), 3, &users, &mut found);
     }
-    found.extend(shared_memory());
+    found.extend(shared_memory(&users));
     found
 }
 
-fn is_builds(id: u32) -> bool {
-    (BUILDS_FROM..BUILDS_FROM + 0x0800_0000).contains(&id)
-}
-
-fn processes(data_dir: &Path) -> Vec<String> {
+fn processes(data_dir: &Path, users: &BTreeSet<u32>) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
@@ -34,7 +36,7 @@ fn processes(data_dir: &Path) -> Vec<String> {
         if stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')) {
             continue;
         }
-        if is_builds(owner.uid()) {
+        if users.contains(&owner.uid()) {
             found.push(format!("process {pid} ({}) of user {}", name(), owner.uid()));
         } else if fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(data_dir.join("work"))) {
             found.push(format!("process {pid} ({}) in a workdir", name()));
@@ -86,25 +88,25 @@ fn workdirs(data_dir: &Path) -> Vec<String> {
     found
 }
 
-fn owned(at: &Path, depth: u32, found: &mut Vec<String>) {
+fn owned(at: &Path, depth: u32, users: &BTreeSet<u32>, found: &mut Vec<String>) {
     for entry in fs::read_dir(at).into_iter().flatten().flatten() {
         let Ok(data) = entry.path().symlink_metadata() else { continue };
-        if is_builds(data.uid()) || is_builds(data.gid()) {
+        if users.contains(&data.uid()) || users.contains(&data.gid()) {
             found.push(format!("file {} of user {}", entry.path().display(), data.uid()));
         }
         if data.is_dir() && depth > 0 {
-            owned(&entry.path(), depth - 1, found);
+            owned(&entry.path(), depth - 1, users, found);
         }
     }
 }
 
-fn shared_memory() -> Vec<String> {
+fn shared_memory(users: &BTreeSet<u32>) -> Vec<String> {
     let mut found = Vec::new();
     for (kind, owner_at) in [("shm", 7), ("sem", 4), ("msg", 7)] {
         let table = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap_or_default();
         for line in table.lines().skip(1) {
             let owner = line.split_whitespace().nth(owner_at).and_then(|id| id.parse().ok()).unwrap_or(0);
-            if is_builds(owner) {
+            if users.contains(&owner) {
                 found.push(format!("shared memory ({kind}) {line}"));
             }
         }
