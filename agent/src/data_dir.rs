@@ -6,12 +6,17 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use helix_common::files::{Durability, write_atomic};
 use helix_model::{AttemptKey, Instance};
 use helix_runner::AttemptDir;
 use rustix::fs::{FlockOperation, flock};
+
+/// How long another agent's lock is waited for: one that was killed may hold it until the last of its threads is gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// A data directory that this process holds.
 #[derive(Debug)]
@@ -32,8 +37,12 @@ impl DataDir {
         let lock_path = root.join("lock");
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&lock_path);
         let lock = lock.with_context(|| format!("cannot open {}", lock_path.display()))?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            bail!("another agent uses {}: give each agent its own data_dir", root.display());
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if Instant::now() >= deadline {
+                bail!("another agent uses {}: give each agent its own data_dir", root.display());
+            }
+            std::thread::sleep(LOCK_RETRY);
         }
         for part in ["attempts", "mirrors"] {
             make_private(&root.join(part)).with_context(|| format!("cannot make {part} in {}", root.display()))?;

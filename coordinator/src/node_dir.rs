@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use fs4::fs_std::FileExt;
 use helix_common::files::{Durability, write_atomic};
@@ -23,6 +24,10 @@ pub const FORMAT: u32 = 1;
 const IDENTITY: &str = "node.json";
 const EPOCHS: &str = "peers.json";
 const LOCK: &str = "lock";
+
+/// How long another process's lock is waited for: one that was killed may hold it until the last of its threads is gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -235,10 +240,14 @@ fn lock(path: &Path) -> Result<File, NodeDirError> {
     let io = |source| NodeDirError::Io { path: path.join(LOCK), source };
     let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path.join(LOCK));
     let file = file.map_err(io)?;
-    match FileExt::try_lock_exclusive(&file) {
-        Ok(true) => Ok(file),
-        Ok(false) => Err(NodeDirError::Locked(path.to_owned())),
-        Err(error) => Err(io(error)),
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match FileExt::try_lock_exclusive(&file) {
+            Ok(true) => return Ok(file),
+            Ok(false) if Instant::now() < deadline => std::thread::sleep(LOCK_RETRY),
+            Ok(false) => return Err(NodeDirError::Locked(path.to_owned())),
+            Err(error) => return Err(io(error)),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use helix_tests::cluster::{Cluster, Shape, peak_resident_kib};
+use helix_tests::skip::skip;
 use sha2::{Digest, Sha256};
 
 const DAEMON_KIB_MAX: u64 = 256 * 1024;
@@ -54,6 +55,9 @@ fn a_hundred_megabytes_of_log_and_a_gibibyte_of_artifact() {
     for member in cluster.members() {
         let peak = peak_resident_kib(member.pid.unwrap()).unwrap();
         assert!(peak < DAEMON_KIB_MAX, "{} {} had {peak} KiB resident", member.role, member.id);
+    }
+    if !rustix::process::geteuid().is_root() {
+        return skip("a runner's size", "only root may see which process belongs to which cluster");
     }
     assert!(runner_peak > 0 && runner_peak < RUNNER_KIB_MAX, "a runner had {runner_peak} KiB resident");
 }
