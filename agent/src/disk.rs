@@ -30,6 +30,11 @@ struct Room {
 fn measure(path: &Path) -> io::Result<(Room, Room)> {
     let stat = rustix::fs::statvfs(path)?;
     let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    if stat.f_blocks == 0 {
+        // A file system that counts nothing is bounded by nothing.
+        let endless = Room { free: u64::MAX, total: 0 };
+        return Ok((endless, endless));
+    }
     Ok((
         Room { free: bytes(stat.f_bavail), total: bytes(stat.f_blocks) },
         Room { free: stat.f_favail, total: stat.f_files },

@@ -117,7 +117,7 @@ fn detach_in_mid_build(hosts: &Hosts) {
     let worker = status["worker"].as_str().unwrap();
     // Into the build's workdir: where builds are isolated they see nothing else of the host's.
     let upgrade = "helix-agent detach --config /etc/helix/agent.toml; systemctl restart helix-agent\n\
-                   touch /var/lib/helix/agent/work/*/upgrade.0.1/work/go";
+                   until cd /var/lib/helix/agent/work/*/upgrade.0.1/work; do sleep 0.1; done; touch go";
     must(hosts, worker, "an upgrade", upgrade);
     must(hosts, "admin", "the build's end", "helix wait upgrade");
     assert_eq!(json(hosts, "helix status upgrade -o json")["attempt"], 1, "it ran once");
