@@ -21,7 +21,7 @@ use super::finish::Failure;
 use super::{Attempt, RETRY};
 use crate::blocking::blocking;
 use crate::data_dir::make_private;
-use crate::executor::podman::{Finished, Standing, build, context, failure};
+use crate::executor::podman::{Finished, Standing, build, context, failure, platform_suffix};
 use crate::stores::StoreError;
 use crate::stores::body::{Body, Source};
 
@@ -203,7 +203,7 @@ impl Attempt {
 
     /// Pushes the image; a failure is tried again, with pauses, until the time for it is over.
     async fn push(&self, assignment: &Assignment, id: &str) -> Result<Digest, Failure> {
-        let reference = assignment.spec.push.trim_start_matches("docker://");
+        let reference = reference(assignment)?;
         let limit = self.services.podman.push_limit();
         let deadline = tokio::time::Instant::now() + limit;
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
@@ -286,6 +286,19 @@ impl Attempt {
         if !said.trim().is_empty() {
             self.log_line(said).await;
         }
+    }
+}
+
+/// Where the image goes. Tasks of one build must not take each other's place: each has its platform behind the tag.
+fn reference(assignment: &Assignment) -> Result<String, Failure> {
+    let whole = assignment.spec.push.trim_start_matches("docker://");
+    match &assignment.platform {
+        Some(platform) if assignment.spec.task_count() > 1 => {
+            let of_platform = build::platform_reference(whole, &platform_suffix(platform));
+            let why = || (Reason::Push, format!("images of several platforms cannot be pushed to the digest {whole}"));
+            of_platform.ok_or_else(why)
+        }
+        _ => Ok(whole.to_owned()),
     }
 }
 

@@ -117,6 +117,7 @@ pub(crate) fn to_json(status: &v1::BuildStatus) -> Value {
         "image_tag": text_json(&status.image_tag),
         "digest": text_json(&status.digest),
         "size": status.size,
+        "manifest": text_json(&status.manifest),
         "exit_code": status.exit_code,
         "signal": status.signal,
         "reason": text_json(&status.reason),

@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 
 use helix_core::record::{Artifact, AttemptEnd, AttemptRecord, BuildRecord, Pinned, TaskPhase, TaskRecord};
-use helix_model::{BuildState, LogTime};
+use helix_model::{BuildState, Digest, LogTime};
 use helix_proto::v1;
+use sha2::{Digest as _, Sha256};
 
 /// The whole of it.
 pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
@@ -15,6 +16,9 @@ pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
     let attempt = speaker.and_then(|task| task.attempts.last());
     let end = attempt.and_then(|attempt| attempt.end.as_ref());
     let spec = &record.spec;
+    let manifest = manifest_of(record);
+    let several = manifest.as_deref().map(|text| Digest(Sha256::digest(text).into()));
+    let sizes = record.tasks.iter().filter_map(|task| Some(task.attempts.last()?.end.as_ref()?.size)).sum();
     v1::BuildStatus {
         build_id: record.id.to_string(),
         state: record.state.as_str().to_owned(),
@@ -25,8 +29,9 @@ pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
         repo_url: spec.repo_url.clone(),
         r#ref: spec.git_ref.clone(),
         commit: record.commit.clone().unwrap_or_default(),
-        digest: end.and_then(|end| end.digest).map_or_else(String::new, |digest| digest.to_string()),
-        size: end.map_or(0, |end| end.size),
+        digest: several.or(end.and_then(|end| end.digest)).map_or_else(String::new, |digest| digest.to_string()),
+        size: if several.is_some() { sizes } else { end.map_or(0, |end| end.size) },
+        manifest: manifest.unwrap_or_default(),
         exit_code: end.and_then(|end| end.exit_code),
         signal: end.and_then(|end| end.signal),
         reason: record.reason.map_or_else(String::new, |reason| reason.as_str().to_owned()),
@@ -46,6 +51,19 @@ pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
         pinned: record.pinned == Pinned::Yes,
         cancel_reason: record.cancel.as_ref().map_or_else(String::new, |cancel| cancel.reason.clone()),
     }
+}
+
+/// What a build for several platforms made, once all have succeeded: a JSON object of platform to digest, platforms sorted.
+/// The build's digest is the sha256 of these bytes.
+fn manifest_of(record: &BuildRecord) -> Option<String> {
+    if record.tasks.len() < 2 || record.state != BuildState::Succeeded {
+        return None;
+    }
+    let entry = |task: &TaskRecord| Some((platform_of(task), task.attempts.last()?.end.as_ref()?.digest?));
+    let entries: Option<BTreeMap<String, Digest>> = record.tasks.iter().map(entry).collect();
+    // A platform's characters need no escapes.
+    let members = entries?.into_iter().map(|(platform, digest)| format!("\"{platform}\":\"sha256:{digest}\""));
+    Some(format!("{{{}}}", members.collect::<Vec<_>>().join(",")))
 }
 
 /// What the build's tasks made, in the order of tasks, and then what clients registered.
