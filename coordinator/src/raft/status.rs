@@ -37,8 +37,13 @@ impl Watcher {
         let mut metrics = self.raft.metrics();
         let mut applied = self.shared.applied();
         let mut renewed: Option<Instant> = None;
+        let mut reign = (None, 0, Instant::now());
         loop {
             let seen = metrics.borrow_watched().clone();
+            if (reign.0, reign.1) != (seen.current_leader, seen.current_term) {
+                reign = (seen.current_leader, seen.current_term, Instant::now());
+                renewed = None;
+            }
             self.note_leadership(&seen, *applied.borrow_and_update());
             if let Err(fatal) = &seen.running_state
                 && !self.stop.is_cancelled()
@@ -47,7 +52,7 @@ impl Watcher {
             }
             if renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY) {
                 renewed = Some(Instant::now());
-                self.status.send_replace(self.look(&seen));
+                self.status.send_replace(self.look(&seen, reign.2.elapsed()));
             }
             tokio::select! {
                 () = self.stop.cancelled() => break,
@@ -80,7 +85,8 @@ impl Watcher {
         });
     }
 
-    fn look(&self, seen: &RaftMetrics<TypeConfig>) -> RaftStatus {
+    /// How things stand; `reign` is how long the leader has been leading.
+    fn look(&self, seen: &RaftMetrics<TypeConfig>, reign: Duration) -> RaftStatus {
         let mut warnings = Vec::new();
         if seen.current_leader.is_none() {
             warnings.push("no_leader");
@@ -96,13 +102,13 @@ impl Watcher {
             applied_index: self.shared.counters.applied_index.get(),
             snapshot_index: index(seen.snapshot.as_ref()),
             purged_index: index(seen.purged.as_ref()),
-            members: membership.nodes().map(|(id, node)| member(*id, node.address.clone(), seen)).collect(),
+            members: membership.nodes().map(|(id, node)| member(*id, node.address.clone(), seen, reign)).collect(),
             warnings,
         }
     }
 }
 
-fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>) -> MemberStatus {
+fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>, reign: Duration) -> MemberStatus {
     let voter = seen.membership_config.membership().voter_ids().any(|voter| voter == id);
     let leads = seen.current_leader == Some(id);
     let own = seen.id == id;
@@ -118,6 +124,11 @@ fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>) -> MemberSta
     }
     let matched = seen.replication.as_ref().and_then(|all| all.get(&id)).and_then(Option::as_ref);
     let heard = seen.heartbeat.as_ref().and_then(|all| all.get(&id)).and_then(Option::as_ref);
+    // Who leads since a moment ago has heard nobody yet, which says nothing about them.
+    let silent = match heard {
+        Some(heard) => heard.elapsed() >= SILENT_AFTER,
+        None => seen.state != ServerState::Leader || reign >= SILENT_AFTER,
+    };
     let last_log_index = index(matched);
     MemberStatus {
         id: NodeId(id),
@@ -125,6 +136,6 @@ fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>) -> MemberSta
         role,
         last_log_index,
         applied_index: last_log_index.min(index(seen.last_applied.as_ref())),
-        healthy: leads || heard.is_some_and(|heard| heard.elapsed() < SILENT_AFTER),
+        healthy: leads || !silent,
     }
 }
