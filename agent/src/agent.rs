@@ -23,7 +23,6 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::attempt::{self, Begin, Handle};
 use crate::control::DetachRequest;
 use crate::host::unix_ms;
-use crate::secrets::Secrets;
 use crate::services::Services;
 use crate::session::{PROTOCOL, SessionEvent};
 use crate::settings::Settings;
@@ -426,7 +425,7 @@ pub fn recover(services: &Services) -> std::io::Result<Vec<(AttemptKey, Found)>>
         }
     }
     services.limiter.put_away(|key| found.iter().any(|(other, _)| other == key));
-    Secrets::of(services.data.instance()).sweep(found.iter().map(|(key, _)| key))?;
+    services.secrets.sweep(found.iter().map(|(key, _)| key))?;
     tracing::info!(attempts = found.len(), "the spool was read");
     Ok(found)
 }

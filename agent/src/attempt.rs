@@ -32,7 +32,6 @@ pub(crate) use self::prepare::shell_path;
 use self::workdir::{Workdir, remove_tree};
 use crate::blocking::blocking;
 use crate::host::unix_ms;
-use crate::secrets::Secrets;
 use crate::services::Services;
 use crate::stores::live::Progress;
 
@@ -319,8 +318,8 @@ impl Attempt {
     /// Removes the secrets, whatever it takes.
     async fn remove_secrets(&self) {
         loop {
-            let (secrets, key) = (Secrets::of(self.services.data.instance()), self.key.clone());
-            match blocking(move || secrets.remove(&key)).await {
+            let (services, key) = (Arc::clone(&self.services), self.key.clone());
+            match blocking(move || services.secrets.remove(&key)).await {
                 Ok(()) => return,
                 Err(error) => {
                     tracing::error!(attempt = %self.key, %error, "secrets cannot be removed; trying again");

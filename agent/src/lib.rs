@@ -15,6 +15,7 @@ pub mod executor;
 pub mod host;
 pub mod isolation;
 pub mod limits;
+mod output;
 pub mod policy;
 pub mod program;
 pub mod secrets;

@@ -24,6 +24,7 @@ use crate::disk::collect;
 use crate::executor::podman::{Podman, Standing};
 use crate::isolation::Isolated;
 use crate::limits::Limiter;
+use crate::secrets::Secrets;
 use crate::services::Services;
 use crate::session;
 use crate::settings::Settings;
@@ -125,7 +126,22 @@ async fn services(
     tracing::info!(limits = limiter.words(), "builds are limited by these means");
     let podman =
         Podman::new(&config, limiter.unified(), limiter.prefix()).context("cannot prepare podman's directories")?;
-    Ok(Services { config, cluster, data, work_root, disks, limiter, isolated, starter, mirrors, podman, stores, live })
+    let secrets = Secrets::of(data.instance());
+    Ok(Services {
+        config,
+        cluster,
+        data,
+        work_root,
+        disks,
+        limiter,
+        isolated,
+        starter,
+        mirrors,
+        secrets,
+        podman,
+        stores,
+        live,
+    })
 }
 
 /// Clears up what earlier agents' builds left, and finds out whether podman works.

@@ -8,6 +8,7 @@ use crate::disk::Disks;
 use crate::executor::podman::Podman;
 use crate::isolation::Isolated;
 use crate::limits::Limiter;
+use crate::secrets::Secrets;
 use crate::source::git::Mirrors;
 use crate::starter::Starter;
 use crate::stores::Stores;
@@ -34,6 +35,8 @@ pub struct Services {
     pub starter: Starter,
     /// Repositories.
     pub mirrors: Mirrors,
+    /// Where secrets are laid out.
+    pub secrets: Secrets,
     /// Images.
     pub podman: Podman,
     /// Blobs.

@@ -20,7 +20,6 @@ use crate::blocking::blocking;
 use crate::config::{Config, ExecConfig};
 use crate::executor::podman::build;
 use crate::policy;
-use crate::secrets::Secrets;
 use crate::source::archive::{Limits, unpack};
 use crate::source::git::Resolved;
 use crate::source::{SourceError, reason_of};
@@ -112,10 +111,9 @@ impl Attempt {
 
     /// Lays out the secrets that the build names, and has the order show them.
     async fn with_secrets(&self, mut order: Order, spec: &BuildSpec) -> Result<Order, Verdict> {
-        let secrets = Secrets::of(self.services.data.instance());
         let laid_out = tokio::select! {
             cause = self.stop_wished() => return Err(stopped(cause)),
-            laid_out = secrets.lay_out(&self.services.config, spec, &self.key) => laid_out,
+            laid_out = self.services.secrets.lay_out(&self.services.config, spec, &self.key) => laid_out,
         };
         let Some(laid_out) = laid_out.map_err(|(reason, message)| Verdict::Failed { reason, message })? else {
             return Ok(order);

@@ -7,8 +7,9 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
+
+use crate::output::last_text;
 
 /// Bytes of each of git's outputs that are kept: its last words, or a commit.
 const OUTPUT_BYTES_MAX: usize = 16 * 1024;
@@ -52,28 +53,12 @@ pub(super) async fn run_git(
     let pid = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
     let mut guard = GroupGuard(pid);
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let all = async { tokio::join!(child.wait(), last_bytes(stdout), last_bytes(stderr)) };
+    let all =
+        async { tokio::join!(child.wait(), last_text(stdout, OUTPUT_BYTES_MAX), last_text(stderr, OUTPUT_BYTES_MAX)) };
     let (status, stdout, stderr) = tokio::time::timeout(limit, all)
         .await
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("git took longer than {limit:?}")))?;
     // Its number may be another's from here on; what it left in the background has closed its outputs and is harmless.
     guard.0 = None;
     Ok(Finished { success: status?.success(), stdout, stderr })
-}
-
-/// Reads to the end and keeps the last bytes.
-async fn last_bytes(from: Option<impl AsyncRead + Unpin>) -> String {
-    let Some(mut from) = from else { return String::new() };
-    let mut kept = Vec::new();
-    let mut buffer = vec![0; 4096];
-    while let Ok(count) = from.read(&mut buffer).await {
-        if count == 0 {
-            break;
-        }
-        kept.extend_from_slice(&buffer[..count]);
-        if kept.len() > OUTPUT_BYTES_MAX {
-            kept.drain(..kept.len() - OUTPUT_BYTES_MAX);
-        }
-    }
-    String::from_utf8_lossy(&kept).into_owned()
 }

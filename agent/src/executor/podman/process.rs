@@ -12,10 +12,11 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::output::last_text;
 
 /// Bytes of each output that are kept: the last ones.
 const OUTPUT_BYTES_MAX: usize = 32 * 1024;
@@ -88,7 +89,8 @@ async fn attend(mut child: Child, given_up: CancellationToken, limit: Duration) 
     let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
     let outputs = (child.stdout.take(), child.stderr.take());
     let ended = async {
-        let (status, stdout, stderr) = tokio::join!(child.wait(), last_bytes(outputs.0), last_bytes(outputs.1));
+        let (status, stdout, stderr) =
+            tokio::join!(child.wait(), last_text(outputs.0, OUTPUT_BYTES_MAX), last_text(outputs.1, OUTPUT_BYTES_MAX));
         Ok(Finished { code: status?.code(), stdout, stderr })
     };
     let error = tokio::select! {
@@ -104,22 +106,6 @@ async fn attend(mut child: Child, given_up: CancellationToken, limit: Duration) 
     }
     child.wait().await?;
     Err(error)
-}
-
-/// Reads to the end and keeps the last bytes.
-async fn last_bytes(from: Option<impl AsyncRead + Unpin>) -> String {
-    let Some(mut from) = from else { return String::new() };
-    let (mut kept, mut buffer) = (Vec::new(), vec![0; 8192]);
-    while let Ok(count) = from.read(&mut buffer).await {
-        if count == 0 {
-            break;
-        }
-        kept.extend_from_slice(&buffer[..count]);
-        if kept.len() > OUTPUT_BYTES_MAX {
-            kept.drain(..kept.len() - OUTPUT_BYTES_MAX);
-        }
-    }
-    String::from_utf8_lossy(&kept).into_owned()
 }
 
 #[cfg(test)]
