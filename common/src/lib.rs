@@ -12,6 +12,7 @@ pub mod endpoints;
 pub mod files;
 pub mod identity;
 pub mod pki;
+pub mod ports;
 pub mod sealed_log;
 pub mod shutdown;
 pub mod status;

@@ -11,6 +11,7 @@ use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use helix_common::ports;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use serde_json::Value;
@@ -166,6 +167,8 @@ impl Cluster {
         let mut command = Command::new(programs().join("helix"));
         command.arg("dev").arg("--data-dir").arg(root);
         command.args(["--coordinators", &shape.coordinators.to_string()]);
+        // Given out in one place for all clusters of a test program; a cluster that is there keeps its own.
+        command.args(["--base-port", &ports::free(shape.coordinators * 3)?.to_string()]);
         command.args(["--agents", &shape.agents.to_string(), "--capacity", &shape.capacity.to_string()]);
         // Trying podman takes each agent a second, and few tests build images.
         if !shape.settings.iter().any(|setting| setting.starts_with("podman.")) {

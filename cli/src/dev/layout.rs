@@ -1,12 +1,12 @@
 //! What a development cluster consists of on disk: certificates, configurations, data directories, the context.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use helix_common::identity::Role;
 use helix_common::pki::{Authority, CA_FILE, VALID_FOR_DEFAULT};
+use helix_common::ports::free;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -133,20 +133,16 @@ fn made(root: &Path, arguments: &DevArguments) -> Result<Made, Failure> {
 
 fn ports(coordinators: usize, base: Option<u16>) -> Result<Vec<Ports>, Failure> {
     let count = coordinators * 3;
-    let numbers: Vec<u16> = match base {
-        Some(base) => (0..count)
-            .map(|offset| u16::try_from(offset).ok().and_then(|offset| base.checked_add(offset)))
-            .collect::<Option<_>>()
-            .ok_or_else(|| Failure::usage(format!("--base-port {base}: {count} ports do not fit above it")))?,
-        None => {
-            // Held together, so that none is given twice.
-            let held: Vec<TcpListener> = (0..count)
-                .map(|_| TcpListener::bind("127.0.0.1:0"))
-                .collect::<Result<_, _>>()
-                .map_err(|error| Failure::plain(format!("no free port on 127.0.0.1: {error}")))?;
-            held.iter().filter_map(|listener| listener.local_addr().ok()).map(|address| address.port()).collect()
-        }
+    let unfit = |base: u16| Failure::usage(format!("--base-port {base}: {count} ports do not fit above it"));
+    let base = match (base, u16::try_from(count)) {
+        (Some(base), _) => base,
+        (None, Ok(count)) => free(count).map_err(|error| Failure::plain(error.to_string()))?,
+        (None, Err(_)) => return Err(Failure::usage(format!("{coordinators} coordinators need too many ports"))),
     };
+    let numbers: Vec<u16> = (0..count)
+        .map(|offset| u16::try_from(offset).ok().and_then(|offset| base.checked_add(offset)))
+        .collect::<Option<_>>()
+        .ok_or_else(|| unfit(base))?;
     Ok(numbers.chunks_exact(3).map(|three| Ports { grpc: three[0], peer: three[1], http: three[2] }).collect())
 }
 

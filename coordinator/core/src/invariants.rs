@@ -2,6 +2,7 @@
 
 use helix_model::{BuildState, Reason};
 
+use crate::apply::QUARANTINE_AFTER_MAX;
 use crate::record::{BuildRecord, Standing, TaskPhase, Trust};
 use crate::state::State;
 use crate::state::index::Index;
@@ -71,7 +72,7 @@ fn check_workers(state: &State) -> Result<(), String> {
         let most = if probing { 1 } else { worker.offer.capacity };
         let within = room == 0 || load + room == most;
         let patient = match &worker.trust {
-            Trust::Full { failed } => failed.len() < 101,
+            Trust::Full { failed } => failed.len() <= QUARANTINE_AFTER_MAX as usize,
             Trust::Quarantined { .. } => room == 0,
             Trust::Probing { since, .. } => *since <= state.last_at(),
         };

@@ -1,7 +1,7 @@
 //! One node on loopback, clients of every role, and shortcuts to put its registry into a state.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use helix_common::channel::{Traffic, connect};
 use helix_common::identity::Role;
 use helix_common::pki::{Authority, CA_FILE, VALID_FOR_DEFAULT};
+use helix_common::ports;
 use helix_common::tls::{TlsFiles, TlsStore};
 use helix_coordinator::config::{Config, Listen, Log, RaftTimings};
 use helix_coordinator::node_dir;
@@ -188,9 +189,9 @@ fn instance() -> Instance {
     Instance::new("disk.boot").unwrap()
 }
 
-/// An address that was free a moment ago.
+/// An address that nobody else is given.
 fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    SocketAddr::from(([127, 0, 0, 1], ports::free(1).unwrap()))
 }
 
 /// An identity's files, made where there are none.

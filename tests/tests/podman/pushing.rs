@@ -1,7 +1,6 @@
 //! Images that go to a registry, and registries that do not take them.
 
-use std::net::TcpListener;
-
+use helix_common::ports;
 use helix_tests::cluster::{PATIENCE, wait_for};
 
 use crate::site::{BASE, Registry, Site, missing};
@@ -23,8 +22,8 @@ fn a_pushed_image_has_the_digest_that_is_reported() {
     assert_eq!(status["artifacts"].as_array().map(Vec::len), Some(0), "it is at the registry: {status}");
 
     // A registry that refuses: the push alone is tried again, and the command's own code stays.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let (code, status) = site.build(&["--source", source, "--push", &format!("{nobody}/team/app:1")]);
+    let nobody = ports::free(1).unwrap();
+    let (code, status) = site.build(&["--source", source, "--push", &format!("127.0.0.1:{nobody}/team/app:1")]);
     let id = status["build_id"].as_str().unwrap();
     let log = site.log(id);
     assert_eq!((code, status["reason"].as_str()), (120, Some("push")), "{status} {log}");
@@ -47,7 +46,7 @@ fn an_agent_that_is_killed_while_it_pushes_pushes_again() {
         return;
     }
     let site = Site::start(1, &[]);
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = ports::free(1).unwrap();
     let source = site.source("source", &[("Dockerfile", &format!("{BASE}RUN echo built once\n"))]);
     let reference = format!("127.0.0.1:{port}/team/app:2");
     let id = site.submit(&["--source", source.to_str().unwrap(), "--push", &reference]);

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+use helix_common::ports;
 use helix_tests::cluster::{Cluster, Member, PATIENCE, Shape, wait_for};
 use helix_tests::skip::skip;
 use serde_json::Value;
@@ -188,7 +189,7 @@ pub(crate) struct Registry {
 
 impl Registry {
     pub(crate) fn start(dir: &Path) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = ports::free(1).unwrap();
         Self::start_at(dir, port)
     }
 

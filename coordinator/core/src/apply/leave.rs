@@ -34,9 +34,9 @@ pub(super) fn lose_worker(state: &mut State, at: LogTime, c: &LoseWorker, out: &
     state.put_worker(WorkerRecord { standing: Standing::Lost, ..worker }, out);
     let keys = running(state, &c.worker);
     // However much it ran, it was lost once.
-    let first = first_of(state, &keys);
+    let last = last_of(state, &keys);
     lose_attempts(state, at, &keys, Stopping::Wait, false, "its worker fell silent for longer than its lease", out);
-    if let Some((build, assigned_at)) = first {
+    if let Some((build, assigned_at)) = last {
         super::trust::note_end(state, at, &c.worker, &build, assigned_at, Some(Reason::WorkerLost), out);
     }
     Ok(Reply::Done)
@@ -57,9 +57,9 @@ pub(super) fn running(state: &State, worker: &WorkerName) -> Vec<AttemptKey> {
     state.running_on(worker).cloned().collect()
 }
 
-/// The build of the first attempt that was not to stop, and since when it ran: what a loss is counted by. A probe among
-/// them comes first.
-pub(super) fn first_of(state: &State, keys: &[AttemptKey]) -> Option<(BuildId, LogTime)> {
+/// The build of the attempt assigned last, of those that were not to stop, and when that was: what a loss is counted by. A
+/// probe is assigned after everything that ran before it, so that it is the one.
+pub(super) fn last_of(state: &State, keys: &[AttemptKey]) -> Option<(BuildId, LogTime)> {
     let of = |key: &AttemptKey| {
         let attempt = state.running_attempt(key).filter(|attempt| attempt.stop.is_none())?;
         Some((key.build.clone(), attempt.assigned_at))

@@ -14,7 +14,7 @@ const LEASE_MS_MIN: u64 = 300;
 const DURATION_MS_MAX: u64 = 3_650 * 86_400_000;
 
 /// The builds that count against a worker stand in its row.
-const QUARANTINE_AFTER_MAX: u32 = 100;
+pub(crate) const QUARANTINE_AFTER_MAX: u32 = 100;
 
 pub(super) fn set_policy(state: &mut State, c: &SetPolicy, out: &mut Applied) -> Outcome {
     check(&c.policy)?;

@@ -12,7 +12,7 @@ use crate::state::State;
 
 use super::Outcome;
 use super::ending::{Stopping, lose_attempts};
-use super::leave::{first_of, running};
+use super::leave::{last_of, running};
 use super::trust;
 
 /// An address, isolation, limits or version is a short text.
@@ -53,7 +53,7 @@ pub(super) fn register_worker(state: &mut State, at: LogTime, c: &RegisterWorker
     }
     let keys = running(state, &c.worker);
     let message = "its worker came back as another instance";
-    if let Some((build, assigned_at)) = first_of(state, &keys) {
+    if let Some((build, assigned_at)) = last_of(state, &keys) {
         let lost = Some(Reason::WorkerLost);
         let trust = trust::after(&record.trust, at, &build, assigned_at, lost, &state.policy);
         record.trust = trust.unwrap_or(record.trust);

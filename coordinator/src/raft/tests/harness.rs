@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use helix_common::accept::{self, Limits};
 use helix_common::identity::Role;
 use helix_common::pki::{Authority, CA_FILE, VALID_FOR_DEFAULT};
+use helix_common::ports;
 use helix_common::tls::{TlsFiles, TlsStore};
 use helix_core::command::SubmitBuild;
 use helix_core::{Command, Reply};
 use helix_model::{BuildId, BuildSpec, Digest, Executor, NodeId};
 use tempfile::TempDir;
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -86,9 +86,7 @@ impl Cluster {
         authority.save(root.path()).unwrap();
         let mut addresses = BTreeMap::new();
         for number in 1..=count {
-            // Free a moment ago, and asked for again with patience.
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            addresses.insert(NodeId(number), listener.local_addr().unwrap());
+            addresses.insert(NodeId(number), SocketAddr::from(([127, 0, 0, 1], ports::free(1).unwrap())));
         }
         let cluster = Self { root, authority, addresses, nodes: BTreeMap::new(), snapshot_log_bytes: 128 << 20 };
         for number in 1..=count {
