@@ -77,11 +77,9 @@ fn read(work: &Path, name: &str) -> Result<String, Errno> {
 
 /// Flags of `RUN` that widen what a step may do. podman of today knows neither; a later one may.
 fn check(text: &str, network: &str) -> Result<(), String> {
-    // A line that goes on in the next, by either of the two escapes there are.
-    let joined = text.replace("\\\r\n", " ").replace("\\\n", " ").replace("`\r\n", " ").replace("`\n", " ");
-    for line in joined.lines() {
-        let mut words = line.split_whitespace().peekable();
-        if words.peek().is_some_and(|word| word.eq_ignore_ascii_case("ONBUILD")) {
+    for instruction in instructions(text) {
+        let mut words = instruction.split_whitespace().peekable();
+        while words.peek().is_some_and(|word| word.eq_ignore_ascii_case("ONBUILD")) {
             words.next();
         }
         if !words.next().is_some_and(|word| word.eq_ignore_ascii_case("RUN")) {
@@ -97,6 +95,25 @@ fn check(text: &str, network: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// The instructions of a Dockerfile, a line each. A line that ends with an escape goes on in the next, over comments and
+/// empty lines; either character that can be the escape counts as one.
+fn instructions(text: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut open: Option<String> = None;
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        let (part, goes_on) = match line.strip_suffix(['\\', '`']) {
+            Some(part) => (part, true),
+            None => (line, false),
+        };
+        let mut whole = open.take().unwrap_or_default();
+        whole.push_str(part);
+        whole.push(' ');
+        if goes_on { open = Some(whole) } else { all.push(whole) }
+    }
+    all.extend(open);
+    all
 }
 
 #[cfg(test)]
@@ -157,6 +174,9 @@ mod tests {
             ("FROM a\nrun --mount=type=cache,target=/c \\\n --network=host id", "", false),
             ("FROM a\nONBUILD RUN --network=default id", "none", false),
             ("FROM a\nRUN --security=insecure id", "host", false),
+            ("FROM a\nRUN \\  \n# a comment\n\n --network=host id", "", false),
+            ("FROM a\nRUN `\r\n--security=insecure id", "", false),
+            ("FROM a\nRUN --mount=type=cache,target=/c \\", "", true),
             ("FROM a\nRUN --network=none id", "", true),
             ("FROM a\nRUN --network=host id", "host", true),
             ("FROM a\nRUN curl --network=host", "", true),
