@@ -10,6 +10,7 @@ pub(crate) mod explain;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod pki;
+pub(crate) mod policy;
 pub(crate) mod purge;
 pub(crate) mod retry;
 pub(crate) mod status;

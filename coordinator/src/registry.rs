@@ -26,8 +26,8 @@ pub use counters::{BOUNDS_US, Counters, Histogram, Number};
 pub use shared::{Applied, Shared};
 
 /// The highest command format this program understands. 2: reports may say that a death is unproven,
-/// and workers are probed.
-pub const COMMAND_FORMAT: u32 = 2;
+/// and workers are probed. 3: a policy takes another's place only if that is still in force.
+pub const COMMAND_FORMAT: u32 = 3;
 
 /// Bytes of commands in one log entry: above this nothing more is added.
 pub(crate) const ENTRY_BYTES: usize = 256 << 10;

@@ -12,6 +12,8 @@ mod coordinators;
 mod disks;
 #[path = "cluster/placing.rs"]
 mod placing;
+#[path = "cluster/policy.rs"]
+mod policy;
 #[path = "cluster/sizes.rs"]
 mod sizes;
 #[path = "cluster/surface.rs"]

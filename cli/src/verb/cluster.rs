@@ -1,4 +1,4 @@
-//! `helix cluster status`.
+//! `helix cluster`: `status` is here, the others are in their own files.
 
 use std::fmt::Write;
 
@@ -11,6 +11,7 @@ use crate::context::ContextOptions;
 use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Item, Output};
+use crate::verb::policy::PolicyArguments;
 
 /// `helix cluster`.
 #[derive(Args)]
@@ -27,6 +28,8 @@ enum ClusterVerb {
         #[arg(long)]
         stale: bool,
     },
+    /// The limits and times that hold for the whole cluster
+    Policy(PolicyArguments),
 }
 
 pub(crate) async fn run(
@@ -34,7 +37,10 @@ pub(crate) async fn run(
     context: &ContextOptions,
     output: &Output,
 ) -> Result<Code, Failure> {
-    let ClusterVerb::Status { stale } = arguments.verb;
+    let stale = match arguments.verb {
+        ClusterVerb::Status { stale } => stale,
+        ClusterVerb::Policy(policy) => return super::policy::run(policy, context, output).await,
+    };
     let connection = Connection::open(context)?;
     let call =
         |channel| async move { cluster(channel).get_cluster_status(v1::GetClusterStatusRequest { stale }).await };

@@ -77,6 +77,8 @@ codes! {
     DigestMismatch = "digest_mismatch";
     /// The build's state does not allow it. FAILED_PRECONDITION.
     WrongState = "wrong_state";
+    /// The policy is not what the caller expected it to be. FAILED_PRECONDITION.
+    PolicyChanged = "policy_changed";
     /// The attempt is not current: another has its place. FAILED_PRECONDITION.
     StaleAttempt = "stale_attempt";
     /// No leader is known. UNAVAILABLE.

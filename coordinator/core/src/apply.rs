@@ -30,7 +30,6 @@ mod submit_build;
 mod trust;
 
 pub(crate) use expire::deadline;
-pub(crate) use policy::QUARANTINE_AFTER_MAX;
 
 impl State {
     /// Carries out one command at log time `at`, which never runs backwards: an earlier `at` counts as the last one.

@@ -337,6 +337,8 @@ pub struct PinBuild {
 pub struct SetPolicy {
     /// The whole new policy.
     pub policy: Policy,
+    /// The policy that it was made from: another one in force refuses it. `None` takes the place of any.
+    pub expected: Option<Policy>,
 }
 
 /// See [`Command::RegisterNode`].

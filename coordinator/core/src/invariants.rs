@@ -2,7 +2,7 @@
 
 use helix_model::{BuildState, Reason};
 
-use crate::apply::QUARANTINE_AFTER_MAX;
+use crate::policy::QUARANTINE_AFTER_MAX;
 use crate::record::{BuildRecord, Standing, TaskPhase, Trust};
 use crate::state::State;
 use crate::state::index::Index;

@@ -13,6 +13,7 @@ pub mod effect;
 pub mod explain;
 pub mod invariants;
 pub mod liveness;
+pub mod policy;
 pub mod record;
 pub mod reply;
 pub mod schedule;

@@ -101,7 +101,9 @@ pub enum Rejection {
         given: usize,
     },
     /// A policy value that would break the cluster.
-    PolicyInvalid(&'static str),
+    PolicyInvalid(String),
+    /// The policy is not the one that was to be changed: somebody else was faster.
+    PolicyChanged,
     /// An artifact of that name has another digest.
     ArtifactTaken(String),
     /// The attempt still runs.
@@ -189,6 +191,7 @@ impl Rejection {
             Self::WorkerUnknown(_) => ErrorCode::WorkerUnknown,
             Self::WorkerUnfit { .. } => ErrorCode::Unsatisfiable,
             Self::NodeEpochTaken { .. } => ErrorCode::WrongCluster,
+            Self::PolicyChanged => ErrorCode::PolicyChanged,
             Self::OfferInvalid(_)
             | Self::TooFewHolders { .. }
             | Self::ReportInvalid(_)

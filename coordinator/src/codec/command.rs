@@ -78,7 +78,11 @@ fn kind(command: &Command) -> Kind {
             authority: authority_wire(&it.authority),
             pinned: it.pinned == Pinned::Yes,
         }),
-        Command::SetPolicy(it) => Kind::SetPolicy(policy_wire(&it.policy)),
+        Command::SetPolicy(SetPolicy { policy, expected: None }) => Kind::SetPolicy(policy_wire(policy)),
+        Command::SetPolicy(SetPolicy { policy, expected: Some(expected) }) => Kind::ChangePolicy(store::ChangePolicy {
+            policy: Some(policy_wire(policy)),
+            expected: Some(policy_wire(expected)),
+        }),
         Command::RegisterNode(it) => Kind::RegisterNode(store::Node {
             id: it.node.0,
             epoch: it.epoch,
@@ -159,6 +163,7 @@ pub(super) fn format_of(command: &store::Command) -> u32 {
         // A reader of format 1 would pass over the flag and take the attempt for dead.
         Some(Kind::FinishAttempt(it)) if it.unproven => 2,
         Some(Kind::ProbeWorker(_)) => 2,
+        Some(Kind::ChangePolicy(_)) => 3,
         _ => 1,
     }
 }
@@ -212,7 +217,11 @@ pub fn command_from_wire(wire: store::Command) -> Result<Command, CodecError> {
             authority: authority(it.authority)?,
             pinned: pinned(it.pinned),
         }),
-        Kind::SetPolicy(it) => Command::SetPolicy(SetPolicy { policy: policy(&it) }),
+        Kind::SetPolicy(it) => Command::SetPolicy(SetPolicy { policy: policy(&it), expected: None }),
+        Kind::ChangePolicy(it) => Command::SetPolicy(SetPolicy {
+            policy: policy(&need("policy", it.policy)?),
+            expected: Some(policy(&need("expected", it.expected)?)),
+        }),
         Kind::RegisterNode(it) => Command::RegisterNode(RegisterNode {
             node: NodeId(it.id),
             epoch: it.epoch,

@@ -143,7 +143,11 @@ fn commands() -> Vec<Command> {
         Command::PurgeBuilds(PurgeBuilds { builds: vec![build.clone()], cutoff: LogTime(6) }),
         Command::ExpireTombstones(ExpireTombstones { builds: vec![build.clone()] }),
         Command::PinBuild(PinBuild { build, authority, pinned: Pinned::Yes }),
-        Command::SetPolicy(SetPolicy { policy: Policy { copies: 3, ..Policy::default() } }),
+        Command::SetPolicy(SetPolicy { policy: Policy { copies: 3, ..Policy::default() }, expected: None }),
+        Command::SetPolicy(SetPolicy {
+            policy: Policy { copies: 3, ..Policy::default() },
+            expected: Some(Policy::default()),
+        }),
         Command::RegisterNode(RegisterNode {
             node: NodeId(2),
             epoch: u64::MAX,
@@ -289,7 +293,8 @@ fn rejections() -> Vec<Rejection> {
         Rejection::CommitInvalid,
         Rejection::NodeEpochTaken { node: NodeId(4) },
         Rejection::TooManyRows { given: 300 },
-        Rejection::PolicyInvalid("copies"),
+        Rejection::PolicyInvalid("copies".to_owned()),
+        Rejection::PolicyChanged,
         Rejection::ArtifactTaken("x".to_owned()),
         Rejection::AttemptRunning(key()),
         Rejection::NotDue(key()),
@@ -337,7 +342,7 @@ fn what_is_newer_or_damaged_is_refused_by_name() {
     assert!(matches!(decode_batch(&unknown.encode_to_vec()), Err(CodecError::Newer { .. })));
     let newer = store::Batch { format: COMMAND_FORMAT + 1, at_ms: 1, commands: vec![] };
     let error = decode_batch(&newer.encode_to_vec()).unwrap_err().to_string();
-    assert!(error.contains("format 3") && error.contains("newer"), "{error}");
+    assert!(error.contains("format 4") && error.contains("newer"), "{error}");
     let newer = store::Row { format: ROW_FORMAT + 1, kind: None };
     assert!(matches!(decode_row(&newer.encode_to_vec()), Err(CodecError::Newer { .. })));
     assert!(decode_row(&[0xff; 20]).is_err());

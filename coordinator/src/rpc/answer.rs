@@ -56,6 +56,9 @@ pub(crate) fn rejection_text(rejection: &Rejection) -> String {
         }
         Rejection::TooManyRows { given } => format!("{given} ids are more than one command may touch"),
         Rejection::PolicyInvalid(why) => format!("such a policy would break the cluster: {why}"),
+        Rejection::PolicyChanged => {
+            "the policy is not the one that was to be changed: look at it, and try again".to_owned()
+        }
         Rejection::ArtifactTaken(name) => format!("artifact {name:?} is recorded with another digest"),
         Rejection::AttemptRunning(key) => format!("{key} still runs"),
         Rejection::NotDue(key) => format!("{key}: its time has not come"),

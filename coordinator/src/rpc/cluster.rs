@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use helix_common::auth::peer;
 use helix_model::NodeId;
 use helix_proto::v1;
 use helix_proto::v1::cluster_service_client::ClusterServiceClient;
@@ -9,7 +10,7 @@ use helix_proto::v1::cluster_service_server::ClusterService;
 use tonic::{Request, Response, Status};
 
 use super::services::{Services, consistency};
-use super::totals_of;
+use super::{policy, totals_of};
 use crate::peers::Peers;
 
 /// The service. Cheap to clone.
@@ -121,5 +122,20 @@ impl ClusterService for ClusterRpc {
             return Ok(Response::new(own));
         }
         Ok(Response::new(self.as_the_leader_sees_it(own).await))
+    }
+
+    async fn get_policy(
+        &self,
+        request: Request<v1::GetPolicyRequest>,
+    ) -> Result<Response<v1::GetPolicyResponse>, Status> {
+        policy::get(&self.services, &request.into_inner()).await.map(Response::new)
+    }
+
+    async fn set_policy(
+        &self,
+        request: Request<v1::SetPolicyRequest>,
+    ) -> Result<Response<v1::SetPolicyResponse>, Status> {
+        let by = peer(&request)?.identity.principal();
+        policy::set(&self.services, &request.into_inner(), &by).await.map(Response::new)
     }
 }

@@ -48,7 +48,7 @@ const CLIENT_PORT: Rows = &[
             ("GetTotals", PEOPLE),
         ],
     ),
-    ("helix.v1.ClusterService", &[("GetClusterStatus", PEOPLE)]),
+    ("helix.v1.ClusterService", &[("GetClusterStatus", PEOPLE), ("GetPolicy", PEOPLE), ("SetPolicy", OPERATORS)]),
     (
         "helix.v1.BlobService",
         &[

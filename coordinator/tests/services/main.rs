@@ -8,6 +8,7 @@ mod changing;
 mod listing;
 mod node;
 mod pages;
+mod policy;
 mod refused;
 mod roles;
 mod workers;

@@ -190,7 +190,7 @@ impl World {
         self.check(verdict);
         if self.registry.term == 1 {
             let policy = policy();
-            self.propose(vec![(Command::SetPolicy(cmd::SetPolicy { policy }), Origin::Nobody)]);
+            self.propose(vec![(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }), Origin::Nobody)]);
         }
         let term = self.registry.term;
         self.after(10, Event::LeaderTick(term));

@@ -39,3 +39,9 @@ fn links_inside_the_runbook_lead_somewhere() {
         assert!(anchors.contains(link), "nothing is called #{link}; there are {anchors:?}");
     }
 }
+
+#[test]
+fn every_key_of_the_policy_is_explained() {
+    let known = helix_core::policy::POLICY_KEYS.iter().map(|key| key.name.to_owned()).collect();
+    assert_eq!(words("### Limits"), known);
+}

@@ -408,8 +408,8 @@ fn purge_takes_only_what_ended_by_the_cutoff_and_tombstones_expire() {
 fn policy_nodes_and_voters() {
     let mut story = Story::new();
     let policy = Policy { queue_max: 5, ..Policy::default() };
-    assert_eq!(story.apply(Command::SetPolicy(cmd::SetPolicy { policy: policy.clone() })), Reply::Done);
-    assert_eq!(story.apply(Command::SetPolicy(cmd::SetPolicy { policy })), Reply::Unchanged);
+    assert_eq!(story.apply(Command::SetPolicy(cmd::SetPolicy { policy: policy.clone(), expected: None })), Reply::Done);
+    assert_eq!(story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None })), Reply::Unchanged);
     assert_eq!(story.apply(register_node(1, 11)), Reply::Done);
     assert_eq!(story.apply(register_node(1, 11)), Reply::Unchanged);
     let mut out = helix_core::Applied::default();

@@ -168,7 +168,7 @@ fn retention_takes_the_oldest_over_number_or_age_and_never_pinned_ones() {
     story.apply(pin("a", Pinned::Yes));
     assert_eq!(story.due(), []);
     let policy = Policy { retain_builds: 2, ..Policy::default() };
-    story.apply(Command::SetPolicy(cmd::SetPolicy { policy }));
+    story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     let over = purge(&["b"], 1_020);
     assert_eq!(story.due(), std::slice::from_ref(&over));
     assert_eq!(story.apply(over), Reply::Purged(1));

@@ -113,7 +113,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => (1..10u64, 0..3u32, 0..3u32).prop_map(|(queue_max, infra_retries, quarantine_after)| {
             let policy =
                 Policy { queue_max, infra_retries, quarantine_after, tombstone_ms: 1_000, ..Policy::default() };
-            Command::SetPolicy(cmd::SetPolicy { policy })
+            Command::SetPolicy(cmd::SetPolicy { policy, expected: None })
         }),
     ]
 }
@@ -203,7 +203,7 @@ proptest! {
     #[test]
     fn a_success_needs_holders_whatever_the_voters(voters in prop::collection::btree_set(1..6u64, 0..5), copies in 1..4u32) {
         let mut story = Story::new();
-        story.apply(Command::SetPolicy(cmd::SetPolicy { policy: Policy { copies, ..Policy::default() } }));
+        story.apply(Command::SetPolicy(cmd::SetPolicy { policy: Policy { copies, ..Policy::default() }, expected: None }));
         let voters: BTreeSet<NodeId> = voters.into_iter().map(NodeId).collect();
         story.state.apply_membership(voters.clone(), &mut Applied::default());
         story.worker("w0", 1);

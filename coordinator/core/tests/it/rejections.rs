@@ -43,7 +43,7 @@ fn submits() {
         assert_eq!(rejection.code(), ErrorCode::IdTaken);
     }
     let policy = Policy { queue_max: 2, ..Policy::default() };
-    story.apply(Command::SetPolicy(cmd::SetPolicy { policy }));
+    story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     assert_eq!(rejected(&mut story, submit("new", spec())), Rejection::QueueFull { queue_max: 2 });
     let platforms = (0..17).map(|n| platform(&format!("linux/a{n}"))).collect();
     let mut story = world();
@@ -299,7 +299,14 @@ fn artifacts_pins_purges_policies_nodes() {
     for change in breaks {
         let mut policy = Policy::default();
         change(&mut policy);
-        let rejection = rejected(&mut story, Command::SetPolicy(cmd::SetPolicy { policy }));
+        let rejection = rejected(&mut story, Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
         assert!(matches!(rejection, Rejection::PolicyInvalid(_)));
     }
+    let policy = Policy { queue_max: 7, ..Policy::default() };
+    let other = Policy { queue_max: 8, ..Policy::default() };
+    let change = Command::SetPolicy(cmd::SetPolicy { policy: policy.clone(), expected: Some(other) });
+    assert_eq!(rejected(&mut story, change.clone()), Rejection::PolicyChanged);
+    // What was done already is done, whatever was expected.
+    story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
+    assert_eq!(story.apply(change), Reply::Unchanged);
 }

@@ -13,7 +13,7 @@ const EVER: u64 = 100_000;
 fn attempts(retries: u32, infra_retries: u32, reasons: impl IntoIterator<Item = Reason>) -> (usize, String) {
     let mut story = Story::new();
     let policy = Policy { infra_retries, quarantine_after: 0, ..Policy::default() };
-    story.apply(Command::SetPolicy(cmd::SetPolicy { policy }));
+    story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     story.worker("w1", 1);
     story.submit_as("b", BuildSpec { retries, ..spec() });
     for (place, reason) in reasons.into_iter().enumerate() {
@@ -63,7 +63,7 @@ fn budgets_are_apart() {
 fn back_off_doubles_over_both_budgets_up_to_a_minute() {
     let mut story = Story::new();
     let policy = Policy { infra_retries: 9, quarantine_after: 0, ..Policy::default() };
-    story.apply(Command::SetPolicy(cmd::SetPolicy { policy }));
+    story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     story.worker("w1", 1);
     story.submit_as("b", BuildSpec { retries: 9, ..spec() });
     let mut waits = Vec::new();

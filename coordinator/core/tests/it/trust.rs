@@ -179,10 +179,10 @@ fn an_operator_ends_a_quarantine_and_policy_forbids_it() {
     assert_eq!(trust(&story), "full 0");
     assert_eq!(story.apply(undrain), Reply::Unchanged);
     let policy = Policy { quarantine_after: 0, ..Policy::default() };
-    story.apply(Command::SetPolicy(cmd::SetPolicy { policy }));
+    story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     fail(&mut story, &["d", "e", "f", "g"]);
     assert_eq!(trust(&story), "full 0");
     let policy = Policy { quarantine_after: 101, ..Policy::default() };
-    let refused = story.apply(Command::SetPolicy(cmd::SetPolicy { policy }));
+    let refused = story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     assert!(matches!(refused, Reply::Rejected(Rejection::PolicyInvalid(_))));
 }

@@ -135,7 +135,7 @@ async fn a_report_that_cannot_be_read_ends_the_attempt_as_a_fault_of_ours() {
     let (world, leader) = World::leading();
     let mut policy = world.with(|state| state.policy().clone());
     policy.infra_retries = 0;
-    world.apply(Command::SetPolicy(SetPolicy { policy }));
+    world.apply(Command::SetPolicy(SetPolicy { policy, expected: None }));
     let mut agent = Agent::connect(&leader, hello("w", 1)).await;
     let nonsense = |key: &AttemptKey| agent::Finished { outcome: "odd".to_owned(), ..succeeded(key) };
     let contradiction = |key: &AttemptKey| agent::Finished { log: None, ..succeeded(key) };

@@ -1,0 +1,89 @@
+//! The cluster's policy, read and changed key by key.
+
+use std::collections::BTreeMap;
+
+use helix_common::status::{error_code, metadata};
+use helix_model::ErrorCode;
+use helix_proto::v1;
+use tonic::{Code, Status};
+
+use crate::node::{Caller, One};
+
+fn map(pairs: &[(&str, u64)]) -> BTreeMap<String, u64> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+}
+
+impl Caller {
+    async fn set(&mut self, values: &[(&str, u64)], expected: &[(&str, u64)]) -> Result<v1::SetPolicyResponse, Status> {
+        let request = v1::SetPolicyRequest { values: map(values), expected: map(expected) };
+        self.cluster.set_policy(request).await.map(tonic::Response::into_inner)
+    }
+
+    async fn policy(&mut self) -> BTreeMap<String, u64> {
+        let answer = self.cluster.get_policy(v1::GetPolicyRequest { stale: false }).await.unwrap().into_inner();
+        pairs(&answer.keys)
+    }
+}
+
+fn pairs(keys: &[v1::PolicyKey]) -> BTreeMap<String, u64> {
+    keys.iter().map(|key| (key.name.clone(), key.value)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_set_together_and_what_was_before_is_told() {
+    let one = One::start().await;
+    let (mut operator, mut client) = (one.operator().await, one.client().await);
+    let first = client.policy().await;
+    let set = operator.set(&[("queue_max", 5), ("log_bytes_max", 4 << 20)], &[]).await.unwrap();
+    assert_eq!(pairs(&set.before), first);
+    let wanted: BTreeMap<_, _> =
+        first.clone().into_iter().chain(map(&[("queue_max", 5), ("log_bytes_max", 4 << 20)])).collect();
+    assert_eq!((pairs(&set.after), client.policy().await), (wanted.clone(), wanted.clone()));
+    assert_eq!(one.node.registry().policy().queue_max, 5);
+    // Asked for again: it is so already, whatever was expected.
+    let again = operator.set(&[("queue_max", 5)], &[("queue_max", first["queue_max"])]).await.unwrap();
+    assert_eq!((pairs(&again.before), pairs(&again.after)), (wanted.clone(), wanted));
+    one.node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_is_not_allowed_changes_nothing() {
+    let one = One::start().await;
+    let (mut operator, mut client) = (one.operator().await, one.client().await);
+    let before = client.policy().await;
+    let cases: &[(&[(&str, u64)], &str, &str)] = &[
+        (&[], "values", "no key"),
+        (&[("copies", 1), ("queue_max", 0)], "queue_max", "from 1 to 10000000 is allowed"),
+        (&[("copies", 1), ("worker_lease_ms", 299)], "worker_lease_ms", "(300ms to 3650d)"),
+        (&[("log_bytes_max", u64::MAX)], "log_bytes_max", "(1 MiB to "),
+        (&[("copies", 1), ("log_byte_max", 1)], "log_byte_max", "the nearest is log_bytes_max"),
+        (&[("copies", 1), ("", 1)], "", "no key \"\""),
+    ];
+    for (values, field, words) in cases {
+        let refused = operator.set(values, &[]).await.unwrap_err();
+        assert_eq!(error_code(&refused), Some(ErrorCode::InvalidField), "{values:?}");
+        assert_eq!(metadata(&refused, "field").as_deref(), Some(*field), "{values:?}");
+        assert!(refused.message().contains(words), "{values:?}: {}", refused.message());
+    }
+    let refused = operator.set(&[("copies", 1)], &[("queue_max", 1)]).await.unwrap_err();
+    assert_eq!((refused.code(), error_code(&refused)), (Code::FailedPrecondition, Some(ErrorCode::PolicyChanged)));
+    assert_eq!(metadata(&refused, "found"), Some(before["queue_max"].to_string()));
+    assert_eq!(client.set(&[("copies", 1)], &[]).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(client.policy().await, before);
+    one.node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_who_change_different_keys_at_once_both_get_their_wish() {
+    let one = One::start().await;
+    let (mut first, mut second) = (one.operator().await, one.operator().await);
+    for round in 1..=20 {
+        let (queue, retain) = ([("queue_max", round)], [("retain_builds", round)]);
+        let both = tokio::join!(first.set(&queue, &[]), second.set(&retain, &[]));
+        both.0.unwrap();
+        both.1.unwrap();
+        let policy = one.node.registry().policy();
+        assert_eq!((policy.queue_max, policy.retain_builds), (round, round));
+    }
+    one.node.stop().await;
+}
