@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, ConfigWrong};
 
 /// The pattern that allows everything.
-const ANY: &str = "*";
+pub const ANY: &str = "*";
 
 /// See [`Config::policy`]. Each list allows what it names; an empty one allows nothing.
 #[derive(Clone, PartialEq, Debug, Deserialize, Serialize)]

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use helix_model::limits::{SECRET_BYTES_MAX, SECRET_BYTES_MIN};
+use helix_model::limits::{MAP_ENTRIES_MAX, SECRET_BYTES_MAX, SECRET_BYTES_MIN};
 use helix_model::{AttemptKey, BuildSpec, Instance, Reason};
 use helix_runner::Order;
 use helix_runner::isolation::{Absence, Access, Entry};
@@ -51,11 +51,23 @@ pub struct SecretConfig {
     pub repositories: Vec<String>,
 }
 
+impl SecretConfig {
+    /// Whether builds of all repositories, and of none, may have it.
+    #[must_use]
+    pub fn is_for_all(&self) -> bool {
+        self.repositories.iter().any(|pattern| pattern == policy::ANY)
+    }
+}
+
 /// Checks all configured secrets, and makes their files' paths absolute.
 ///
 /// # Errors
 /// What is wrong with the first that cannot be used.
 pub fn check(secrets: &mut BTreeMap<String, SecretConfig>, directory: &Path) -> Result<(), ConfigWrong> {
+    if secrets.len() > MAP_ENTRIES_MAX {
+        let why = format!("{} of them: at most {MAP_ENTRIES_MAX} can be offered", secrets.len());
+        return Err(ConfigWrong { key: "secrets", why });
+    }
     for (name, secret) in secrets {
         let wrong = |why: String| Err(ConfigWrong { key: "secrets", why: format!("{name}: {why}") });
         // As builds name it; and it becomes a file's name.

@@ -10,6 +10,7 @@ use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, s
 use crate::config::Config;
 use crate::disk::Disks;
 use crate::executor::podman::Standing;
+use crate::secrets::SecretConfig;
 
 /// What the agent offers; `isolation` and `limits` say how builds are kept apart and limited.
 #[must_use]
@@ -32,12 +33,19 @@ pub fn offer(config: &Config, isolation: &str, limits: &str, disks: &Disks, podm
         limits: limits.to_owned(),
         podman: podman.words(),
         emulated: config.podman.emulated.clone(),
+        secrets: Some(secrets(config)),
     };
     // What policy would refuse is better not sent.
     offer.executors.retain(|executor| config.policy.allows_executor(executor));
     offer.emulated.retain(|platform| config.policy.allows_platform(platform));
     offer.platforms.retain(|platform| config.policy.allows_platform(platform));
     offer
+}
+
+/// The secrets' names, and whether each is for certain repositories alone. Nothing else of them leaves the host.
+fn secrets(config: &Config) -> agent::OfferedSecrets {
+    let whom = |(name, secret): (&String, &SecretConfig)| (name.clone(), !secret.is_for_all());
+    agent::OfferedSecrets { restricted: config.secrets.iter().map(whom).collect() }
 }
 
 /// What the host has, or less where the configuration says so. 0 is unknown or unsaid.

@@ -26,7 +26,8 @@ pub use counters::{BOUNDS_US, Counters, Histogram, Number};
 pub use shared::{Applied, Shared};
 
 /// The highest command format this program understands. 2: reports may say that a death is unproven,
-/// and workers are probed. 3: a policy takes another's place only if that is still in force.
+/// and workers are probed. 3: a policy takes another's place only if that is still in force,
+/// and workers say which secrets they have.
 pub const COMMAND_FORMAT: u32 = 3;
 
 /// Bytes of commands in one log entry: above this nothing more is added.

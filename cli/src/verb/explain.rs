@@ -28,13 +28,7 @@ pub(crate) async fn run(
 ) -> Result<Code, Failure> {
     let connection = Connection::open(context)?;
     let id = connection.resolve(&arguments.build).await?;
-    let request = v1::ExplainBuildRequest { build_id: id };
-    let explained = connection
-        .call(|channel| {
-            let request = request.clone();
-            async move { builds(channel).explain_build(request).await.map(tonic::Response::into_inner) }
-        })
-        .await?;
+    let explained = ask(&connection, &id).await?;
     let build = explained.status.unwrap_or_default();
     let item = Item {
         name: build.build_id.clone(),
@@ -43,6 +37,22 @@ pub(crate) async fn run(
     };
     output.item(&item, &text(&build, &explained.tasks));
     Ok(Code::SUCCESS)
+}
+
+/// What the cluster says of a build, and why.
+pub(crate) async fn ask(connection: &Connection, id: &str) -> Result<v1::ExplainBuildResponse, Failure> {
+    let request = v1::ExplainBuildRequest { build_id: id.to_owned() };
+    let call = |channel| {
+        let request = request.clone();
+        async move { builds(channel).explain_build(request).await.map(tonic::Response::into_inner) }
+    };
+    connection.call(call).await
+}
+
+/// Why a task waits, in a line each.
+pub(crate) fn waits(explained: &v1::ExplainBuildResponse) -> Vec<&str> {
+    let waiting = explained.tasks.iter().filter(|task| task.state == "queued");
+    waiting.map(|task| task.summary.as_str()).collect()
 }
 
 fn task_json(task: &v1::TaskExplanation) -> serde_json::Value {

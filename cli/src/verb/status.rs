@@ -11,6 +11,7 @@ use crate::context::ContextOptions;
 use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Format, Item, Output, size_text, text_json, time_json, time_text};
+use crate::verb::explain;
 
 /// `helix status`.
 #[derive(Args)]
@@ -48,6 +49,11 @@ pub(crate) async fn run(
             text.push('\n');
         }
         text.push_str(&detail(&status));
+        if output.format == Format::Table && !arguments.stale && waits(&status) {
+            // It may have begun meanwhile; then there is nothing to tell.
+            let explained = explain::ask(&connection, &status.build_id).await?;
+            explain::waits(&explained).iter().for_each(|why| text.push_str(&format!("{:<12} {why}\n", "why")));
+        }
         items.push(item(&status));
     }
     match (output.format, items.as_slice()) {
@@ -57,6 +63,11 @@ pub(crate) async fn run(
         _ => output.items(&[], &items),
     }
     Ok(code)
+}
+
+/// Whether a task of it waits for a worker.
+fn waits(status: &v1::BuildStatus) -> bool {
+    matches!(status.state.as_str(), "queued" | "running") && status.tasks.iter().any(|task| task.state == "queued")
 }
 
 /// A build in every format; its cells are those of [`crate::verb::list::HEADER`].
@@ -177,6 +188,14 @@ pub(crate) fn artifact_json(artifact: &v1::ArtifactInfo) -> Value {
     json!({ "name": artifact.name, "digest": artifact.digest, "size": artifact.size })
 }
 
+/// How the only attempt of a task failed, in its agent's words; several have a line each.
+fn words(task: &v1::TaskStatus) -> &str {
+    match task.attempts.as_slice() {
+        [only] => &only.message,
+        _ => "",
+    }
+}
+
 /// A build for people, a line per fact that is known.
 fn detail(status: &v1::BuildStatus) -> String {
     let mut out = String::new();
@@ -209,7 +228,7 @@ fn detail(status: &v1::BuildStatus) -> String {
     line("image tag", &status.image_tag);
     for task in status.tasks.iter().filter(|_| status.tasks.len() > 1) {
         let result = if task.digest.is_empty() { &task.reason } else { &task.digest };
-        line("task", &format!("{} {} {} {result}", task.platform, task.state, task.worker));
+        line("task", &format!("{} {} {} {result} {}", task.platform, task.state, task.worker, words(task)));
     }
     for task in &status.tasks {
         for attempt in task.attempts.iter().filter(|_| task.attempts.len() > 1) {

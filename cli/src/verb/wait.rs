@@ -70,8 +70,8 @@ pub(crate) fn verdict(status: &v1::BuildStatus) -> String {
     if !reason.is_empty() {
         text.push_str(&format!(": {reason}"));
     }
-    if !status.message.is_empty() {
-        text.push_str(&format!(": {}", status.message));
+    for words in [&status.message, &status.cancel_reason].into_iter().filter(|words| !words.is_empty()) {
+        text.push_str(&format!(": {words}"));
     }
     text
 }

@@ -159,6 +159,8 @@ fn item(worker: &v1::WorkerStatus) -> Item {
             "limits": text_json(&worker.limits),
             "podman": text_json(&worker.podman),
             "emulated": worker.emulated,
+            "secrets": worker.secrets,
+            "restricted_secrets": worker.restricted_secrets,
             "last_seen": time_json(worker.last_seen_ms),
             "version": worker.version,
             "pressure": text_json(&worker.pressure),
@@ -194,6 +196,8 @@ fn detail(worker: &v1::WorkerStatus) -> String {
     line("limits", &worker.limits);
     line("podman", &worker.podman);
     line("emulated", &worker.emulated.join(" "));
+    let restricted = worker.restricted_secrets.iter().map(|name| format!("{name} (certain repositories)"));
+    line("secrets", &worker.secrets.iter().cloned().chain(restricted).collect::<Vec<_>>().join(", "));
     if !worker.pressure.is_empty() {
         line("pressure", &format!("{}: no new work until there is room again", worker.pressure));
     }

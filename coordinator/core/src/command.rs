@@ -242,6 +242,17 @@ pub struct WorkerOffer {
     pub podman: String,
     /// Platforms that podman alone builds there.
     pub emulated: BTreeSet<Platform>,
+    /// The names of the secrets it has, and whom it gives them to; `None` of an agent that does not say.
+    pub secrets: Option<BTreeMap<String, SecretFor>>,
+}
+
+/// Whose builds a worker gives a secret. Which repositories in particular is known to its agent alone, which decides.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum SecretFor {
+    /// All.
+    Anybody,
+    /// Those of certain repositories.
+    CertainRepositories,
 }
 
 /// See [`Command::DetachWorker`].

@@ -134,7 +134,7 @@ fn explain_task(
             explanation.verdicts = verdicts(state, liveness, &ask, place);
             let kept = liveness.claims.iter().find(|(_, claim)| claim.place() == place);
             let kept = kept.map_or_else(String::new, |(worker, _)| format!("; {worker} is kept free for it"));
-            format!("{}{kept}", waiting_words(&explanation))
+            format!("{}{kept}", waiting_words(&explanation, task))
         }
     };
     explanation.words = format!("{whose}{words}");
@@ -164,9 +164,9 @@ fn verdicts(state: &State, liveness: &Liveness, ask: &Ask, place: Waiting) -> Ve
     state.workers().map(verdict).collect()
 }
 
-fn waiting_words(task: &TaskExplanation) -> String {
-    if let Some(not_before) = task.not_before {
-        return format!("waits until {not_before} after a failed attempt");
+fn waiting_words(task: &TaskExplanation, record: &TaskRecord) -> String {
+    if task.not_before.is_some() {
+        return format!("waits for a pause to end{}", after_words(record));
     }
     let ahead = task.ahead.unwrap_or(0);
     let fits = task.verdicts.iter().filter(|(_, unfit)| unfit.is_none()).count();
@@ -183,4 +183,14 @@ fn waiting_words(task: &TaskExplanation) -> String {
     } else {
         format!("waits: none of {total} workers can take it")
     }
+}
+
+/// How the last attempt ended; empty where there was none.
+fn after_words(record: &TaskRecord) -> String {
+    let Some(last) = record.attempts.last() else { return String::new() };
+    let end = last.end.as_ref();
+    let reason = end.and_then(|end| end.reason).map_or_else(String::new, |reason| format!(" as {reason}"));
+    let message =
+        end.filter(|end| !end.message.is_empty()).map_or_else(String::new, |end| format!(": {}", end.message));
+    format!(" after attempt {} on {} ended{reason}{message}", last.number, last.worker)
 }

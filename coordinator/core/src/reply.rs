@@ -140,11 +140,28 @@ pub enum Unfit {
         capacity: u32,
     },
     /// It does not build for the platform.
-    Platform,
+    Platform {
+        /// That platform.
+        asked: String,
+        /// Those it builds for, separated by spaces.
+        has: String,
+    },
     /// It lacks a label that the build requires.
-    Label(String),
+    Label {
+        /// `KEY=VALUE`.
+        asked: String,
+        /// The value it has under that key, if it has one.
+        has: Option<String>,
+    },
     /// It does not offer the executor.
-    Executor,
+    Executor {
+        /// Which.
+        asked: String,
+        /// Why not, as far as it says; may be empty.
+        why: String,
+    },
+    /// It does not have a secret of this name.
+    Secret(String),
     /// It takes no commands from builds, or has none of its own for a build without one.
     Command,
     /// It has less of something than is asked for, even when it is idle.

@@ -164,6 +164,8 @@ pub(super) fn format_of(command: &store::Command) -> u32 {
         Some(Kind::FinishAttempt(it)) if it.unproven => 2,
         Some(Kind::ProbeWorker(_)) => 2,
         Some(Kind::ChangePolicy(_)) => 3,
+        // A reader of format 2 would give such a worker what it cannot take.
+        Some(Kind::RegisterWorker(it)) if it.offer.as_ref().is_some_and(|offer| offer.secrets.is_some()) => 3,
         _ => 1,
     }
 }

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use helix_core::command::{Authority, WorkerOffer};
+use helix_core::command::{Authority, SecretFor, WorkerOffer};
 use helix_core::record::{Artifact, BlobRef, DrainedBy, Pinned, SealedLog};
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, Digest, Executor, InvalidField, NodeId, Platform, Reason, Resources,
@@ -142,6 +142,10 @@ pub(super) fn offer(wire: Option<store::WorkerOffer>) -> Result<WorkerOffer, Cod
         },
         podman: wire.podman,
         emulated: wire.emulated.iter().map(|text| Platform::new(text)).collect::<Result<_, _>>()?,
+        secrets: wire.secrets.map(|it| {
+            let whom = |restricted| if restricted { SecretFor::CertainRepositories } else { SecretFor::Anybody };
+            it.restricted.into_iter().map(|(name, restricted)| (name, whom(restricted))).collect()
+        }),
     })
 }
 
@@ -162,5 +166,8 @@ pub(super) fn offer_wire(offer: &WorkerOffer) -> Option<store::WorkerOffer> {
         disk_bytes: offer.resources.disk_bytes,
         podman: offer.podman.clone(),
         emulated: offer.emulated.iter().map(|platform| platform.as_str().to_owned()).collect(),
+        secrets: offer.secrets.as_ref().map(|secrets| store::OfferedSecrets {
+            restricted: secrets.iter().map(|(name, whom)| (name.clone(), *whom != SecretFor::Anybody)).collect(),
+        }),
     })
 }

@@ -128,9 +128,10 @@ fn unfit_why(why: &Unfit) -> worker_unfit::Why {
         Unfit::Probing => Why::Probing(store::Nothing {}),
         Unfit::Pressure(words) => Why::Pressure(words.clone()),
         Unfit::Full { capacity } => Why::Full(*capacity),
-        Unfit::Platform => Why::Platform(store::Nothing {}),
-        Unfit::Label(label) => Why::Label(label.clone()),
-        Unfit::Executor => Why::Executor(store::Nothing {}),
+        Unfit::Platform { asked, has } => Why::LacksPlatform(missing(asked, Some(has))),
+        Unfit::Label { asked, has } => Why::LacksLabel(missing(asked, has.as_ref())),
+        Unfit::Executor { asked, why } => Why::LacksExecutor(missing(asked, Some(why))),
+        Unfit::Secret(name) => Why::LacksSecret(name.clone()),
         Unfit::Command => Why::Command(store::Nothing {}),
         Unfit::Resources { what, asked, has } => Why::HasLess(lack(*what, *asked, *has, 0)),
         Unfit::Short { what, asked, left, has } => Why::HasLessLeft(lack(*what, *asked, *has, *left)),
@@ -150,15 +151,24 @@ fn unfit(why: worker_unfit::Why) -> Result<Unfit, CodecError> {
         Why::Probing(store::Nothing {}) => Unfit::Probing,
         Why::Pressure(words) => Unfit::Pressure(words),
         Why::Full(capacity) => Unfit::Full { capacity },
-        Why::Platform(store::Nothing {}) => Unfit::Platform,
-        Why::Label(label) => Unfit::Label(label),
-        Why::Executor(store::Nothing {}) => Unfit::Executor,
+        // An older leader does not say which.
+        Why::Platform(store::Nothing {}) => Unfit::Platform { asked: String::new(), has: String::new() },
+        Why::Label(asked) => Unfit::Label { asked, has: None },
+        Why::Executor(store::Nothing {}) => Unfit::Executor { asked: String::new(), why: String::new() },
+        Why::LacksPlatform(it) => Unfit::Platform { asked: it.asked, has: it.has.unwrap_or_default() },
+        Why::LacksLabel(it) => Unfit::Label { asked: it.asked, has: it.has },
+        Why::LacksExecutor(it) => Unfit::Executor { asked: it.asked, why: it.has.unwrap_or_default() },
+        Why::LacksSecret(name) => Unfit::Secret(name),
         Why::Command(store::Nothing {}) => Unfit::Command,
         Why::Resources(what) => Unfit::Resources { what: parse(&what)?, asked: 0, has: 0 },
         Why::HasLess(it) => Unfit::Resources { what: parse(&it.what)?, asked: it.asked, has: it.has },
         Why::HasLessLeft(it) => Unfit::Short { what: parse(&it.what)?, asked: it.asked, left: it.left, has: it.has },
         Why::Claimed(build) => Unfit::Claimed { build: parse(&build)? },
     })
+}
+
+fn missing(asked: &str, has: Option<&String>) -> store::Missing {
+    store::Missing { asked: asked.to_owned(), has: has.cloned() }
 }
 
 fn lack(what: Measure, asked: u64, has: u64, left: u64) -> store::Lack {

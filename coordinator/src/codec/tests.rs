@@ -6,7 +6,7 @@ use std::sync::Arc;
 use helix_core::command::{
     AssignTask, Authority, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones,
     FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RegisterArtifact, RegisterNode,
-    RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker, WorkerOffer,
+    RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SecretFor, SetPolicy, SubmitBuild, UndrainWorker, WorkerOffer,
 };
 use helix_core::record::{
     Addendum, Artifact, AttemptEnd, AttemptRecord, BlobRef, BuildRecord, CancelRequest, Counters, Drain, DrainedBy,
@@ -73,6 +73,10 @@ fn offer() -> WorkerOffer {
         resources: Resources { cpu_milli: 1, memory_bytes: 2, disk_bytes: 3 },
         podman: "podman 4, runc".to_owned(),
         emulated: BTreeSet::from([Platform::new("linux/riscv64").unwrap()]),
+        secrets: Some(BTreeMap::from([
+            ("a".to_owned(), SecretFor::Anybody),
+            ("b".to_owned(), SecretFor::CertainRepositories),
+        ])),
     }
 }
 
@@ -265,9 +269,11 @@ fn rejections() -> Vec<Rejection> {
         Unfit::Probing,
         Unfit::Pressure("disk".to_owned()),
         Unfit::Full { capacity: 3 },
-        Unfit::Platform,
-        Unfit::Label("a=b".to_owned()),
-        Unfit::Executor,
+        Unfit::Platform { asked: "a/b".to_owned(), has: "c/d e/f".to_owned() },
+        Unfit::Label { asked: "a=b".to_owned(), has: None },
+        Unfit::Label { asked: "a=b".to_owned(), has: Some(String::new()) },
+        Unfit::Executor { asked: "podman".to_owned(), why: "none".to_owned() },
+        Unfit::Secret("token".to_owned()),
         Unfit::Command,
         Unfit::Resources { what: Measure::Memory, asked: 3, has: 2 },
         Unfit::Short { what: Measure::Cpu, asked: 3, left: 1, has: 9 },
@@ -310,6 +316,16 @@ fn every_command_reads_back() {
     let wire = commands.iter().map(command_to_wire).collect();
     let bytes = encode_batch(LogTime(99), wire);
     assert_eq!(decode_batch(&bytes).unwrap(), (LogTime(99), commands));
+}
+
+#[test]
+fn a_worker_that_does_not_say_which_secrets_it_has_is_not_one_that_has_none() {
+    for secrets in [None, Some(BTreeMap::new())] {
+        let offer = WorkerOffer { secrets, ..offer() };
+        let command = Command::RegisterWorker(RegisterWorker { worker: worker(), instance: instance(), offer });
+        let bytes = encode_batch(LogTime(1), vec![command_to_wire(&command)]);
+        assert_eq!(decode_batch(&bytes).unwrap().1, [command]);
+    }
 }
 
 #[test]

@@ -2,9 +2,9 @@
 //!
 //! Everything from an agent is untrusted: sizes are bounded here, and nothing is taken on its word about who it is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use helix_core::command::{FinishAttempt, Outcome, WorkerOffer};
+use helix_core::command::{FinishAttempt, Outcome, SecretFor, WorkerOffer};
 use helix_core::record::{Artifact, AttemptEnd, BlobRef, SealedLog};
 use helix_core::state::{Known, State};
 use helix_model::{
@@ -100,7 +100,23 @@ fn offer(wire: agent::Offer, version: &str) -> Result<WorkerOffer, InvalidField>
         },
         podman: line(&wire.podman),
         emulated: wire.emulated.iter().map(|text| Platform::new(text)).collect::<Result<_, _>>()?,
+        secrets: wire.secrets.map(secrets).transpose()?,
     })
+}
+
+fn secrets(wire: agent::OfferedSecrets) -> Result<BTreeMap<String, SecretFor>, InvalidField> {
+    if wire.restricted.len() > OFFER_ENTRIES_MAX {
+        return Err(InvalidField::new("secrets", format!("more than {OFFER_ENTRIES_MAX} names")));
+    }
+    let whom = |restricted| if restricted { SecretFor::CertainRepositories } else { SecretFor::Anybody };
+    let named = |(name, restricted): (String, bool)| {
+        if name.is_empty() || name.len() > limits::LABEL_BYTES_MAX {
+            let why = format!("a name has from 1 to {} bytes", limits::LABEL_BYTES_MAX);
+            return Err(InvalidField::new("secrets", why));
+        }
+        Ok((name, whom(restricted)))
+    };
+    wire.restricted.into_iter().map(named).collect()
 }
 
 /// A report of an attempt's end, in the speaker's name.

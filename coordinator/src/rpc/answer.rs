@@ -79,9 +79,16 @@ pub(crate) fn unfit_text(why: &Unfit) -> String {
         Unfit::Probing => "is being tried with one attempt after failures of its own".to_owned(),
         Unfit::Pressure(words) => format!("takes no new work: its host is short of {words}"),
         Unfit::Full { capacity } => format!("is full: it runs {capacity}, its capacity"),
-        Unfit::Platform => "does not build for the platform".to_owned(),
-        Unfit::Label(label) => format!("lacks the label {label}"),
-        Unfit::Executor => "does not offer the executor".to_owned(),
+        Unfit::Platform { asked, has } if has.is_empty() => format!("does not build for {asked}"),
+        Unfit::Platform { asked, has } => format!("does not build for {asked}, but for {}", has.replace(' ', ", ")),
+        Unfit::Label { asked, has: None } => format!("lacks the label {asked}"),
+        Unfit::Label { asked, has: Some(value) } => {
+            let key = asked.split('=').next().unwrap_or_default();
+            format!("has the label {key}={value}, and {asked} is required")
+        }
+        Unfit::Executor { asked, why } if why.is_empty() => format!("does not offer the executor {asked}"),
+        Unfit::Executor { asked, why } => format!("does not offer the executor {asked}: {why}"),
+        Unfit::Secret(name) => format!("has no secret {name}"),
         Unfit::Command => "takes no commands from builds, or has none for a build without one".to_owned(),
         Unfit::Resources { what, asked, has } => {
             format!("has {} {}, the build asks for {}", what.text(*has), what.as_str(), what.text(*asked))

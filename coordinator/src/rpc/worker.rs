@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use helix_common::status::{invalid, status};
-use helix_core::command::{DrainWorker, RemoveWorker, UndrainWorker};
+use helix_core::command::{DrainWorker, RemoveWorker, SecretFor, UndrainWorker};
 use helix_core::record::{DrainedBy, Standing, Trust, WorkerRecord};
 use helix_core::state::State;
 use helix_core::{Command, Liveness, SessionState};
@@ -134,6 +134,10 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
         Trust::Quarantined { until, .. } => (unix_ms(*until), false, &no_builds),
         Trust::Probing { .. } => (0, true, &no_builds),
     };
+    let secrets = |whom| {
+        let given = offer.secrets.iter().flatten().filter(|(_, given)| **given == whom);
+        given.map(|(name, _)| name.clone()).collect()
+    };
     v1::WorkerStatus {
         name: worker.name.to_string(),
         instance: worker.instance.to_string(),
@@ -150,6 +154,8 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
         limits: offer.limits.clone(),
         podman: offer.podman.clone(),
         emulated: offer.emulated.iter().map(ToString::to_string).collect(),
+        secrets: secrets(SecretFor::Anybody),
+        restricted_secrets: secrets(SecretFor::CertainRepositories),
         last_seen_ms: heard.map_or(0, |heard| unix_ms(heard.last_seen)),
         version: offer.version.clone(),
         pressure: heard.map_or_else(String::new, |heard| heard.pressure.clone()),

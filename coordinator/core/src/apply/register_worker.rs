@@ -77,6 +77,10 @@ fn check_offer(offer: &WorkerOffer) -> Result<(), Rejection> {
     if offer.labels.iter().any(|(key, value)| key.len() > LABEL_BYTES_MAX || value.len() > LABEL_BYTES_MAX) {
         return Err(Rejection::OfferInvalid("a label of more than 256 bytes"));
     }
+    let secrets = offer.secrets.iter().flat_map(|secrets| secrets.keys());
+    if secrets.clone().count() > MAP_ENTRIES_MAX || secrets.clone().any(|name| name.len() > LABEL_BYTES_MAX) {
+        return Err(Rejection::OfferInvalid("more secrets than 256, or a name of more than 256 bytes"));
+    }
     // What podman says of itself is longer.
     if offer.podman.len() > 2 * TEXT_BYTES_MAX {
         return Err(Rejection::OfferInvalid("a word on podman of more than 1,024 bytes"));

@@ -1,7 +1,7 @@
-//! Which worker may have which task: the one place where platform, labels, executor, command and resources
+//! Which worker may have which task: the one place where platform, labels, executor, command, secrets and resources
 //! are compared. `apply`, the scheduler, the refusal at submit and `explain` all ask here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use helix_model::{BuildSpec, Executor, LogTime, Measure, Platform, Resources};
 
@@ -19,6 +19,8 @@ pub struct Need {
     pub executor: Executor,
     /// Whose command is run.
     pub command: CommandNeed,
+    /// Secrets the worker must have.
+    pub secrets: BTreeSet<String>,
 }
 
 /// Whose command a task runs.
@@ -65,7 +67,8 @@ impl Ask {
             (Executor::Exec, Some(_)) => CommandNeed::Brought,
             (Executor::Exec, None) => CommandNeed::Own,
         };
-        let need = Need { platform: platform.cloned(), requires: spec.requires.clone(), executor, command };
+        let (platform, requires, secrets) = (platform.cloned(), spec.requires.clone(), spec.secrets.clone());
+        let need = Need { platform, requires, executor, command, secrets };
         Self { need, amounts: spec.resources }
     }
 
@@ -73,6 +76,12 @@ impl Ask {
     #[must_use]
     pub fn unfit(&self, worker: &WorkerRecord) -> Option<Unfit> {
         self.need.unfit(worker).or_else(|| self.unfit_resources(worker))
+    }
+
+    /// Whether the worker is of the kind, and has as much as is asked when it is idle.
+    #[must_use]
+    pub fn fits(&self, worker: &WorkerRecord) -> bool {
+        self.need.fits(worker) && self.unfit_resources(worker).is_none()
     }
 
     /// Like [`Self::unfit`], for `apply`: a task without a command may go where there is none, to fail there.
@@ -161,30 +170,70 @@ impl Room {
     }
 }
 
+/// What of a worker's kind a need misses.
+enum Miss<'a> {
+    Platform(&'a Platform),
+    Executor,
+    Label(&'a str, &'a str),
+    Secret(&'a str),
+    Command,
+}
+
 impl Need {
     /// What of the worker's kind stands in the way, resources aside.
     #[must_use]
     pub fn unfit(&self, worker: &WorkerRecord) -> Option<Unfit> {
         let offer = &worker.offer;
+        Some(match self.miss(worker)? {
+            Miss::Platform(platform) => {
+                let emulated = offer.emulated.iter().filter(|_| self.executor == Executor::Podman);
+                let has: Vec<&str> = offer.platforms.iter().chain(emulated).map(Platform::as_str).collect();
+                Unfit::Platform { asked: platform.to_string(), has: has.join(" ") }
+            }
+            Miss::Executor => {
+                let why = if self.executor == Executor::Podman { offer.podman.clone() } else { String::new() };
+                Unfit::Executor { asked: self.executor.as_str().to_owned(), why }
+            }
+            Miss::Label(key, value) => {
+                Unfit::Label { asked: format!("{key}={value}"), has: offer.labels.get(key).cloned() }
+            }
+            Miss::Secret(name) => Unfit::Secret(name.to_owned()),
+            Miss::Command => Unfit::Command,
+        })
+    }
+
+    /// Whether the worker is of the kind, resources aside.
+    #[must_use]
+    pub fn fits(&self, worker: &WorkerRecord) -> bool {
+        self.miss(worker).is_none()
+    }
+
+    fn miss(&self, worker: &WorkerRecord) -> Option<Miss<'_>> {
+        let offer = &worker.offer;
         let builds_for = |platform: &Platform| {
             let emulated = self.executor == Executor::Podman && offer.emulated.contains(platform);
             offer.platforms.contains(platform) || emulated
         };
-        if self.platform.as_ref().is_some_and(|platform| !builds_for(platform)) {
-            return Some(Unfit::Platform);
+        if let Some(platform) = self.platform.as_ref().filter(|platform| !builds_for(platform)) {
+            return Some(Miss::Platform(platform));
         }
         if !offer.executors.contains(&self.executor) {
-            return Some(Unfit::Executor);
+            return Some(Miss::Executor);
         }
-        if let Some((key, _)) = self.requires.iter().find(|(key, value)| offer.labels.get(*key) != Some(*value)) {
-            return Some(Unfit::Label(key.clone()));
+        if let Some((key, value)) = self.requires.iter().find(|(key, value)| offer.labels.get(*key) != Some(*value)) {
+            return Some(Miss::Label(key, value));
+        }
+        if let Some(given) = &offer.secrets
+            && let Some(name) = self.secrets.iter().find(|name| !given.contains_key(*name))
+        {
+            return Some(Miss::Secret(name));
         }
         let command = match self.command {
             CommandNeed::Nothing => true,
             CommandNeed::Brought => offer.allows_job_commands,
             CommandNeed::Own => offer.has_own_command,
         };
-        if command { None } else { Some(Unfit::Command) }
+        if command { None } else { Some(Miss::Command) }
     }
 
     /// The same need where no worker has a command of its own; `None` for needs that do not ask for one.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use helix_core::command::{self as cmd, Authority, Command, WorkerOffer};
+use helix_core::command::{self as cmd, Authority, Command, SecretFor, WorkerOffer};
 use helix_core::record::{BlobRef, Policy, SealedLog};
 use helix_core::{Applied, Rejection, Reply, Unfit};
 use helix_model::{BuildSpec, BuildState, ErrorCode, Measure, NodeId, Reason, Resources};
@@ -102,11 +102,21 @@ fn unfit_workers() {
         }
     };
     let arm = BuildSpec { platforms: vec![platform("linux/arm64")], ..spec() };
-    assert_eq!(unfit(offer(1), arm), Unfit::Platform);
+    let platform = |asked: &str, has: &str| Unfit::Platform { asked: asked.to_owned(), has: has.to_owned() };
+    assert_eq!(unfit(offer(1), arm), platform("linux/arm64", "linux/amd64"));
     let requires = BTreeMap::from([("zone".to_owned(), "a".to_owned())]);
-    assert_eq!(unfit(offer(1), BuildSpec { requires, ..spec() }), Unfit::Label("zone".to_owned()));
+    assert_eq!(
+        unfit(offer(1), BuildSpec { requires, ..spec() }),
+        Unfit::Label { asked: "zone=a".to_owned(), has: None }
+    );
     let podman = BuildSpec { executor: Some(helix_model::Executor::Podman), command: None, ..spec() };
-    assert_eq!(unfit(offer(1), podman), Unfit::Executor);
+    assert_eq!(unfit(offer(1), podman), Unfit::Executor { asked: "podman".to_owned(), why: String::new() });
+    let wants = BuildSpec { secrets: BTreeSet::from(["token".to_owned()]), ..spec() };
+    let has = |names: &[&str]| WorkerOffer {
+        secrets: Some(names.iter().map(|name| ((*name).to_owned(), SecretFor::CertainRepositories)).collect()),
+        ..offer(1)
+    };
+    assert_eq!(unfit(has(&["other"]), wants), Unfit::Secret("token".to_owned()));
     assert_eq!(unfit(WorkerOffer { allows_job_commands: false, ..offer(1) }, spec()), Unfit::Command);
     let resources = |memory_bytes| Resources { memory_bytes, ..Resources::default() };
     let small = WorkerOffer { resources: resources(5), ..offer(1) };

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use expect_test::expect;
-use helix_core::command::{AssignTask, Command, WorkerOffer};
+use helix_core::command::{AssignTask, Command, SecretFor, WorkerOffer};
 use helix_core::{InFlight, Reply, SessionState, Unfit, explain, schedule};
 use helix_model::{BuildSpec, LogTime, Reason, Resources};
 
@@ -186,7 +186,8 @@ fn explain_names_place_verdicts_and_back_off() {
     assert_eq!(tell(&story, "c"), (words, vec![(worker("w1"), full)]));
     story.liveness.workers.clear();
     story.finish("a.0.1", "w1", failed(Reason::DiskFull));
-    assert_eq!(tell(&story, "a").0, "waits until 2000ms after a failed attempt");
+    let words = tell(&story, "a").0;
+    assert!(words.starts_with("waits for a pause to end after attempt 1 on w1 ended as disk_full"), "{words}");
     assert_eq!(tell(&story, "b").1, [(worker("w1"), Some(Unfit::Unhealthy))]);
     assert_eq!(tell(&story, "nobody").0, "no such build");
     story.cancel("c");
@@ -202,9 +203,33 @@ fn what_could_never_run_is_known_at_submit_unless_nobody_is_registered() {
     assert_eq!(explain::could_ever_run(&story.state, &arm), Ok(()));
     story.worker("w1", 1);
     story.apply(lose("w1", "data1.boot1"));
-    assert_eq!(explain::could_ever_run(&story.state, &arm), Err(vec![(worker("w1"), Unfit::Platform)]));
+    let unfit = Unfit::Platform { asked: "linux/arm64".to_owned(), has: "linux/amd64".to_owned() };
+    assert_eq!(explain::could_ever_run(&story.state, &arm), Err(vec![(worker("w1"), unfit)]));
     assert_eq!(explain::could_ever_run(&story.state, &spec()), Ok(()));
     let platforms = BTreeSet::from([platform("linux/arm64")]);
     assert_eq!(story.worker_life("w2", "data1.boot1", WorkerOffer { platforms, ..offer(1) }), Reply::Done);
     assert_eq!(explain::could_ever_run(&story.state, &arm), Ok(()));
+}
+
+#[test]
+fn a_secret_is_had_from_a_worker_that_offers_it_or_does_not_say() {
+    let mut story = Story::new();
+    let wants = BuildSpec { secrets: BTreeSet::from(["token".to_owned()]), ..spec() };
+    let names = |names: &[&str]| Some(names.iter().map(|name| ((*name).to_owned(), SecretFor::Anybody)).collect());
+    story.worker_life("w1", "data1.boot1", WorkerOffer { secrets: names(&["other"]), ..offer(9) });
+    let refused = explain::could_ever_run(&story.state, &wants);
+    assert_eq!(refused, Err(vec![(worker("w1"), Unfit::Secret("token".to_owned()))]));
+    story.submit_as("waits", wants.clone());
+    assert_eq!(story.schedule(9), 0);
+    let explained = explain::explain(&story.state, &story.liveness, &build("waits"), LogTime(story.now));
+    assert_eq!(explained.tasks[0].verdicts, [(worker("w1"), Some(Unfit::Secret("token".to_owned())))]);
+    story.worker_life("w2", "data1.boot1", WorkerOffer { secrets: names(&["other", "token"]), ..offer(1) });
+    assert_eq!(story.schedule(9), 1);
+    // The agent's secrets were read again: the same life offers something else.
+    story.worker_life("w2", "data1.boot1", WorkerOffer { secrets: names(&[]), ..offer(1) });
+    story.submit_as("again", wants.clone());
+    assert_eq!(story.schedule(9), 0);
+    story.worker_life("w3", "data1.boot1", offer(1));
+    assert_eq!(explain::could_ever_run(&story.state, &wants), Ok(()));
+    assert_eq!(story.schedule(9), 1);
 }

@@ -27,11 +27,34 @@ pub(super) fn of_ended(record: &BuildRecord) -> Vec<v1::TaskExplanation> {
         v1::TaskExplanation {
             platform: view::platform_of(task),
             state: state.as_str().to_owned(),
-            summary: format!("{state}{reason}; {place}, {} attempts{}", task.attempts.len(), unseen(task)),
+            summary: format!("{state}{reason}; {place}, {}{}{}", attempts(task), ends(task), unseen(task)),
             ..v1::TaskExplanation::default()
         }
     });
     tasks.collect()
+}
+
+fn attempts(task: &TaskRecord) -> String {
+    match task.attempts.len() {
+        1 => "1 attempt".to_owned(),
+        count => format!("{count} attempts"),
+    }
+}
+
+/// How attempts of a task that did not go well ended, in the words of their agents.
+fn ends(task: &TaskRecord) -> String {
+    let several = task.attempts.len() > 1;
+    let text = |attempt: &AttemptRecord| {
+        let end = attempt.end.as_ref()?;
+        let reason = end.reason?;
+        Some(match (several, end.message.as_str()) {
+            (false, "") => String::new(),
+            (false, message) => format!("; {message}"),
+            (true, "") => format!("; attempt {} on {}: {reason}", attempt.number, attempt.worker),
+            (true, message) => format!("; attempt {} on {}: {reason}: {message}", attempt.number, attempt.worker),
+        })
+    };
+    task.attempts.iter().filter_map(text).collect()
 }
 
 /// Which attempts of a task were not seen dead; empty when all were.
@@ -60,6 +83,7 @@ fn task_of(task: TaskExplanation) -> v1::TaskExplanation {
         TaskPhase::Running => BuildState::Running,
         TaskPhase::Ended { state, .. } => *state,
     };
+    let summary = format!("{}{}", task.words, nearest_text(&task.verdicts));
     let verdicts = task.verdicts.into_iter().map(|(worker, unfit)| v1::WorkerVerdict {
         worker: worker.to_string(),
         fits: unfit.is_none(),
@@ -68,10 +92,23 @@ fn task_of(task: TaskExplanation) -> v1::TaskExplanation {
     v1::TaskExplanation {
         platform: task.platform.map_or_else(String::new, |platform| platform.to_string()),
         state: state.as_str().to_owned(),
-        summary: task.words,
+        summary,
         ahead: task.ahead.unwrap_or(0),
         not_before_ms: task.not_before.map_or(0, view::unix_ms),
         verdicts: verdicts.collect(),
+    }
+}
+
+/// What stands in the way at the workers that come nearest to taking a task now; empty where one could.
+fn nearest_text(verdicts: &[(WorkerName, Option<Unfit>)]) -> String {
+    let against: Option<Vec<_>> = verdicts.iter().map(|(name, unfit)| Some((name, unfit.as_ref()?))).collect();
+    let mut against = against.unwrap_or_default();
+    against.sort_by_key(|(name, unfit)| (distance(unfit), *name));
+    let shown = against.iter().take(WORKERS_SHOWN).map(|(name, unfit)| format!("; {name} {}", unfit_text(unfit)));
+    let shown: String = shown.collect();
+    match against.len().saturating_sub(WORKERS_SHOWN) {
+        0 => shown,
+        rest => format!("{shown}; and {rest} more"),
     }
 }
 
@@ -110,9 +147,9 @@ fn distance(unfit: &Unfit) -> (u8, u64) {
             return (1, u64::try_from(lack).unwrap_or(u64::MAX));
         }
         Unfit::Command => 2,
-        Unfit::Label(_) => 3,
-        Unfit::Executor => 4,
-        Unfit::Platform => 5,
+        Unfit::Secret(_) | Unfit::Label { .. } => 3,
+        Unfit::Executor { .. } => 4,
+        Unfit::Platform { .. } => 5,
     };
     (kind, 0)
 }
@@ -124,10 +161,14 @@ mod tests {
     #[test]
     fn the_nearest_worker_is_named_first() {
         let name = |text: &str| WorkerName::new(text).unwrap();
-        let mut against = vec![(name("a"), Unfit::Platform), (name("b"), Unfit::Label("gpu".to_owned()))];
-        against.extend((0..9).map(|number| (name(&format!("c{number}")), Unfit::Platform)));
+        let platform = || Unfit::Platform { asked: "a/b".to_owned(), has: "c/d".to_owned() };
+        let label = Unfit::Label { asked: "gpu=yes".to_owned(), has: None };
+        let mut against = vec![(name("a"), platform()), (name("b"), label)];
+        against.extend((0..9).map(|number| (name(&format!("c{number}")), platform())));
         let text = unsatisfiable_text(against);
-        assert!(text.starts_with("no worker could ever run this: b lacks the label gpu; a does not build"), "{text}");
+        let begins =
+            "no worker could ever run this: b lacks the label gpu=yes; a does not build for a/b, but for c/d; ";
+        assert!(text.starts_with(begins), "{text}");
         assert!(text.contains("and 6 more; ") && text.contains("park"), "{text}");
     }
 }

@@ -148,7 +148,7 @@ impl Queue {
         let rooms = &self.rooms;
         self.fits.entry(ask).or_insert_with_key(|ask| {
             let mut fit = Fit::default();
-            for worker in workers.values().filter(|worker| ask.unfit(worker).is_none()) {
+            for worker in workers.values().filter(|worker| ask.fits(worker)) {
                 fit.able += 1;
                 if let Some(room) = rooms.get(&worker.name).filter(|room| room.fits(&ask.amounts)) {
                     fit.free.insert((Reverse(room.slots), worker.name.clone()));
@@ -160,7 +160,7 @@ impl Queue {
 
     pub(crate) fn learn_worker(&mut self, worker: &WorkerRecord, room: Room) {
         for (ask, fit) in &mut self.fits {
-            fit.able += usize::from(ask.unfit(worker).is_none());
+            fit.able += usize::from(ask.fits(worker));
         }
         self.set_room(worker, room);
     }
@@ -168,7 +168,7 @@ impl Queue {
     pub(crate) fn forget_worker(&mut self, worker: &WorkerRecord) {
         self.set_room(worker, Room::NONE);
         for (ask, fit) in &mut self.fits {
-            fit.able -= usize::from(ask.unfit(worker).is_none());
+            fit.able -= usize::from(ask.fits(worker));
         }
     }
 
@@ -187,7 +187,7 @@ impl Queue {
             self.rooms.insert(name.clone(), room);
         }
         for (ask, fit) in &mut self.fits {
-            if ask.need.unfit(worker).is_some() {
+            if !ask.need.fits(worker) {
                 continue;
             }
             if before.fits(&ask.amounts) {
