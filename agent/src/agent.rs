@@ -269,7 +269,7 @@ impl Loop {
             name: self.services.config.name.clone(),
             instance: self.services.data.instance().as_str().to_owned(),
             offer: Some(wire::offer(
-                &self.services.config,
+                &self.services.allowed.current(),
                 self.services.isolated.word(),
                 self.services.limiter.words(),
                 &self.services.disks,

@@ -5,6 +5,7 @@
 //! Invariant: nothing a build does, and no coordinator that is silent, keeps the heartbeat from going out.
 
 pub mod agent;
+pub mod allowed;
 pub mod attempt;
 mod blocking;
 pub mod config;

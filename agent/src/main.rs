@@ -38,7 +38,7 @@ enum ConfigVerb {
     Check,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 struct Options {
     /// The configuration file (TOML).
     #[arg(long, value_name = "FILE", global = true, env = "HELIX_CONFIG")]
@@ -88,7 +88,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
                 .enable_all()
                 .build()
                 .context("cannot start the runtime")?;
-            let ended = runtime.block_on(program::run(config, telemetry));
+            let options = cli.options.clone();
+            let ended = runtime.block_on(program::run(config, move || load(&options), telemetry));
             // A disk that hangs must not keep the process.
             runtime.shutdown_timeout(std::time::Duration::from_secs(1));
             ended

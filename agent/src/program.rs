@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::agent::{self, Ended, Inputs};
+use crate::allowed::{Allowed, Taken};
 use crate::config::Config;
 use crate::control;
 use crate::data_dir::{DataDir, make_private};
@@ -26,7 +27,7 @@ use crate::isolation::Isolated;
 use crate::limits::Limiter;
 use crate::secrets::Secrets;
 use crate::services::Services;
-use crate::session;
+use crate::session::{self, OfferChanges};
 use crate::settings::Settings;
 use crate::source::git::Mirrors;
 use crate::starter::Starter;
@@ -42,11 +43,15 @@ const FIRST_TRIAL_LIMIT: Duration = Duration::from_secs(10);
 /// How long the last messages may take to leave.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 
-/// Runs the agent until it is told to go.
+/// Runs the agent until it is told to go. `reread` gives the configuration as it is by then, checked.
 ///
 /// # Errors
 /// When it cannot start, or the cluster refuses it for good.
-pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result<()> {
+pub async fn run(
+    config: Config,
+    reread: impl Fn() -> anyhow::Result<Config> + Send + Sync + 'static,
+    telemetry: telemetry::Handle,
+) -> anyhow::Result<()> {
     let (shutdown, _listener) = Shutdown::install().context("cannot listen to signals")?;
     let tls = TlsStore::load(config.tls.clone())?;
     let own = tls.own_identity();
@@ -58,9 +63,13 @@ pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result
     }
     let data = DataDir::open(&config.data_dir)?;
     let endpoints = Endpoints::new(&config.coordinators, Arc::clone(&tls))?;
-    let _reloads = AbortOnDropHandle::new(reload(&shutdown, Arc::clone(&tls), telemetry, config.log.filter.clone()));
     let (settings_tx, settings) = watch::channel(None);
-    let services = Arc::new(services(config, data, tls, settings.clone()).await?);
+    let reloads = shutdown.reloads();
+    let services = Arc::new(services(config, data, Arc::clone(&tls), settings.clone()).await?);
+    let _reloads = AbortOnDropHandle::new(tokio::spawn(reload(
+        reloads,
+        Reloads { tls, telemetry, reread: Arc::new(reread), services: Arc::clone(&services) },
+    )));
     let listener = control::listen(services.data.root()).context("cannot make the control socket")?;
     let (detach_tx, detach) = mpsc::channel(4);
     let _control = AbortOnDropHandle::new(tokio::spawn(control::serve(listener, detach_tx)));
@@ -72,12 +81,12 @@ pub async fn run(config: Config, telemetry: telemetry::Handle) -> anyhow::Result
     let (session_tx, session_rx) = mpsc::channel(SESSION_EVENTS_MAX);
     let alive = found.iter().map(|(key, _)| key.clone()).collect();
     let _podman = AbortOnDropHandle::new(tokio::spawn(look_after_podman(Arc::clone(&services), alive)));
-    let mut standing = services.podman.standing();
+    let mut offer = OfferChanges { podman: services.podman.standing(), allowed: services.allowed.changes() };
     let session = tokio::spawn(async move {
         // So that the first offer is the whole one. Builds that run need nobody yet.
-        let tried = standing.wait_for(|standing| *standing != Standing::Untried);
+        let tried = offer.podman.wait_for(|standing| *standing != Standing::Untried);
         let _ = tokio::time::timeout(FIRST_TRIAL_LIMIT, tried).await.map(drop);
-        session::keep(endpoints, session_tx, settings_tx, standing).await;
+        session::keep(endpoints, session_tx, settings_tx, offer).await;
     });
     tracing::info!(name = services.config.name, instance = %services.data.instance(), "the agent runs");
     let inputs = Inputs { session: session_rx, detach, shutdown, settings };
@@ -128,6 +137,7 @@ async fn services(
         Podman::new(&config, limiter.unified(), limiter.prefix()).context("cannot prepare podman's directories")?;
     let secrets = Secrets::of(data.instance());
     Ok(Services {
+        allowed: Allowed::new(config.clone()),
         config,
         cluster,
         data,
@@ -153,21 +163,57 @@ async fn look_after_podman(services: Arc<Services>, alive: BTreeSet<AttemptKey>)
     services.podman.keep_trying().await;
 }
 
-/// Certificates and the log filter, whenever asked.
-fn reload(shutdown: &Shutdown, tls: Arc<TlsStore>, telemetry: telemetry::Handle, filter: String) -> JoinHandle<()> {
-    let mut reloads = shutdown.reloads();
-    tokio::spawn(async move {
-        while reloads.changed().await.is_ok() {
-            match tls.reload() {
-                Ok(closed) => tracing::info!(closed, "certificates were read again"),
-                Err(error) => tracing::error!(%error, closed = error.cut, "certificates were read again in part"),
+/// What is read again when asked.
+struct Reloads<F> {
+    tls: Arc<TlsStore>,
+    telemetry: telemetry::Handle,
+    reread: Arc<F>,
+    services: Arc<Services>,
+}
+
+/// Certificates, and of the configuration the log filter, policy and secrets, whenever asked. What cannot be read or does not
+/// pass its check leaves what was in force as it was; builds that run go on with what they were given.
+async fn reload<F>(mut asked: watch::Receiver<u64>, what: Reloads<F>)
+where
+    F: Fn() -> anyhow::Result<Config> + Send + Sync + 'static,
+{
+    while asked.changed().await.is_ok() {
+        match what.tls.reload() {
+            Ok(closed) => tracing::info!(closed, "certificates were read again"),
+            Err(error) => tracing::error!(%error, closed = error.cut, "certificates were read again in part"),
+        }
+        let reread = Arc::clone(&what.reread);
+        match tokio::task::spawn_blocking(move || reread()).await {
+            Ok(Ok(config)) => what.take(config),
+            Ok(Err(error)) => {
+                tracing::error!("the configuration is not taken, and what was in force stays: {error:#}");
             }
-            let filter = Some(filter.as_str()).filter(|filter| !filter.is_empty());
-            if let Err(error) = telemetry.reload(filter) {
-                tracing::error!(%error, "the log filter cannot be changed");
+            Err(error) => tracing::error!(%error, "reading the configuration panicked"),
+        }
+    }
+}
+
+impl<F> Reloads<F> {
+    fn take(&self, config: Config) {
+        let filter = config.log.filter.clone();
+        let podman_works = self.services.podman.standing().borrow().works();
+        match self.services.allowed.take(config, podman_works) {
+            Ok(Taken { changed, waiting }) => {
+                tracing::info!(changed, "policy and secrets were read again");
+                if !waiting.is_empty() {
+                    tracing::warn!(keys = waiting.join(", "), "other keys have changed: they count after a restart");
+                }
+            }
+            Err(error) => {
+                tracing::error!("the configuration is not taken, and what was in force stays: {error}");
+                return;
             }
         }
-    })
+        let filter = Some(filter.as_str()).filter(|filter| !filter.is_empty());
+        if let Err(error) = self.telemetry.reload(filter) {
+            tracing::error!(%error, "the log filter cannot be changed");
+        }
+    }
 }
 
 /// Lets the session's last messages out: the loop has gone, its outbox is closed, and the stream ends by itself.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::allowed::Allowed;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 use crate::disk::Disks;
@@ -17,8 +18,10 @@ use crate::stores::live::LiveLogs;
 /// Shared by all attempts; nothing in it belongs to one.
 #[derive(Debug)]
 pub struct Services {
-    /// Checked.
+    /// Checked; as it was when the agent started.
     pub config: Config,
+    /// The same with the newest policy and secrets.
+    pub allowed: Allowed,
     /// The cluster's name.
     pub cluster: String,
     /// The spool.

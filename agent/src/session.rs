@@ -19,6 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
+use crate::config::Config;
 use crate::executor::podman::Standing;
 use crate::settings::Settings;
 
@@ -49,12 +50,37 @@ pub enum SessionEvent {
     Refused(String),
 }
 
+/// What changes the offer.
+#[derive(Debug)]
+pub struct OfferChanges {
+    /// Whether podman works.
+    pub podman: watch::Receiver<Standing>,
+    /// Policy and secrets.
+    pub allowed: watch::Receiver<Arc<Config>>,
+}
+
+impl OfferChanges {
+    fn forget(&mut self) {
+        self.podman.mark_unchanged();
+        self.allowed.mark_unchanged();
+    }
+
+    async fn changed(&mut self) {
+        tokio::select! {
+            Ok(()) = self.podman.changed() => {}
+            Ok(()) = self.allowed.changed() => {}
+            // Both are gone: the agent is ending.
+            else => std::future::pending().await,
+        }
+    }
+}
+
 /// Keeps a session open until the agent hears no more. When `offer` changes a new one begins, since a session has one Hello.
 pub async fn keep(
     endpoints: Endpoints,
     agent: mpsc::Sender<SessionEvent>,
     settings: watch::Sender<Option<Arc<Settings>>>,
-    mut offer: watch::Receiver<Standing>,
+    mut offer: OfferChanges,
 ) {
     let mut number = 0;
     let mut hints = 0;
@@ -69,7 +95,7 @@ pub async fn keep(
                 return;
             }
         };
-        offer.mark_unchanged();
+        offer.forget();
         let ended = hold(session, channel, &agent, &settings, &mut offer).await;
         if ended.was_open {
             tracing::info!(%endpoint, "the session ended");
@@ -130,7 +156,7 @@ async fn hold(
     channel: Channel,
     agent: &mpsc::Sender<SessionEvent>,
     settings: &watch::Sender<Option<Arc<Settings>>>,
-    offer: &mut watch::Receiver<Standing>,
+    offer: &mut OfferChanges,
 ) -> Ended {
     let (outbox, rx) = mpsc::channel(OUTBOX_MAX);
     let opened = tokio::time::timeout(WELCOME_LIMIT, open(channel, outbox.clone(), rx, agent)).await;
@@ -145,7 +171,7 @@ async fn hold(
     }
     let why = tokio::select! {
         why = listen(session, &mut messages, agent, settings) => why,
-        Ok(()) = offer.changed() => Why::Renewed,
+        () = offer.changed() => Why::Renewed,
     };
     Ended { was_open: true, why }
 }

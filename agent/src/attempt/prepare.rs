@@ -44,7 +44,7 @@ pub(super) fn stopped(cause: StopCause) -> Verdict {
 impl Attempt {
     /// Prepares an attempt and starts its runner. A stop that is wished meanwhile ends it, before any command ran.
     pub(super) async fn prepare(&mut self, assignment: &Assignment) -> Result<(), Verdict> {
-        let argv = check_policy(&self.services.config, assignment)
+        let argv = check_policy(&self.services.allowed.current(), assignment)
             .map_err(|(reason, message)| Verdict::Failed { reason, message })?;
         let spec = &assignment.spec;
         let amounts = self.services.limiter.amounts(&spec.resources);
@@ -111,9 +111,10 @@ impl Attempt {
 
     /// Lays out the secrets that the build names, and has the order show them.
     async fn with_secrets(&self, mut order: Order, spec: &BuildSpec) -> Result<Order, Verdict> {
+        let config = self.services.allowed.current();
         let laid_out = tokio::select! {
             cause = self.stop_wished() => return Err(stopped(cause)),
-            laid_out = self.services.secrets.lay_out(&self.services.config, spec, &self.key) => laid_out,
+            laid_out = self.services.secrets.lay_out(&config, spec, &self.key) => laid_out,
         };
         let Some(laid_out) = laid_out.map_err(|(reason, message)| Verdict::Failed { reason, message })? else {
             return Ok(order);

@@ -179,3 +179,61 @@ async fn what_the_owner_does_not_allow_ends_as_policy_and_names_the_key() {
     }
     assert!(world.host.workdirs().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policy_and_secrets_are_read_again_and_a_bad_file_changes_nothing() {
+    let world = configured("[secrets.token]\nfile = 'DIR/token'\nrepositories = ['*']\n").await;
+    let path = world.dir().join("agent.toml");
+    let first = fs::read_to_string(&path).unwrap();
+    let offered = |seen: &super::cluster::Seen| {
+        let offer = seen.hellos.last().and_then(|hello| hello.offer.clone()).unwrap_or_default();
+        offer.secrets.unwrap_or_default().restricted.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(world.cluster.wait_for("an offer", |seen| Some(offered(seen))).await, [("token".to_owned(), false)]);
+
+    // A build that runs goes on with what it was given.
+    let (shown, gate) = (world.dir().join("shown"), world.dir().join("gate"));
+    let script = format!(
+        "echo > {}; while [ ! -e {} ]; do sleep 0.05; done; cat \"$HELIX_SECRETS/token\"",
+        shown.display(),
+        gate.display()
+    );
+    let runs = world.cluster.assign("runs", &with_secret("token", &script)).await;
+    eventually("it runs", || shown.exists()).await;
+
+    // A mistake in one table keeps all of it out, and is named.
+    fs::write(
+        &path,
+        format!("{first}[secrets.other]\nfile = 'x'\nrepositories = ['*']\n[policy]\npush = ['nonsense']\n"),
+    )
+    .unwrap();
+    world.host.reload();
+    eventually("the mistake is named", || world.host.log().contains("`policy.push`")).await;
+    let id = world.cluster.assign("other", &with_secret("other", "true")).await;
+    assert_eq!(world.cluster.finished(&id).await.reason, "policy", "a file that is refused counts in part");
+
+    let more =
+        "[secrets.theirs]\nfile = 'token'\nrepositories = ['https://example.com/theirs/*']\n[policy]\npush = []\n";
+    fs::write(
+        &path,
+        first.replace("[secrets.token]", "[secrets.renamed]").replace("capacity = 8", "capacity = 9") + more,
+    )
+    .unwrap();
+    world.host.reload();
+    world.hellos(3).await;
+    let names = [("renamed".to_owned(), false), ("theirs".to_owned(), true)];
+    assert_eq!(world.cluster.wait_for("an offer", |seen| Some(offered(seen))).await, names);
+    eventually("what waits is named", || world.host.log().contains("capacity")).await;
+    let id = world.cluster.assign("renamed", &with_secret("renamed", "cat \"$HELIX_SECRETS/renamed\"")).await;
+    assert_eq!(world.cluster.finished(&id).await.outcome, "succeeded");
+    assert_eq!(world.cluster.sealed_log(&id).await, ["***"]);
+    let push = BuildSpec { push: "registry.example.com/app".to_owned(), ..line("true") };
+    let id = world.cluster.assign("push", &push).await;
+    assert!(world.cluster.finished(&id).await.message.contains("policy.push"));
+    let id = world.cluster.assign("gone", &with_secret("token", "true")).await;
+    assert_eq!(world.cluster.finished(&id).await.reason, "policy");
+    fs::write(&gate, "").unwrap();
+    assert_eq!(world.cluster.finished(&runs).await.outcome, "succeeded");
+    assert_eq!(world.cluster.sealed_log(&runs).await, ["***"]);
+    assert!(world.host.log().contains("count after a restart"));
+}
