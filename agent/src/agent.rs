@@ -180,6 +180,7 @@ impl Loop {
             }
             Command::Resume(key) => self.start(key, Begin::Found),
             Command::GiveCommit(key, commit) => self.wish(&key, |wishes| wishes.commit = Some(commit)),
+            Command::GiveImages(key, images) => self.wish(&key, |wishes| wishes.images = Some(images)),
             Command::Stop(key, cause) => self.wish(&key, |wishes| wishes.stop = Some(cause)),
             Command::Remove(key) => self.wish(&key, |wishes| {
                 wishes.stop.get_or_insert(StopCause::Registry(Reason::Cancelled));
@@ -311,6 +312,8 @@ impl Loop {
             if known {
                 tracing::error!(attempt = %key, "an attempt's task ended by a fault of ours; it is taken on again");
                 let wished = self.attempts.remove(&key).map(|handle| handle.wishes.borrow().clone());
+                // Which images there are is asked again, about the image that is pushed again.
+                let wished = wished.map(|wished| attempt::Wishes { images: None, ..wished });
                 self.start(key.clone(), Begin::Found);
                 // What was wanted of it still is: nobody will say so again.
                 self.wish(&key, |wishes| *wishes = wished.unwrap_or_default());

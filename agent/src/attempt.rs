@@ -11,6 +11,7 @@ mod follow;
 mod image;
 pub mod outputs;
 mod prepare;
+mod push;
 pub mod record;
 mod seal;
 pub mod workdir;
@@ -21,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use helix_agent_core::{Assignment, Death, Event, Found, Report, StopCause, Verdict};
+use helix_agent_core::{Assignment, Death, Event, Found, PlatformImage, Report, StopCause, Verdict};
 use helix_model::{AttemptKey, Reason};
 use helix_runner::journal::{self, Journal};
 use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep};
@@ -46,6 +47,8 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct Wishes {
     /// The commit to build.
     pub commit: Option<String>,
+    /// The images whose index it pushes; none, if somebody else does.
+    pub images: Option<Vec<PlatformImage>>,
     /// It is to end.
     pub stop: Option<StopCause>,
     /// Nothing of it is wanted any more.

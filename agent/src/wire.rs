@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use helix_agent_core::{Artifact, Assignment, Blob, Death, Image, Message, Order, Report, SealedLog, Verdict};
+use helix_agent_core::{
+    Artifact, Assignment, Blob, Death, Image, Message, Order, PlatformImage, Report, SealedLog, Verdict,
+};
 use helix_model::{AttemptKey, Digest, InvalidField, NodeId, Platform, Reason};
 use helix_proto::agent::{self, agent_message, coordinator_message};
 use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, spec_to_wire};
@@ -64,6 +66,10 @@ pub fn message_to_wire(message: &Message) -> agent::AgentMessage {
             let (id, commit) = (Some(attempt_to_wire(key)), commit.clone());
             agent_message::Message::SourceResolved(agent::SourceResolved { id, commit })
         }
+        Message::ImagePushed { key, image } => agent_message::Message::ImagePushed(agent::ImagePushed {
+            id: Some(attempt_to_wire(key)),
+            image: Some(image_to_wire(image)),
+        }),
         Message::Finished { key, report } => agent_message::Message::Finished(report_to_wire(key, report)),
         Message::LogSealed { key, log } => agent_message::Message::LogSealed(agent::LogSealed {
             id: Some(attempt_to_wire(key)),
@@ -87,6 +93,10 @@ pub fn order_from_wire(message: coordinator_message::Message) -> Result<Option<O
     Ok(Some(match message {
         Wire::Assign(assign) => Order::Assign(Box::new(assignment_from_wire(assign)?)),
         Wire::Commit(commit) => Order::Commit(attempt_from_wire(commit.id)?, checked_commit(commit.commit)?),
+        Wire::Images(images) => {
+            let listed = images.images.into_iter().map(platform_image).collect::<Result<_, _>>()?;
+            Order::Images(attempt_from_wire(images.id)?, listed)
+        }
         Wire::Stop(stop) => {
             // A reason of a later version is still a stop.
             let reason = stop.reason.parse().unwrap_or(Reason::Cancelled);
@@ -197,6 +207,10 @@ pub fn report_from_wire(wire: agent::Finished) -> Result<Report, InvalidField> {
         image: wire.image.map(image_from_wire).transpose()?,
         index: if wire.index.is_empty() { None } else { Some(Digest::from_slice(&wire.index)?) },
     })
+}
+
+fn platform_image(wire: agent::PlatformImage) -> Result<PlatformImage, InvalidField> {
+    Ok(PlatformImage { platform: Platform::new(&wire.platform)?, digest: Digest::from_slice(&wire.sha256)? })
 }
 
 fn image_to_wire(image: &Image) -> agent::BuiltImage {

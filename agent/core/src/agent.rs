@@ -8,7 +8,7 @@ use std::sync::Arc;
 use helix_model::{AttemptKey, Death, Reason};
 
 use crate::attempt::{Attempt, Found, Phase, StopCause};
-use crate::message::{Assignment, Message, Report, SealedLog, Verdict};
+use crate::message::{Assignment, Image, Message, PlatformImage, Report, SealedLog, Verdict};
 
 /// What is owed is repeated after so long without an answer: the leader may have changed between saying and committing.
 pub const RESEND_MS: u64 = 5_000;
@@ -37,6 +37,8 @@ pub enum Event {
     CommandStarted(AttemptKey),
     /// An attempt's command ended well, and its outputs are being stored.
     CommandEnded(AttemptKey),
+    /// An attempt pushed its image, and is one of several platforms of its build.
+    ImagePushed(AttemptKey, Image),
     /// An attempt ended: no process and no workdir of it is left, and its report is on disk.
     AttemptEnded(AttemptKey, Box<Report>),
     /// The log of an ended attempt was sealed and stored.
@@ -66,6 +68,8 @@ pub enum Order {
     Assign(Box<Assignment>),
     /// Build this commit.
     Commit(AttemptKey, String),
+    /// Push the index of these images; of none: go on without.
+    Images(AttemptKey, Vec<PlatformImage>),
     /// Kill it, see it dead, report.
     Stop(AttemptKey, Reason),
     /// The registry needs no more of it.
@@ -94,6 +98,8 @@ pub enum Command {
     Resume(AttemptKey),
     /// Tell an attempt which commit to build.
     GiveCommit(AttemptKey, String),
+    /// Tell an attempt of which images it pushes the index; of none, if somebody else does.
+    GiveImages(AttemptKey, Vec<PlatformImage>),
     /// Stop an attempt, and let it report.
     Stop(AttemptKey, StopCause),
     /// Kill whatever runs of an attempt and remove all of it; no report is wanted.
@@ -169,6 +175,7 @@ impl Agent {
             Event::SourceResolved(key, commit) => self.source_resolved(now_ms, key, commit, out),
             Event::CommandStarted(key) => self.move_to(&key, Phase::Building),
             Event::CommandEnded(key) => self.move_to(&key, Phase::Uploading),
+            Event::ImagePushed(key, image) => self.image_pushed(now_ms, key, image, out),
             Event::AttemptEnded(key, report) => self.attempt_ended(now_ms, key, *report, out),
             Event::LogSealed(key, log) => self.log_sealed(now_ms, &key, log, out),
             Event::StoredAgain(key, report) => self.stored_again(now_ms, &key, *report, out),
@@ -187,6 +194,7 @@ impl Agent {
         match order {
             Order::Assign(assignment) => self.assigned(now_ms, assignment, out),
             Order::Commit(key, commit) => self.commit_given(&key, commit, out),
+            Order::Images(key, images) => self.images_given(&key, images, out),
             Order::Stop(key, reason) => self.stop_asked(now_ms, key, StopCause::Registry(reason), out),
             Order::Forget(key) => self.forgotten(&key, out),
             Order::StoreAgain(key) => self.store_again(&key, out),
@@ -257,6 +265,14 @@ impl Agent {
         }
     }
 
+    fn images_given(&mut self, key: &AttemptKey, images: Vec<PlatformImage>, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(key) else { return };
+        if let Phase::AwaitingImages { .. } = attempt.phase {
+            attempt.phase = Phase::Uploading;
+            out.push(Command::GiveImages(key.clone(), images));
+        }
+    }
+
     fn stop_asked(&mut self, now_ms: u64, key: AttemptKey, cause: StopCause, out: &mut Vec<Command>) {
         let Some(attempt) = self.attempts.get_mut(&key) else {
             out.push(Command::Send(self.gone(key)));
@@ -265,7 +281,11 @@ impl Agent {
         match &mut attempt.phase {
             Phase::Ended { .. } => self.say_again(now_ms, &key, out),
             Phase::Removing { owes_proof } => *owes_proof = true,
-            Phase::Preparing | Phase::AwaitingCommit { .. } | Phase::Building | Phase::Uploading => {
+            Phase::Preparing
+            | Phase::AwaitingCommit { .. }
+            | Phase::Building
+            | Phase::Uploading
+            | Phase::AwaitingImages { .. } => {
                 if attempt.stop.is_none() {
                     attempt.stop = Some(cause);
                     out.push(Command::Stop(key, cause));
@@ -296,6 +316,14 @@ impl Agent {
         let Some(attempt) = self.attempts.get_mut(&key) else { return };
         if attempt.phase == Phase::Preparing {
             attempt.phase = Phase::AwaitingCommit { commit };
+            self.say_again(now_ms, &key, out);
+        }
+    }
+
+    fn image_pushed(&mut self, now_ms: u64, key: AttemptKey, image: Image, out: &mut Vec<Command>) {
+        let Some(attempt) = self.attempts.get_mut(&key) else { return };
+        if attempt.phase == Phase::Uploading {
+            attempt.phase = Phase::AwaitingImages { image };
             self.say_again(now_ms, &key, out);
         }
     }
@@ -436,6 +464,9 @@ impl Attempt {
         match &self.phase {
             Phase::AwaitingCommit { commit } => {
                 out.push(Command::Send(Message::SourceResolved { key: key.clone(), commit: commit.clone() }));
+            }
+            Phase::AwaitingImages { image } => {
+                out.push(Command::Send(Message::ImagePushed { key: key.clone(), image: image.clone() }));
             }
             Phase::Ended { storing_again: true, .. } => return,
             Phase::Ended { report, late_log, storing_again: false } => {

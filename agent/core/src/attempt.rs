@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use helix_model::Reason;
 
-use crate::message::{Report, SealedLog};
+use crate::message::{Image, Report, SealedLog};
 
 /// Where an attempt is.
 #[derive(Clone, PartialEq, Debug)]
@@ -20,6 +20,11 @@ pub enum Phase {
     Building,
     /// The command ended well; outputs and log are stored.
     Uploading,
+    /// It reported the image that it pushed, and waits for the registry to say who pushes the index of all platforms.
+    AwaitingImages {
+        /// What it reported.
+        image: Image,
+    },
     /// It ended and is reported until the registry needs no more of it.
     Ended {
         /// How; repeated until forgotten.
@@ -86,7 +91,7 @@ impl Attempt {
             (Phase::Removing { .. }, _) | (_, Some(_)) => "cancelling",
             (Phase::Preparing | Phase::AwaitingCommit { .. }, None) => "preparing",
             (Phase::Building, None) => "building",
-            (Phase::Uploading, None) => "uploading",
+            (Phase::Uploading | Phase::AwaitingImages { .. }, None) => "uploading",
         }
     }
 }

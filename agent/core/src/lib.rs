@@ -17,4 +17,4 @@ mod message;
 pub use agent::{Agent, Command, Event, ExitKind, Mode, Order, RESEND_MS, SessionNumber};
 pub use attempt::{Attempt, Found, Phase, StopCause};
 pub use helix_model::Death;
-pub use message::{Artifact, Assignment, Blob, Image, Message, Report, SealedLog, Verdict};
+pub use message::{Artifact, Assignment, Blob, Image, Message, PlatformImage, Report, SealedLog, Verdict};

@@ -54,6 +54,15 @@ pub struct Image {
     pub media_type: String,
 }
 
+/// The image of one platform of a build.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PlatformImage {
+    /// The platform.
+    pub platform: Platform,
+    /// Its manifest's digest.
+    pub digest: Digest,
+}
+
 /// A log, sealed and stored.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SealedLog {
@@ -129,6 +138,14 @@ pub enum Message {
         key: AttemptKey,
         /// The full commit.
         commit: String,
+    },
+    /// An attempt's image of one platform of several is at its registry; the attempt goes on when it is known who pushes
+    /// the index of all.
+    ImagePushed {
+        /// The attempt.
+        key: AttemptKey,
+        /// What was pushed.
+        image: Image,
     },
     /// An attempt ended.
     Finished {

@@ -41,7 +41,7 @@ impl Attempt {
                     let image_tag = crate::executor::podman::build::image_tag(assignment);
                     report.verdict = Verdict::Succeeded { image_tag };
                     (report.artifacts, report.log) = (delivered.artifacts, Some(log));
-                    report.image = Some(delivered.image);
+                    (report.image, report.index) = (Some(delivered.image), delivered.index);
                 }
                 Err(verdict) => report.verdict = verdict,
             }

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use helix_agent_core::{Artifact, Assignment, Image, SealedLog, Verdict};
-use helix_common::backoff::Backoff;
 use helix_model::{Digest, Executor, Outputs, Reason};
 use helix_runner::{End, Order, Outcome};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -21,7 +20,7 @@ use super::finish::Failure;
 use super::{Attempt, RETRY};
 use crate::blocking::blocking;
 use crate::data_dir::make_private;
-use crate::executor::podman::{Finished, Standing, build, context, failure, platform_suffix};
+use crate::executor::podman::{Finished, Standing, build, context, failure};
 use crate::stores::StoreError;
 use crate::stores::body::{Body, Source};
 
@@ -38,6 +37,8 @@ const EXPORT_LIMIT: Duration = Duration::from_secs(3600);
 pub(super) struct Delivered {
     pub(super) image: Image,
     pub(super) artifacts: Vec<Artifact>,
+    /// The index of all platforms' images, if this attempt pushed it.
+    pub(super) index: Option<Digest>,
 }
 
 /// What podman says of an image.
@@ -125,7 +126,10 @@ impl Attempt {
     /// Sees the image off the host: pushed, or exported and stored. Then the log is stored, too.
     pub(super) async fn deliver_all(&self, assignment: &Assignment) -> Result<(Delivered, SealedLog), Verdict> {
         let all = async {
-            let delivered = self.deliver_image(assignment).await?;
+            let mut delivered = self.deliver_image(assignment).await?;
+            if assignment.spec.pushes_index() {
+                delivered.index = self.settle_index(assignment, &delivered.image).await?;
+            }
             let deadline = self.services.stores.nodes().settings().await.store_deadline;
             let late = |_| (Reason::Artifact, format!("the log could not be stored within {deadline:?}"));
             let log = tokio::time::timeout(deadline, self.store_log()).await.map_err(late)??;
@@ -163,7 +167,7 @@ impl Attempt {
         let spec = &assignment.spec;
         let mut artifacts = Vec::new();
         if !spec.push.is_empty() {
-            image.digest = self.push(assignment, &inspected.id).await?;
+            image.digest = self.push_image(assignment, &inspected.id).await?;
         } else if spec.outputs != Outputs::None {
             let (descriptor, archive) = self.export(&inspected.id, &name).await?;
             image.digest = digest(&descriptor.digest)?;
@@ -177,7 +181,7 @@ impl Attempt {
             Ok(done) => tracing::debug!(attempt = %self.key, complaint = done.complaint(), "cannot untag {name}"),
             Err(error) => tracing::debug!(attempt = %self.key, %error, "cannot untag {name}"),
         }
-        Ok(Delivered { image, artifacts })
+        Ok(Delivered { image, artifacts, index: None })
     }
 
     /// Only an image that exists makes a success.
@@ -198,44 +202,6 @@ impl Attempt {
         match found.pop() {
             Some(image) if image.id == id => Ok(image),
             _ => Err((Reason::Internal, format!("podman image inspect does not know the image {id}"))),
-        }
-    }
-
-    /// Pushes the image; a failure is tried again, with pauses, until the time for it is over.
-    async fn push(&self, assignment: &Assignment, id: &str) -> Result<Digest, Failure> {
-        let reference = reference(assignment)?;
-        let limit = self.services.podman.push_limit();
-        let deadline = tokio::time::Instant::now() + limit;
-        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
-        loop {
-            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-            let digest_file = self.workdir.tmp().join("push-digest");
-            let arguments = vec![
-                "push".into(),
-                self.services.podman.tls_verify(),
-                OsString::from_iter(["--digestfile=".into(), digest_file.clone().into_os_string()]),
-                "--".into(),
-                id.into(),
-                // Never another transport: those write files on this host.
-                format!("docker://{reference}").into(),
-            ];
-            let complaint = match self.step(arguments, left).await {
-                Ok(done) => {
-                    self.log_step(&done).await;
-                    if done.success() {
-                        let text = blocking(move || std::fs::read_to_string(digest_file)).await;
-                        return digest(&text.map_err(|error| internal("read the image's digest", &error))?);
-                    }
-                    done.complaint()
-                }
-                Err(error) => error.to_string(),
-            };
-            let wait = backoff.next_wait();
-            if tokio::time::Instant::now() + wait >= deadline {
-                return Err((Reason::Push, format!("the image cannot be pushed to {reference}: {complaint}")));
-            }
-            self.log_line(format!("pushing failed; trying again in {:.0} s", wait.as_secs_f64().ceil())).await;
-            tokio::time::sleep(wait).await;
         }
     }
 
@@ -277,11 +243,11 @@ impl Attempt {
         Ok((manifest, Artifact { name: ARCHIVE.to_owned(), blob }))
     }
 
-    async fn step(&self, arguments: Vec<OsString>, limit: Duration) -> io::Result<Finished> {
+    pub(super) async fn step(&self, arguments: Vec<OsString>, limit: Duration) -> io::Result<Finished> {
         self.services.podman.run(&self.steps, arguments, &self.workdir.tmp(), limit).await
     }
 
-    async fn log_step(&self, done: &Finished) {
+    pub(super) async fn log_step(&self, done: &Finished) {
         let said = format!("{}{}", done.stdout, done.stderr);
         if !said.trim().is_empty() {
             self.log_line(said).await;
@@ -289,24 +255,11 @@ impl Attempt {
     }
 }
 
-/// Where the image goes. Tasks of one build must not take each other's place: each has its platform behind the tag.
-fn reference(assignment: &Assignment) -> Result<String, Failure> {
-    let whole = assignment.spec.push.trim_start_matches("docker://");
-    match &assignment.platform {
-        Some(platform) if assignment.spec.task_count() > 1 => {
-            let of_platform = build::platform_reference(whole, &platform_suffix(platform));
-            let why = || (Reason::Push, format!("images of several platforms cannot be pushed to the digest {whole}"));
-            of_platform.ok_or_else(why)
-        }
-        _ => Ok(whole.to_owned()),
-    }
-}
-
-fn digest(text: &str) -> Result<Digest, Failure> {
+pub(super) fn digest(text: &str) -> Result<Digest, Failure> {
     let hex = text.trim().trim_start_matches("sha256:");
     Digest::parse(hex).map_err(|_| (Reason::Internal, format!("podman names a digest that is none: {text:?}")))
 }
 
-fn internal(what: &str, error: &io::Error) -> Failure {
+pub(super) fn internal(what: &str, error: &io::Error) -> Failure {
     (crate::source::reason_of(error), format!("cannot {what}: {error}"))
 }

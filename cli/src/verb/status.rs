@@ -126,6 +126,7 @@ pub(crate) fn to_json(status: &v1::BuildStatus) -> Value {
         "ref": status.r#ref,
         "commit": text_json(&status.commit),
         "image_tag": text_json(&status.image_tag),
+        "image_id": text_json(&status.image_id),
         "digest": text_json(&status.digest),
         "size": status.size,
         "manifest": text_json(&status.manifest),
@@ -176,6 +177,7 @@ fn task_json(task: &v1::TaskStatus) -> Value {
         "digest": text_json(&task.digest),
         "size": task.size,
         "image_tag": text_json(&task.image_tag),
+        "image_id": text_json(&task.image_id),
         "exit_code": task.exit_code,
         "signal": task.signal,
         "reason": text_json(&task.reason),
@@ -194,6 +196,10 @@ fn words(task: &v1::TaskStatus) -> &str {
         [only] => &only.message,
         _ => "",
     }
+}
+
+fn digest_text(digest: &str) -> String {
+    if digest.is_empty() { String::new() } else { format!("sha256:{digest}") }
 }
 
 /// A build for people, a line per fact that is known.
@@ -226,9 +232,15 @@ fn detail(status: &v1::BuildStatus) -> String {
     line("started", &time_text(status.started_at_ms));
     line("completed", &time_text(status.completed_at_ms));
     line("image tag", &status.image_tag);
+    line("image id", &status.image_id);
+    line("digest", &digest_text(&status.digest));
+    line("size", &if status.digest.is_empty() { String::new() } else { size_text(status.size) });
     for task in status.tasks.iter().filter(|_| status.tasks.len() > 1) {
-        let result = if task.digest.is_empty() { &task.reason } else { &task.digest };
+        let result = if task.digest.is_empty() { task.reason.clone() } else { digest_text(&task.digest) };
         line("task", &format!("{} {} {} {result} {}", task.platform, task.state, task.worker, words(task)));
+        if !task.image_id.is_empty() {
+            line("", &format!("image {}, id {}, {}", task.image_tag, task.image_id, size_text(task.size)));
+        }
     }
     for task in &status.tasks {
         for attempt in task.attempts.iter().filter(|_| task.attempts.len() > 1) {

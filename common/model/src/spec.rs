@@ -258,6 +258,12 @@ impl BuildSpec {
         self.platforms.len().max(1)
     }
 
+    /// Whether its images are pushed together with an index that names those of all platforms.
+    #[must_use]
+    pub fn pushes_index(&self) -> bool {
+        self.executor == Some(Executor::Podman) && !self.push.is_empty() && self.task_count() > 1
+    }
+
     /// The spec as bytes that are equal exactly when the specs are; their sha256 is the spec's digest.
     ///
     /// Every field is written in a fixed order, lengths before contents, so no two specs share an encoding.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use helix_model::{BuildId, LogTime, NodeId};
+use helix_model::{AttemptKey, AttemptNumber, BuildId, Instance, LogTime, NodeId, WorkerName};
 
 use crate::command::{Authority, Command};
 use crate::record::{Applied, BlobRef};
@@ -24,12 +24,14 @@ mod node;
 mod pin;
 mod policy;
 mod purge;
+mod record_image;
 mod register_worker;
 mod seal_log;
 mod submit_build;
 mod trust;
 
 pub(crate) use expire::deadline;
+pub(crate) use record_image::{check_indexing, settle_index};
 
 impl State {
     /// Carries out one command at log time `at`, which never runs backwards: an earlier `at` counts as the last one.
@@ -42,6 +44,7 @@ impl State {
             Command::CancelBuild(c) => cancel_build::cancel_build(self, at, c, out),
             Command::AssignTask(c) => assign_task::assign_task(self, at, c, out),
             Command::PinSource(c) => pin::pin_source(self, c, out),
+            Command::RecordImage(c) => record_image::record_image(self, c, out),
             Command::FinishAttempt(c) => finish_attempt::finish_attempt(self, at, c, out),
             Command::SealLog(c) => seal_log::seal_log(self, c, out),
             Command::ExpireAttempt(c) => expire::expire_attempt(self, at, c, out),
@@ -82,6 +85,24 @@ fn not_open(state: &State, id: &BuildId) -> Rejection {
         Some(Known::Purged(_)) => Rejection::BuildPurged(id.clone()),
         Some(Known::Open(_) | Known::Finished(_)) | None => Rejection::BuildUnknown(id.clone()),
     }
+}
+
+/// Whether a report is the current attempt's, by the worker and the life that were given it.
+fn check_current(state: &State, key: &AttemptKey, worker: &WorkerName, instance: &Instance) -> Result<(), Rejection> {
+    if state.finished.contains_key(&key.build) {
+        return Err(Rejection::AttemptEnded(key.clone()));
+    }
+    let Some(build) = state.open.get(&key.build) else { return Err(not_open(state, &key.build)) };
+    let Some(task) = build.task(key.task) else { return Err(Rejection::TaskUnknown(key.clone())) };
+    let stale = |current| Err(Rejection::StaleAttempt { key: key.clone(), current });
+    let Some(attempt) = task.attempts.last() else { return stale(AttemptNumber(0)) };
+    if attempt.number != key.attempt || attempt.worker != *worker || attempt.instance != *instance {
+        return stale(attempt.number);
+    }
+    if attempt.end.is_some() {
+        return Err(Rejection::AttemptEnded(key.clone()));
+    }
+    Ok(())
 }
 
 fn check_authority(id: &BuildId, owner: &str, authority: &Authority) -> Result<(), Rejection> {

@@ -10,7 +10,7 @@ use helix_model::{
     WorkerName,
 };
 
-use crate::record::{Artifact, DrainedBy, Pinned, Policy, SealedLog};
+use crate::record::{Artifact, DrainedBy, Image, Pinned, Policy, SealedLog};
 
 /// One change to the registry. Named after what is to be done; the function that applies it bears the same name.
 #[derive(Clone, PartialEq, Debug)]
@@ -23,6 +23,8 @@ pub enum Command {
     AssignTask(AssignTask),
     /// An agent resolved the build's ref; the first commit reported counts for the whole build.
     PinSource(PinSource),
+    /// An agent pushed the image of one of several platforms; the last of them to be recorded pushes their index.
+    RecordImage(RecordImage),
     /// An agent reports how an attempt ended.
     FinishAttempt(FinishAttempt),
     /// A failed attempt's log was sealed after its end was committed.
@@ -118,6 +120,19 @@ pub struct PinSource {
     pub commit: String,
 }
 
+/// See [`Command::RecordImage`].
+#[derive(Clone, PartialEq, Debug)]
+pub struct RecordImage {
+    /// The attempt that made it.
+    pub key: AttemptKey,
+    /// Who reports.
+    pub worker: WorkerName,
+    /// Which life of the worker reports.
+    pub instance: Instance,
+    /// What the registry of images has.
+    pub image: Image,
+}
+
 /// How an attempt ended, as its agent saw it.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Outcome {
@@ -162,6 +177,10 @@ pub struct FinishAttempt {
     pub log: Option<SealedLog>,
     /// Whether its processes were seen dead. If not, the attempt ends unverified and its worker is held.
     pub death: Death,
+    /// The image, of a podman build that succeeded.
+    pub image: Option<Image>,
+    /// The index of all images, where this attempt was to push it.
+    pub index: Option<Digest>,
 }
 
 /// See [`Command::SealLog`].

@@ -1,7 +1,7 @@
 //! What follows from a change, for the shell. Effects are hints: losing one costs time, never truth, because a
 //! new leader derives those that matter from the state again (`State::pending_effects`).
 
-use helix_model::{AttemptKey, BuildId, Instance, Reason, WorkerName};
+use helix_model::{AttemptKey, BuildId, Digest, Instance, Platform, Reason, WorkerName};
 
 /// Something for the shell to do or to tell.
 #[derive(Clone, PartialEq, Debug)]
@@ -23,6 +23,15 @@ pub enum Effect {
         worker: WorkerName,
         /// The commit.
         commit: String,
+    },
+    /// Leader: tell the worker what follows from its image: push an index of these, or, of none, go on.
+    SendImages {
+        /// The attempt.
+        key: AttemptKey,
+        /// Who runs it.
+        worker: WorkerName,
+        /// The images of all tasks, in their order.
+        images: Vec<(Platform, Digest)>,
     },
     /// Leader: tell the worker to kill this attempt and to prove it.
     SendStop {

@@ -27,6 +27,7 @@ fn check_open(state: &State, build: &BuildRecord) -> Result<(), String> {
     let assigned = build.tasks.iter().any(|task| !task.attempts.is_empty());
     ensure((build.state == BuildState::Running) == assigned, "it runs from its first assignment on")?;
     ensure(build.started_at.is_some() == assigned, "it started at its first assignment")?;
+    crate::apply::check_indexing(build)?;
     for task in &build.tasks {
         if let TaskPhase::Ended { state, reason, .. } = &task.phase {
             ensure(state.is_terminal(), "a task ended in a state that is none")?;

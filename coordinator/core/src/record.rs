@@ -13,6 +13,10 @@ use helix_model::{
 use crate::command::WorkerOffer;
 use crate::effect::Effect;
 
+mod image;
+
+pub use image::Image;
+
 /// Bytes in blob stores, and where.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BlobRef {
@@ -89,6 +93,8 @@ pub struct BuildRecord {
     pub artifacts: Vec<Artifact>,
     /// Whether retention passes it over.
     pub pinned: Pinned,
+    /// The task whose running attempt pushes the index of all images once the other tasks have succeeded.
+    pub indexing: Option<TaskIndex>,
 }
 
 /// A committed cancel.
@@ -157,6 +163,8 @@ pub struct AttemptRecord {
     pub artifacts: Vec<Artifact>,
     /// Its sealed log.
     pub log: Option<SealedLog>,
+    /// The image that it made, once that is known; gone if the attempt did not succeed.
+    pub image: Option<Image>,
 }
 
 /// Why and since when an attempt is to stop.
@@ -189,6 +197,8 @@ pub struct AttemptEnd {
     pub image_tag: String,
     /// Whether its processes were seen dead.
     pub verified: bool,
+    /// The index of the images of all tasks, if this attempt was the one to push it.
+    pub index: Option<Digest>,
 }
 
 /// A worker as the registry knows it. Its load is not kept: it is the number of attempts that run on it.

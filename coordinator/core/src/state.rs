@@ -89,7 +89,8 @@ impl State {
     }
 
     /// Stores an open build as it reads now. One whose state is terminal leaves memory but for a trace.
-    pub(crate) fn put_build(&mut self, record: BuildRecord, out: &mut Applied) {
+    pub(crate) fn put_build(&mut self, mut record: BuildRecord, out: &mut Applied) {
+        crate::apply::settle_index(&mut record, out);
         let record = Arc::new(record);
         if let Some(before) = self.open.remove(&record.id) {
             self.index.remove_build(&before, &self.workers);

@@ -4,6 +4,9 @@
 mod commands;
 #[path = "it/deadlines.rs"]
 mod deadlines;
+#[path = "it/images.rs"]
+#[allow(clippy::unwrap_used)]
+mod images;
 #[path = "it/properties.rs"]
 mod properties;
 #[path = "it/rejections.rs"]

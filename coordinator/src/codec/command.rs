@@ -3,8 +3,8 @@
 use helix_core::Command;
 use helix_core::command::{
     AssignTask, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones, FinishAttempt,
-    LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RegisterArtifact, RegisterNode, RegisterWorker,
-    ReleaseHold, RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
+    LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage, RegisterArtifact, RegisterNode,
+    RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
 };
 use helix_core::record::{DrainedBy, Pinned};
 use helix_model::{Death, LogTime, NodeId};
@@ -14,8 +14,8 @@ use helix_proto::store::finish_attempt;
 
 use super::CodecError;
 use super::parts::{
-    artifact, artifact_wire, artifacts, authority, authority_wire, builds, digest, digest_to_wire, drained_by, key,
-    key_wire, log, log_wire, need, offer, offer_wire, parse, parse_some, pinned, spec, spec_wire,
+    artifact, artifact_wire, artifacts, authority, authority_wire, builds, digest, digest_to_wire, drained_by, image,
+    image_wire, key, key_wire, log, log_wire, need, offer, offer_wire, parse, parse_some, pinned, spec, spec_wire,
 };
 use super::row::{policy, policy_wire};
 use crate::registry::COMMAND_FORMAT;
@@ -49,6 +49,12 @@ fn kind(command: &Command) -> Kind {
             key: Some(key_wire(&it.key)),
             worker: it.worker.to_string(),
             commit: it.commit.clone(),
+        }),
+        Command::RecordImage(it) => Kind::RecordImage(store::RecordImage {
+            key: Some(key_wire(&it.key)),
+            worker: it.worker.to_string(),
+            instance: it.instance.to_string(),
+            image: Some(image_wire(&it.image)),
         }),
         Command::FinishAttempt(it) => Kind::FinishAttempt(finish_wire(it)),
         Command::SealLog(it) => Kind::SealLog(store::SealLog {
@@ -154,16 +160,20 @@ fn finish_wire(it: &FinishAttempt) -> store::FinishAttempt {
         artifacts: it.artifacts.iter().map(artifact_wire).collect(),
         log: it.log.as_ref().map(log_wire),
         unproven: it.death == Death::Unproven,
+        image: it.image.as_ref().map(image_wire),
+        index: it.index.as_ref().map(digest_to_wire),
     }
 }
 
 /// The lowest command format whose readers take a command for what it is.
 pub(super) fn format_of(command: &store::Command) -> u32 {
     match &command.kind {
+        // A reader of format 2 would pass over these, and think that there is no image or no index.
+        Some(Kind::FinishAttempt(it)) if it.image.is_some() || it.index.is_some() => 3,
         // A reader of format 1 would pass over the flag and take the attempt for dead.
         Some(Kind::FinishAttempt(it)) if it.unproven => 2,
         Some(Kind::ProbeWorker(_)) => 2,
-        Some(Kind::ChangePolicy(_)) => 3,
+        Some(Kind::ChangePolicy(_) | Kind::RecordImage(_)) => 3,
         // A reader of format 2 would give such a worker what it cannot take.
         Some(Kind::RegisterWorker(it)) if it.offer.as_ref().is_some_and(|offer| offer.secrets.is_some()) => 3,
         _ => 1,
@@ -197,6 +207,12 @@ pub fn command_from_wire(wire: store::Command) -> Result<Command, CodecError> {
         Kind::PinSource(it) => {
             Command::PinSource(PinSource { key: key(it.key)?, worker: parse(&it.worker)?, commit: it.commit })
         }
+        Kind::RecordImage(it) => Command::RecordImage(RecordImage {
+            key: key(it.key)?,
+            worker: parse(&it.worker)?,
+            instance: parse(&it.instance)?,
+            image: image(need("image", it.image)?)?,
+        }),
         Kind::FinishAttempt(it) => Command::FinishAttempt(finish(it)?),
         Kind::SealLog(it) => {
             Command::SealLog(SealLog { key: key(it.key)?, worker: parse(&it.worker)?, log: log(need("log", it.log)?)? })
@@ -287,5 +303,7 @@ fn finish(it: store::FinishAttempt) -> Result<FinishAttempt, CodecError> {
         artifacts: artifacts(it.artifacts)?,
         log: it.log.map(log).transpose()?,
         death: if it.unproven { Death::Unproven } else { Death::Proven },
+        image: it.image.map(image).transpose()?,
+        index: it.index.map(|bytes| digest(&bytes)).transpose()?,
     })
 }

@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use helix_core::command::{Authority, SecretFor, WorkerOffer};
-use helix_core::record::{Artifact, BlobRef, DrainedBy, Pinned, SealedLog};
+use helix_core::record::{Artifact, BlobRef, DrainedBy, Image, Pinned, SealedLog};
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, Digest, Executor, InvalidField, NodeId, Platform, Reason, Resources,
     TaskIndex,
@@ -69,6 +69,26 @@ pub(super) fn blob(wire: Option<store::BlobRef>) -> Result<BlobRef, CodecError> 
 pub(super) fn blob_wire(blob: &BlobRef) -> Option<store::BlobRef> {
     let holders = blob.holders.iter().map(|node| node.0).collect();
     Some(store::BlobRef { digest: digest_to_wire(&blob.digest), size: blob.size, holders })
+}
+
+pub(super) fn image(wire: store::Image) -> Result<Image, CodecError> {
+    Ok(Image {
+        digest: digest(&wire.digest)?,
+        size: wire.size,
+        id: digest(&wire.id)?,
+        manifest_size: wire.manifest_size,
+        media_type: wire.media_type,
+    })
+}
+
+pub(super) fn image_wire(image: &Image) -> store::Image {
+    store::Image {
+        digest: digest_to_wire(&image.digest),
+        size: image.size,
+        id: digest_to_wire(&image.id),
+        manifest_size: image.manifest_size,
+        media_type: image.media_type.clone(),
+    }
 }
 
 pub(super) fn artifact(wire: store::Artifact) -> Result<Artifact, CodecError> {

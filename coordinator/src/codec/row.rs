@@ -7,19 +7,20 @@ use helix_core::record::{
     Addendum, AttemptEnd, AttemptRecord, BuildRecord, CancelRequest, Counters, Drain, DrainedBy, NodeRecord, Pinned,
     Policy, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
 };
-use helix_model::{AttemptNumber, LogTime, NodeId};
+use helix_model::{AttemptNumber, LogTime, NodeId, TaskIndex};
 use helix_proto::store;
 use helix_proto::store::{addendum, row, task, trust, worker};
 use prost::Message;
 
 use super::parts::{
-    artifact, artifact_wire, artifacts, builds, digest, digest_to_wire, drained_by, key, key_wire, log, log_wire, need,
-    offer, offer_wire, parse, parse_some, pinned, reason, reason_wire, spec, spec_wire,
+    artifact, artifact_wire, artifacts, builds, digest, digest_to_wire, drained_by, image, image_wire, key, key_wire,
+    log, log_wire, need, offer, offer_wire, parse, parse_some, pinned, reason, reason_wire, spec, spec_wire,
 };
 use super::{CodecError, check_format};
 
-/// The highest form of rows this program understands. 2: a worker's row may say that it is not trusted.
-pub const ROW_FORMAT: u32 = 2;
+/// The highest form of rows this program understands. 2: a worker's row may say that it is not trusted. 3: a
+/// build's may have images.
+pub const ROW_FORMAT: u32 = 3;
 
 /// A row's bytes.
 #[must_use]
@@ -58,6 +59,8 @@ pub fn encode_row(row: &Row) -> Vec<u8> {
     // The lowest that will do, so that what older programs can read they do read.
     let format = match &kind {
         row::Kind::Worker(it) if it.trust.is_some() => 2,
+        // Only attempts that have an image push an index.
+        row::Kind::Build(it) if it.tasks.iter().flat_map(|task| &task.attempts).any(|it| it.image.is_some()) => 3,
         _ => 1,
     };
     store::Row { format, kind: Some(kind) }.encode_to_vec()
@@ -231,6 +234,7 @@ fn build_wire(it: &BuildRecord) -> store::Build {
         tasks: it.tasks.iter().map(task_wire).collect(),
         artifacts: it.artifacts.iter().map(artifact_wire).collect(),
         pinned: it.pinned == Pinned::Yes,
+        indexing: it.indexing.map(|task| u32::from(task.0)),
     }
 }
 
@@ -257,7 +261,13 @@ fn build_record(it: store::Build) -> Result<BuildRecord, CodecError> {
         tasks: it.tasks.into_iter().map(task_record).collect::<Result<_, _>>()?,
         artifacts: artifacts(it.artifacts)?,
         pinned: pinned(it.pinned),
+        indexing: it.indexing.map(task_index).transpose()?,
     })
+}
+
+fn task_index(wire: u32) -> Result<TaskIndex, CodecError> {
+    let malformed = |_| CodecError::Malformed { what: "a row", why: format!("task {wire} is too large") };
+    u16::try_from(wire).map(TaskIndex).map_err(malformed)
 }
 
 fn task_wire(it: &TaskRecord) -> store::Task {
@@ -316,9 +326,11 @@ fn attempt_wire(it: &AttemptRecord) -> store::Attempt {
             size: end.size,
             image_tag: end.image_tag.clone(),
             verified: end.verified,
+            index: end.index.as_ref().map(digest_to_wire),
         }),
         artifacts: it.artifacts.iter().map(artifact_wire).collect(),
         log: it.log.as_ref().map(log_wire),
+        image: it.image.as_ref().map(image_wire),
     }
 }
 
@@ -334,6 +346,7 @@ fn attempt_record(it: store::Attempt) -> Result<AttemptRecord, CodecError> {
         end: it.end.map(attempt_end).transpose()?,
         artifacts: artifacts(it.artifacts)?,
         log: it.log.map(log).transpose()?,
+        image: it.image.map(image).transpose()?,
     })
 }
 
@@ -348,5 +361,6 @@ fn attempt_end(it: store::AttemptEnd) -> Result<AttemptEnd, CodecError> {
         size: it.size,
         image_tag: it.image_tag,
         verified: it.verified,
+        index: it.index.map(|bytes| digest(&bytes)).transpose()?,
     })
 }

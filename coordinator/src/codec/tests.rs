@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use helix_core::command::{
     AssignTask, Authority, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones,
-    FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RegisterArtifact, RegisterNode,
-    RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SecretFor, SetPolicy, SubmitBuild, UndrainWorker, WorkerOffer,
+    FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage, RegisterArtifact,
+    RegisterNode, RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SecretFor, SetPolicy, SubmitBuild, UndrainWorker,
+    WorkerOffer,
 };
 use helix_core::record::{
     Addendum, Artifact, AttemptEnd, AttemptRecord, BlobRef, BuildRecord, CancelRequest, Counters, Drain, DrainedBy,
-    NodeRecord, Pinned, SealedLog, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
+    Image, NodeRecord, Pinned, SealedLog, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
 };
 use helix_core::{Policy, Rejection, Reply, Row, Unfit};
 use helix_model::{
@@ -80,6 +81,11 @@ fn offer() -> WorkerOffer {
     }
 }
 
+fn image() -> Image {
+    let (digest, id) = (Digest([6; 32]), Digest([7; 32]));
+    Image { digest, size: 8, id, manifest_size: 9, media_type: "application/x".to_owned() }
+}
+
 fn finish(outcome: Outcome) -> Command {
     Command::FinishAttempt(FinishAttempt {
         key: key(),
@@ -91,7 +97,20 @@ fn finish(outcome: Outcome) -> Command {
         artifacts: vec![artifact()],
         log: Some(log()),
         death: Death::Proven,
+        image: None,
+        index: None,
     })
+}
+
+/// The report of an attempt that made an image and pushed an index.
+fn indexed() -> Command {
+    let success = Outcome::Succeeded { digest: Some(Digest([6; 32])), size: 8, image_tag: "t".to_owned() };
+    match finish(success) {
+        Command::FinishAttempt(it) => {
+            Command::FinishAttempt(FinishAttempt { image: Some(image()), index: Some(Digest([4; 32])), ..it })
+        }
+        other => other,
+    }
 }
 
 fn unproven() -> Command {
@@ -127,6 +146,13 @@ fn commands() -> Vec<Command> {
         finish(Outcome::Failed { reason: Reason::Oom, message: "m".to_owned() }),
         finish(Outcome::Stopped),
         unproven(),
+        indexed(),
+        Command::RecordImage(RecordImage {
+            key: key.clone(),
+            worker: worker.clone(),
+            instance: instance.clone(),
+            image: image(),
+        }),
         Command::SealLog(SealLog { key: key.clone(), worker: worker.clone(), log: log() }),
         Command::ExpireAttempt(ExpireAttempt { key: key.clone(), reason: Reason::Timeout }),
         Command::EndUnverified(EndUnverified { key: key.clone() }),
@@ -179,9 +205,11 @@ fn attempt(end: bool) -> AttemptRecord {
             size: 3,
             image_tag: "t".to_owned(),
             verified: true,
+            index: None,
         }),
         artifacts: vec![artifact()],
         log: Some(log()),
+        image: None,
     }
 }
 
@@ -215,7 +243,21 @@ fn record() -> BuildRecord {
         ],
         artifacts: vec![artifact()],
         pinned: Pinned::Yes,
+        indexing: None,
     }
+}
+
+/// A build with images, and an index to come.
+fn with_images() -> BuildRecord {
+    let mut record = record();
+    record.indexing = Some(TaskIndex(1));
+    for attempt in record.tasks.iter_mut().flat_map(|task| &mut task.attempts) {
+        attempt.image = Some(image());
+        if let Some(end) = &mut attempt.end {
+            end.index = Some(Digest([4; 32]));
+        }
+    }
+    record
 }
 
 fn rows() -> Vec<Row> {
@@ -255,6 +297,7 @@ fn rows() -> Vec<Row> {
         trusted(Trust::Full { failed: BTreeSet::from([build()]) }),
         trusted(Trust::Quarantined { until: LogTime(8), round: 0 }),
         trusted(Trust::Probing { since: LogTime(8), round: 2 }),
+        Row::Build(Arc::new(with_images())),
     ]
 }
 
@@ -312,7 +355,7 @@ fn rejections() -> Vec<Rejection> {
 fn every_command_reads_back() {
     let commands = commands();
     let kinds: BTreeSet<_> = commands.iter().map(|c| format!("{:?}", std::mem::discriminant(c))).collect();
-    assert_eq!(kinds.len(), 22, "a kind of command is not tested");
+    assert_eq!(kinds.len(), 23, "a kind of command is not tested");
     let wire = commands.iter().map(command_to_wire).collect();
     let bytes = encode_batch(LogTime(99), wire);
     assert_eq!(decode_batch(&bytes).unwrap(), (LogTime(99), commands));
@@ -366,6 +409,22 @@ fn what_is_newer_or_damaged_is_refused_by_name() {
     let mut bytes = encode_row(&rows()[6]);
     bytes.truncate(bytes.len() / 2);
     assert!(decode_row(&bytes).is_err());
+}
+
+/// What needs no newer reader says so, and what would be misread says that too.
+#[test]
+fn formats_are_the_lowest_that_will_do() {
+    let of_command = |command: &Command| {
+        let bytes = encode_batch(LogTime(1), vec![command_to_wire(command)]);
+        store::Batch::decode(bytes.as_slice()).unwrap().format
+    };
+    assert_eq!(of_command(&finish(Outcome::Stopped)), 1);
+    assert_eq!((of_command(&unproven()), of_command(&indexed())), (2, 3));
+    let of_row = |record: BuildRecord| {
+        let bytes = encode_row(&Row::Build(Arc::new(record)));
+        store::Row::decode(bytes.as_slice()).unwrap().format
+    };
+    assert_eq!((of_row(record()), of_row(with_images())), (1, 3));
 }
 
 /// The bytes as first written: a change of them is a change of everything on disk.

@@ -33,6 +33,7 @@ impl Leading {
                 Effect::LogSealed(_) | Effect::BuildPurged(_) => {}
                 Effect::SendAssignment { .. }
                 | Effect::SendCommit { .. }
+                | Effect::SendImages { .. }
                 | Effect::SendStop { .. }
                 | Effect::SendForget { .. } => {
                     if let Some((worker, message)) = self.message(state, effect) {
@@ -54,6 +55,7 @@ impl Leading {
                 (worker, wire::assign(state, key)?)
             }
             Effect::SendCommit { key, worker, commit } => (worker, wire::commit(key, commit.clone())),
+            Effect::SendImages { key, worker, images } => (worker, wire::images(key, images)),
             Effect::SendStop { key, worker, reason } => (worker, wire::stop(key, *reason)),
             Effect::SendForget { key, worker } => (worker, wire::forget(key)),
             Effect::BuildChanged(_)

@@ -3,8 +3,10 @@
 //! Most answers travel as effects of the command (`Commit`, `Forget`): what is here is what effects cannot know. An
 //! outcome that nobody knows is answered by nothing, because agents repeat their reports until they are answered.
 
-use helix_core::command::{DetachWorker, DrainWorker, FinishAttempt, Outcome, PinSource, ReleaseHold, SealLog};
-use helix_core::record::{DrainedBy, SealedLog};
+use helix_core::command::{
+    DetachWorker, DrainWorker, FinishAttempt, Outcome, PinSource, RecordImage, ReleaseHold, SealLog,
+};
+use helix_core::record::{DrainedBy, Image, SealedLog};
 use helix_core::state::{Offered, State};
 use helix_core::{Command, Rejection, Reply};
 use helix_model::{AttemptKey, Death, Reason};
@@ -21,6 +23,8 @@ use crate::registry::ProposeError;
 pub(crate) enum Report {
     /// It resolved the build's ref.
     Source { key: AttemptKey, commit: String },
+    /// One platform's image of several was pushed.
+    Image { key: AttemptKey, image: Image },
     /// An attempt ended.
     Finished(Box<FinishAttempt>),
     /// An ended attempt's log is stored.
@@ -57,6 +61,7 @@ impl Report {
     pub(crate) fn subject(&self) -> Subject {
         match self {
             Self::Source { key, .. } => ("source", Some(key.clone())),
+            Self::Image { key, .. } => ("image", Some(key.clone())),
             Self::Finished(report) => ("finished", Some(report.key.clone())),
             Self::Log { key, .. } => ("log", Some(key.clone())),
             Self::Dead { key } => ("dead", Some(key.clone())),
@@ -71,6 +76,7 @@ pub(crate) async fn carry_out<C: Consensus>(consensus: C, who: Speaker, report: 
     let subject = report.subject();
     let outcome = match report {
         Report::Source { key, commit } => pin_source(&consensus, &who, key, commit).await,
+        Report::Image { key, image } => record_image(&consensus, &who, key, image).await,
         Report::Finished(report) => finish_attempt(&consensus, &who, *report).await,
         Report::Log { key, log } => seal_log(&consensus, &who, key, log).await,
         Report::Dead { key } => proven_dead(&consensus, &who, key).await,
@@ -98,6 +104,21 @@ async fn pin_source<C: Consensus>(
             Answer::Nothing
         }
         _ => consensus.with_state(|state| unwanted(state, who, &key)),
+    })
+}
+
+async fn record_image<C: Consensus>(
+    consensus: &C,
+    who: &Speaker,
+    key: AttemptKey,
+    image: Image,
+) -> Result<Answer, ProposeError> {
+    let (worker, instance) = (who.worker.clone(), who.instance.clone());
+    let command = RecordImage { key: key.clone(), worker, instance, image };
+    Ok(match consensus.propose(Command::RecordImage(command)).await? {
+        Reply::Rejected(_) => consensus.with_state(|state| unwanted(state, who, &key)),
+        // The effects of this command, or of another that decides it, tell what to do.
+        _ => Answer::Nothing,
     })
 }
 
@@ -129,7 +150,8 @@ async fn finish_attempt<C: Consensus>(
 /// The report that stands for one that cannot be taken as it is.
 pub(crate) fn invalid_report(report: FinishAttempt, why: &str) -> FinishAttempt {
     let message = format!("the agent's report cannot be taken: {why}");
-    FinishAttempt { outcome: Outcome::Failed { reason: Reason::Internal, message }, artifacts: Vec::new(), ..report }
+    let outcome = Outcome::Failed { reason: Reason::Internal, message };
+    FinishAttempt { outcome, artifacts: Vec::new(), image: None, index: None, ..report }
 }
 
 async fn seal_log<C: Consensus>(
@@ -188,6 +210,8 @@ fn stopped(who: &Speaker, key: AttemptKey) -> FinishAttempt {
         artifacts: Vec::new(),
         log: None,
         death: Death::Proven,
+        image: None,
+        index: None,
     }
 }
 

@@ -325,6 +325,7 @@ impl<'a, C: Consensus> Conversation<'a, C> {
         let key = helix_proto::convert::attempt_from_wire;
         Ok(match said {
             Said::SourceResolved(said) => Report::Source { key: key(said.id)?, commit: said.commit },
+            Said::ImagePushed(said) => Report::Image { key: key(said.id)?, image: wire::image(said.image)? },
             Said::Finished(said) => Report::Finished(Box::new(self.finished(said)?)),
             Said::LogSealed(said) => Report::Log { key: key(said.id)?, log: wire::sealed_log(said.log)? },
             Said::ProvenDead(said) => Report::Dead { key: key(said.id)? },

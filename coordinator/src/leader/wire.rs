@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use helix_core::command::{FinishAttempt, Outcome, SecretFor, WorkerOffer};
-use helix_core::record::{Artifact, AttemptEnd, BlobRef, SealedLog};
+use helix_core::record::{Artifact, AttemptEnd, BlobRef, Image, SealedLog};
 use helix_core::state::{Known, State};
 use helix_model::{
     AttemptKey, Death, Digest, Executor, Instance, InvalidField, NodeId, Platform, Reason, Resources, WorkerName,
@@ -147,6 +147,20 @@ pub(crate) fn finished(wire: agent::Finished, key: AttemptKey, who: &Speaker) ->
         artifacts: wire.artifacts.into_iter().map(artifact).collect::<Result<_, _>>()?,
         log: wire.log.map(|log| sealed_log(Some(log))).transpose()?,
         death: if wire.unproven { Death::Unproven } else { Death::Proven },
+        image: wire.image.map(|built| image(Some(built))).transpose()?,
+        index: if wire.index.is_empty() { None } else { Some(Digest::from_slice(&wire.index)?) },
+    })
+}
+
+/// An image that was built.
+pub(crate) fn image(wire: Option<agent::BuiltImage>) -> Result<Image, InvalidField> {
+    let wire = wire.ok_or_else(|| InvalidField::new("image", "the image is missing"))?;
+    Ok(Image {
+        digest: Digest::from_slice(&wire.sha256)?,
+        size: wire.size,
+        id: Digest::from_slice(&wire.id)?,
+        manifest_size: wire.manifest_size,
+        media_type: line(&wire.media_type),
     })
 }
 
@@ -219,6 +233,15 @@ pub(crate) fn forget(key: &AttemptKey) -> Message {
 /// "Build this commit."
 pub(crate) fn commit(key: &AttemptKey, commit: String) -> Message {
     Message::Commit(agent::Commit { id: Some(attempt_to_wire(key)), commit })
+}
+
+/// "Push the index of these", or, of none, "go on".
+pub(crate) fn images(key: &AttemptKey, images: &[(Platform, Digest)]) -> Message {
+    let images = images.iter().map(|(platform, digest)| agent::PlatformImage {
+        platform: platform.as_str().to_owned(),
+        sha256: digest.0.to_vec().into(),
+    });
+    Message::Images(agent::Images { id: Some(attempt_to_wire(key)), images: images.collect() })
 }
 
 /// "Too few hold its bytes."

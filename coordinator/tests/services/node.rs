@@ -146,6 +146,8 @@ impl One {
                 artifacts: Vec::new(),
                 log: Some(SealedLog { blob, lines: 1 }),
                 death: Death::Proven,
+                image: None,
+                index: None,
             }))
             .await;
         assert_eq!(reply, Reply::Done);

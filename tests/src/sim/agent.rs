@@ -393,6 +393,8 @@ impl World {
             artifacts: Vec::new(),
             log: sealed.then(|| log(holders)),
             death: if self.knows_dead(agent, key) { Death::Proven } else { Death::Unproven },
+            image: None,
+            index: None,
         }
     }
 

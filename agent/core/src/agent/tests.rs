@@ -1,8 +1,8 @@
 //! The agent core told as stories: events, and exactly the commands that must follow.
 
 use super::*;
-use crate::message::{Blob, Verdict};
-use helix_model::{AttemptNumber, BuildId, BuildSpec, Digest, NodeId, TaskIndex};
+use crate::message::{Blob, Image, PlatformImage, Verdict};
+use helix_model::{AttemptNumber, BuildId, BuildSpec, Digest, NodeId, Platform, TaskIndex};
 
 const FIRST: SessionNumber = SessionNumber(1);
 
@@ -92,6 +92,45 @@ fn a_build_with_a_ref_waits_for_its_commit_and_reports_until_forgotten() {
         .said(Order::Forget(key(1)), &[])
         .then(Event::AttemptRemoved(key(1), Death::Proven), &[])
         .said(Order::Forget(key(1)), &[]);
+}
+
+#[test]
+fn a_pushed_image_is_reported_until_it_is_known_who_pushes_the_index() {
+    let (digest, id) = (Digest([2; 32]), Digest([3; 32]));
+    let image = Image { digest, size: 4, id, manifest_size: 0, media_type: String::new() };
+    let pushed = Command::Send(Message::ImagePushed { key: key(1), image: image.clone() });
+    let images = vec![PlatformImage { platform: Platform::new("linux/amd64").unwrap(), digest }];
+    let given = |images: &[PlatformImage]| Command::GiveImages(key(1), images.to_vec());
+    Story::connected()
+        .assigned(1)
+        // Before there can be an image there is nothing to say of it.
+        .then(Event::ImagePushed(key(1), image.clone()), &[])
+        .said(Order::Images(key(1), images.clone()), &[])
+        .then(Event::CommandStarted(key(1)), &[])
+        .then(Event::CommandEnded(key(1)), &[])
+        .then(Event::ImagePushed(key(1), image.clone()), std::slice::from_ref(&pushed))
+        .later(RESEND_MS - 1)
+        .then(Event::Ticked, &[])
+        .later(1)
+        .then(Event::Ticked, std::slice::from_ref(&pushed))
+        .then(Event::SessionClosed(FIRST), &[])
+        .then(Event::SessionOpened(SessionNumber(2)), std::slice::from_ref(&pushed))
+        .said(Order::Images(key(1), images.clone()), &[])
+        .then(Event::Said(SessionNumber(2), Order::Images(key(1), images.clone())), &[given(&images)])
+        .then(Event::Said(SessionNumber(2), Order::Images(key(1), Vec::new())), &[])
+        .later(RESEND_MS)
+        .then(Event::Ticked, &[])
+        .ended(1);
+    // A stop ends the wait; an agent that begins again pushes again, and says so again.
+    let stop = Command::Stop(key(1), StopCause::Registry(Reason::Cancelled));
+    Story::alone()
+        .then(Event::AttemptFound(key(1), Found::Started), &[Command::Resume(key(1))])
+        .then(Event::SessionOpened(FIRST), &[])
+        .then(Event::CommandEnded(key(1)), &[])
+        .then(Event::ImagePushed(key(1), image), &[pushed])
+        .said(Order::Stop(key(1), Reason::Cancelled), &[stop])
+        .said(Order::Images(key(1), Vec::new()), &[given(&[])])
+        .ended(1);
 }
 
 #[test]

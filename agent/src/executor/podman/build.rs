@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use helix_agent_core::Assignment;
-use helix_model::BuildId;
+use helix_model::{AttemptKey, BuildId};
 use helix_runner::{AttemptDir, Order, Privileges};
 use sha2::{Digest as _, Sha256};
 
@@ -148,6 +148,15 @@ pub fn local_name(assignment: &Assignment) -> String {
     }
 }
 
+/// What names of lists begin with in podman's store.
+pub const LISTS: &str = "localhost/helix-index/";
+
+/// The name that the list of a build's images has in this host's store while an attempt pushes it.
+#[must_use]
+pub fn list_name(key: &AttemptKey) -> String {
+    format!("{LISTS}{}:{}.{}", repository(&key.build), key.task, key.attempt)
+}
+
 /// A build's id as part of an image's name, where separators stand alone and never at the end.
 fn repository(id: &BuildId) -> String {
     let text = id.as_str();
@@ -236,6 +245,7 @@ mod tests {
         assert_eq!(local_name(&several), "helix-build/b:main");
         several.spec.platforms = vec![platform("linux/amd64"), platform("linux/arm64/v8")];
         assert_eq!(local_name(&several), "helix-build/b:main-linux-arm64-v8");
+        assert_eq!(list_name(&several.key), "localhost/helix-index/b:0.1");
     }
 
     #[test]

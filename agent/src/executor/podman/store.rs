@@ -94,6 +94,7 @@ impl Podman {
         let tracker = TaskTracker::new();
         // Nothing builds now, so nobody uses any of them.
         self.remove_containers(&tracker, |_| true).await?;
+        self.remove_lists(&tracker, |_| true).await?;
         let arguments: &[&str] = match tier {
             Tier::Containers => return Ok(Pruned::Done),
             Tier::Dangling => &["image", "prune", "--force", "--filter", FRESH],

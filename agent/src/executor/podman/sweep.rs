@@ -1,5 +1,5 @@
-//! What builds leave in the store when they are killed, and its removal: build containers with their mounts, and cgroups
-//! that the runtime made.
+//! What builds leave in the store when they are killed, and its removal: build containers with their mounts, lists of
+//! images, and cgroups that the runtime made.
 //!
 //! podman does not label build containers. But it notes the cgroup that each was given, and that names the attempt.
 
@@ -15,7 +15,7 @@ use helix_runner::cgroup::Wanted;
 use serde::Deserialize;
 use tokio_util::task::TaskTracker;
 
-use super::Podman;
+use super::{Podman, build};
 use crate::blocking::blocking;
 
 /// How long removing containers may take.
@@ -27,6 +27,13 @@ pub(super) struct Container {
     id: String,
     /// The attempt that made it, where that can be told.
     attempt: Option<AttemptKey>,
+}
+
+/// What the store notes of an image, as far as it matters here.
+#[derive(Deserialize)]
+struct Stored {
+    #[serde(default)]
+    names: Vec<String>,
 }
 
 /// What podman notes of a build container, as far as it matters here.
@@ -57,6 +64,8 @@ impl Podman {
             let _share = self.share().await?;
             self.remove_containers(tracker, left).await?;
         }
+        let names: BTreeSet<String> = dead.iter().map(build::list_name).collect();
+        self.remove_lists(tracker, |name| names.contains(name)).await?;
         let paths: Vec<String> = dead.iter().map(|key| self.cgroup_of(key)).collect();
         blocking(move || paths.iter().try_for_each(|path| remove_cgroups(path))).await
     }
@@ -70,7 +79,8 @@ impl Podman {
         if alive.is_empty()
             && let Some(_alone) = self.have_alone(Duration::ZERO).await?
         {
-            return self.remove_containers(tracker, |_| true).await;
+            self.remove_containers(tracker, |_| true).await?;
+            return self.remove_lists(tracker, |_| true).await;
         }
         let _share = self.share().await?;
         self.remove_containers(tracker, |attempt| attempt.is_some_and(|key| !alive.contains(key))).await
@@ -101,6 +111,28 @@ impl Podman {
         }
     }
 
+    /// Removes the lists of images for which `unwanted` holds, by their names. Mostly there are none.
+    pub(super) async fn remove_lists(&self, tracker: &TaskTracker, unwanted: impl Fn(&str) -> bool) -> io::Result<()> {
+        let mut chosen = self.lists().await?;
+        chosen.retain(|name| unwanted(name));
+        if chosen.is_empty() {
+            return Ok(());
+        }
+        let mut arguments: Vec<OsString> = vec!["manifest".into(), "rm".into()];
+        arguments.extend(chosen.iter().map(OsString::from));
+        let done = self.run(tracker, arguments, &self.dir, REMOVE_LIMIT).await?;
+        let left = self.lists().await?;
+        match chosen.iter().find(|name| left.contains(name)) {
+            None => Ok(()),
+            Some(name) => Err(io::Error::other(format!("the list {name} is still there: {}", done.complaint()))),
+        }
+    }
+
+    async fn lists(&self) -> io::Result<Vec<String>> {
+        let root = self.config.podman.root.clone();
+        blocking(move || lists(&root)).await
+    }
+
     async fn containers(&self) -> io::Result<Vec<Container>> {
         let root = self.config.podman.root.clone();
         let prefix = self.cgroups.1.clone();
@@ -125,6 +157,29 @@ fn containers(root: &Path, prefix: &str) -> io::Result<Vec<Container>> {
             let notes: Option<Notes> = serde_json::from_slice(&notes).ok();
             let attempt = notes.and_then(|notes| attempt_of(&notes.options.cgroup, prefix));
             found.push(Container { id: id.to_owned(), attempt });
+        }
+    }
+    Ok(found)
+}
+
+/// The names of lists of images in a store.
+fn lists(root: &Path) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for kind in read_dir(root)? {
+        // DRIVER-images/images.json
+        if !kind.file_name().is_some_and(|name| name.to_string_lossy().ends_with("-images")) {
+            continue;
+        }
+        let text = match fs::read_to_string(kind.join("images.json")) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        // Stores are large, and there is mostly nothing in them to look for.
+        if text.contains(build::LISTS) {
+            let images: Vec<Stored> = serde_json::from_str(&text)?;
+            let names = images.into_iter().flat_map(|image| image.names);
+            found.extend(names.filter(|name| name.starts_with(build::LISTS)));
         }
     }
     Ok(found)
@@ -226,6 +281,20 @@ mod tests {
         };
         assert_eq!(found, [container("a", Some("b.0.2")), container("b", None), container("c", None)]);
         assert_eq!(containers(&root.path().join("none"), "").unwrap(), []);
+    }
+
+    #[test]
+    fn lists_are_found_by_name() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(lists(root.path()).unwrap(), Vec::<String>::new());
+        let dir = root.path().join("overlay-images");
+        fs::create_dir_all(&dir).unwrap();
+        assert_eq!(lists(root.path()).unwrap(), Vec::<String>::new());
+        let list = build::list_name(&"b.0.2".parse().unwrap());
+        let text =
+            format!(r#"[{{"id":"a","names":["localhost/x:1","{list}"]}},{{"id":"b"}},{{"names":["x/{list}"]}}]"#);
+        fs::write(dir.join("images.json"), text).unwrap();
+        assert_eq!(lists(root.path()).unwrap(), [list]);
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub(super) fn assign_task(state: &mut State, at: LogTime, c: &AssignTask, out: &
         end: None,
         artifacts: Vec::new(),
         log: None,
+        image: None,
     });
     task.phase = TaskPhase::Running;
     build.state = BuildState::Running;

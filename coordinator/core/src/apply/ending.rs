@@ -25,6 +25,7 @@ pub(super) fn end_without_result(at: LogTime, reason: Reason, message: &str, ver
         size: 0,
         image_tag: String::new(),
         verified,
+        index: None,
     }
 }
 
@@ -40,8 +41,9 @@ pub(super) fn end_attempt(build: &mut BuildRecord, key: &AttemptKey, mut end: At
     end.reason = if cancelled { Some(Reason::Cancelled) } else { overruled(stop, end.reason) };
     let (reason, verified) = (end.reason, end.verified);
     if reason.is_some() {
-        (end.digest, end.size, end.image_tag) = (None, 0, String::new());
+        (end.digest, end.size, end.image_tag, end.index) = (None, 0, String::new(), None);
         attempt.artifacts.clear();
+        attempt.image = None;
     }
     attempt.end = Some(end);
     task.phase = match reason {

@@ -8,7 +8,7 @@
 //! worker keeps it and follows up with `SealLog`.
 
 use helix_model::limits::OUTPUTS_MAX;
-use helix_model::{AttemptNumber, Death, LogTime, Reason};
+use helix_model::{Death, LogTime, Reason};
 
 use crate::command::{FinishAttempt, Outcome as End};
 use crate::effect::Effect;
@@ -17,10 +17,11 @@ use crate::reply::{Rejection, Reply};
 use crate::state::State;
 
 use super::ending::{end_attempt, end_without_result};
-use super::{Outcome, check_holders, not_open};
+use super::record_image::check_image;
+use super::{Outcome, check_current, check_holders, not_open};
 
 pub(super) fn finish_attempt(state: &mut State, at: LogTime, c: &FinishAttempt, out: &mut Applied) -> Outcome {
-    if let Err(rejection) = check_current(state, c) {
+    if let Err(rejection) = check_current(state, &c.key, &c.worker, &c.instance) {
         if !state.wants_log(&c.key, &c.worker) {
             out.effects.push(Effect::SendForget { key: c.key.clone(), worker: c.worker.clone() });
         }
@@ -38,11 +39,13 @@ pub(super) fn finish_attempt(state: &mut State, at: LogTime, c: &FinishAttempt, 
     let end = match &c.outcome {
         End::Succeeded { digest, size, image_tag } if counts => {
             check_success(state, c)?;
+            check_image(&build, c)?;
             AttemptEnd {
                 digest: *digest,
                 size: *size,
                 image_tag: image_tag.clone(),
                 reason: None,
+                index: c.index,
                 ..end_without_result(at, Reason::Internal, "", true)
             }
         }
@@ -61,6 +64,7 @@ pub(super) fn finish_attempt(state: &mut State, at: LogTime, c: &FinishAttempt, 
     {
         attempt.artifacts.clone_from(&c.artifacts);
         attempt.log = log;
+        attempt.image.clone_from(&c.image);
     }
     let policy = state.policy.clone();
     end_attempt(&mut build, &c.key, end, &policy);
@@ -78,25 +82,6 @@ pub(super) fn finish_attempt(state: &mut State, at: LogTime, c: &FinishAttempt, 
         out.effects.push(Effect::SendForget { key: c.key.clone(), worker: c.worker.clone() });
     }
     Ok(Reply::Done)
-}
-
-/// Whether the report is the current attempt's, by the worker and the life that were given it.
-fn check_current(state: &State, c: &FinishAttempt) -> Result<(), Rejection> {
-    let key = &c.key;
-    if state.finished.contains_key(&key.build) {
-        return Err(Rejection::AttemptEnded(key.clone()));
-    }
-    let Some(build) = state.open.get(&key.build) else { return Err(not_open(state, &key.build)) };
-    let Some(task) = build.task(key.task) else { return Err(Rejection::TaskUnknown(key.clone())) };
-    let stale = |current| Err(Rejection::StaleAttempt { key: key.clone(), current });
-    let Some(attempt) = task.attempts.last() else { return stale(AttemptNumber(0)) };
-    if attempt.number != key.attempt || attempt.worker != c.worker || attempt.instance != c.instance {
-        return stale(attempt.number);
-    }
-    if attempt.end.is_some() {
-        return Err(Rejection::AttemptEnded(key.clone()));
-    }
-    Ok(())
 }
 
 fn stopped_message(stop: Option<Reason>, death: Death) -> &'static str {

@@ -55,6 +55,7 @@ pub(super) fn submit_build(state: &mut State, at: LogTime, c: &SubmitBuild, out:
         tasks,
         artifacts: Vec::new(),
         pinned: Pinned::No,
+        indexing: None,
     };
     state.put_build(record, out);
     Ok(Reply::Submitted)

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use helix_core::command::{self as cmd, Command, Outcome, WorkerOffer};
 use helix_core::record::{Pinned, Policy};
 use helix_core::{Applied, State};
-use helix_model::{BuildSpec, LogTime, NodeId, OnWorkerLoss, Reason, Resources};
+use helix_model::{BuildSpec, Executor, LogTime, NodeId, OnWorkerLoss, Reason, Resources};
 use proptest::prelude::*;
 
 use crate::story::*;
@@ -50,7 +50,11 @@ fn any_spec() -> impl Strategy<Value = BuildSpec> {
             let on_worker_loss = if fail { OnWorkerLoss::Fail } else { OnWorkerLoss::Rerun };
             let command = spec().command.filter(|_| command);
             let silence_timeout_ms = timeout_ms;
+            // Without a command, and for two platforms: one with an index of images.
+            let podman = command.is_none();
             BuildSpec {
+                executor: Some(if podman { Executor::Podman } else { Executor::Exec }),
+                push: if podman { "registry/app:1".to_owned() } else { String::new() },
                 platforms,
                 priority,
                 retries,
@@ -78,6 +82,10 @@ fn any_command() -> impl Strategy<Value = Command> {
         3 => (any_key(), any_worker(), any_life()).prop_map(|(key, worker, life)| assign(&key, &worker, &life)),
         6 => (any_key(), any_worker(), any_life(), any_outcome())
             .prop_map(|(key, worker, life, outcome)| finish(&key, &worker, &life, outcome)),
+        3 => (any_key(), any_worker(), any_life(), 0..3u8)
+            .prop_map(|(key, worker, life, byte)| record_image(&key, &worker, &life, image(byte))),
+        3 => (any_key(), any_worker(), any_life(), 0..3u8, prop::option::of(0..3u8))
+            .prop_map(|(key, worker, life, byte, index)| finish_image(&key, &worker, &life, image(byte), index.map(digest))),
         1 => (any_key(), any_worker(), any_life(), any_outcome())
             .prop_map(|(key, worker, life, outcome)| unproven(finish(&key, &worker, &life, outcome))),
         1 => (any_key(), any_worker()).prop_map(|(key, worker)| seal(&key, &worker)),
@@ -87,6 +95,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         4 => (any_worker(), any_life(), 1..4u32, any::<bool>(), any_amounts()).prop_map(|(worker, life, capacity, arm, has)| {
             let mut offer = WorkerOffer { resources: has, ..offer(capacity) };
             if arm {
+                offer.executors.insert(Executor::Podman);
                 offer.platforms.insert(platform("linux/arm64"));
                 offer.has_own_command = true;
             }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use helix_core::command::{self as cmd, Authority, Command, Outcome, WorkerOffer};
 use helix_core::effect::Effect;
 use helix_core::record::{
-    Applied, Artifact, BlobRef, BuildRecord, DrainedBy, Pinned, Row, RowChange, RowKey, SealedLog, TaskPhase,
+    Applied, Artifact, BlobRef, BuildRecord, DrainedBy, Image, Pinned, Row, RowChange, RowKey, SealedLog, TaskPhase,
 };
 use helix_core::{InFlight, Known, Liveness, Reply, SessionState, State, WorkerLiveness, due, invariants, schedule};
 use helix_model::{
@@ -302,7 +302,30 @@ pub fn finish(attempt: &str, name: &str, life: &str, outcome: Outcome) -> Comman
         artifacts: if success { vec![artifact("artifact.out", 7)] } else { vec![] },
         log: success.then(|| sealed(9)),
         death: Death::Proven,
+        image: None,
+        index: None,
     })
+}
+
+/// A success of a podman build, of this image.
+pub fn finish_image(attempt: &str, name: &str, life: &str, image: Image, index: Option<Digest>) -> Command {
+    let outcome =
+        Outcome::Succeeded { digest: Some(image.digest), size: 3, image_tag: "helix-build/x:latest".to_owned() };
+    match finish(attempt, name, life, outcome) {
+        Command::FinishAttempt(c) => {
+            Command::FinishAttempt(cmd::FinishAttempt { artifacts: vec![], image: Some(image), index, ..c })
+        }
+        other => panic!("no report: {other:?}"),
+    }
+}
+
+pub fn record_image(attempt: &str, name: &str, life: &str, image: Image) -> Command {
+    Command::RecordImage(cmd::RecordImage { key: key(attempt), worker: worker(name), instance: instance(life), image })
+}
+
+pub fn image(byte: u8) -> Image {
+    let media_type = "application/vnd.oci.image.manifest.v1+json".to_owned();
+    Image { digest: digest(byte), size: 3, id: digest(byte.wrapping_add(100)), manifest_size: 0, media_type }
 }
 
 /// The same report of an agent that cannot prove the death.

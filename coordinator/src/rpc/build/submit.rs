@@ -11,7 +11,7 @@ use helix_common::status::{error_code, invalid, metadata, status, with_metadata}
 use helix_core::command::SubmitBuild;
 use helix_core::record::Standing;
 use helix_core::{Command, Reply};
-use helix_model::{BuildId, BuildSpec, Digest, ErrorCode, Executor, InvalidField, Source};
+use helix_model::{BuildId, BuildSpec, Digest, ErrorCode, Executor, InvalidField, Outputs, Source};
 use helix_proto::{convert, v1};
 use sha2::{Digest as _, Sha256};
 use tonic::{Code, Status};
@@ -145,6 +145,7 @@ impl BuildRpc {
     async fn admit(&self, submit: &SubmitBuild) -> Result<(), Status> {
         let reserve = self.services.registry.with_state(|state| state.policy().disk_reserve_bytes);
         self.services.disk.expect_above(reserve)?;
+        expect_outputs(&submit.spec).map_err(|wrong| invalid(&wrong))?;
         self.expect_runnable(&submit.spec)?;
         match &submit.spec.source {
             Some(source) => self.expect_uploaded(source).await,
@@ -238,6 +239,26 @@ fn executor_for(spec: &BuildSpec, podman_is_offered: impl FnOnce() -> bool) -> E
         Executor::Podman
     } else {
         Executor::Exec
+    }
+}
+
+/// A podman build makes an image and nothing else. Its executor may follow from what workers offer at this moment, so this is
+/// not the spec's own affair.
+fn expect_outputs(spec: &BuildSpec) -> Result<(), InvalidField> {
+    if spec.executor != Some(Executor::Podman) {
+        return Ok(());
+    }
+    match &spec.outputs {
+        Outputs::Named(_) => {
+            let why =
+                "a podman build makes an image, and no other outputs: leave them out, or choose the executor exec";
+            Err(InvalidField::new("outputs", why))
+        }
+        Outputs::None if !spec.push.is_empty() => {
+            let why = "an image that is pushed is an output: say either push or no_output";
+            Err(InvalidField::new("no_output", why))
+        }
+        Outputs::None | Outputs::Default => Ok(()),
     }
 }
 

@@ -1,7 +1,8 @@
 //! A build's record as clients see it.
 //!
 //! Pure translation; the record is never changed. What the original's fields say of a build with several
-//! tasks: the first task that failed, in the order given, speaks for it; else its only task; else none does.
+//! tasks: the first task that failed, in the order given, speaks for it; else its only task; else none does, and what all tasks
+//! agree on is said.
 
 use std::collections::BTreeMap;
 
@@ -17,14 +18,15 @@ pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
     let end = attempt.and_then(|attempt| attempt.end.as_ref());
     let spec = &record.spec;
     let manifest = manifest_of(record);
-    let several = manifest.as_deref().map(|text| Digest(Sha256::digest(text).into()));
+    let several = manifest.as_deref().map(|text| index_of(record).unwrap_or(Digest(Sha256::digest(text).into())));
     let sizes = record.tasks.iter().filter_map(|task| Some(task.attempts.last()?.end.as_ref()?.size)).sum();
     v1::BuildStatus {
         build_id: record.id.to_string(),
         state: record.state.as_str().to_owned(),
         started_at: record.started_at.map_or(0, LogTime::unix_s),
         completed_at: record.completed_at.map_or(0, LogTime::unix_s),
-        image_tag: end.map_or_else(String::new, |end| end.image_tag.clone()),
+        image_tag: end.map_or_else(|| common_tag(record), |end| end.image_tag.clone()),
+        image_id: speaker.map_or_else(String::new, image_id),
         executor: spec.executor.map_or_else(String::new, |executor| executor.as_str().to_owned()),
         repo_url: spec.repo_url.clone(),
         r#ref: spec.git_ref.clone(),
@@ -54,7 +56,7 @@ pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
 }
 
 /// What a build for several platforms made, once all have succeeded: a JSON object of platform to digest, platforms sorted.
-/// The build's digest is the sha256 of these bytes.
+/// Where no index of the same was pushed, the build's digest is the sha256 of these bytes.
 fn manifest_of(record: &BuildRecord) -> Option<String> {
     if record.tasks.len() < 2 || record.state != BuildState::Succeeded {
         return None;
@@ -64,6 +66,27 @@ fn manifest_of(record: &BuildRecord) -> Option<String> {
     // A platform's characters need no escapes.
     let members = entries?.into_iter().map(|(platform, digest)| format!("\"{platform}\":\"sha256:{digest}\""));
     Some(format!("{{{}}}", members.collect::<Vec<_>>().join(",")))
+}
+
+/// The index that names the images of all tasks, where it was pushed.
+fn index_of(record: &BuildRecord) -> Option<Digest> {
+    record.tasks.iter().find_map(|task| task.attempts.last()?.end.as_ref()?.index)
+}
+
+/// The tag of all images of a build for several platforms; empty where they have none in common.
+fn common_tag(record: &BuildRecord) -> String {
+    let tag_of = |task: &TaskRecord| Some(task.attempts.last()?.end.as_ref()?.image_tag.clone());
+    let mut tags = record.tasks.iter().map(tag_of);
+    match tags.next().flatten() {
+        Some(first) if tags.all(|tag| tag.as_ref() == Some(&first)) => first,
+        _ => String::new(),
+    }
+}
+
+/// podman's id of the image that a task made; empty for none.
+fn image_id(task: &TaskRecord) -> String {
+    let ended = task.attempts.last().filter(|attempt| attempt.end.is_some());
+    ended.and_then(|attempt| attempt.image.as_ref()).map_or_else(String::new, |image| image.id.to_string())
 }
 
 /// What the build's tasks made, in the order of tasks, and then what clients registered.
@@ -126,6 +149,7 @@ fn task_of(task: &TaskRecord) -> v1::TaskStatus {
         signal: end.and_then(|end| end.signal),
         reason: reason.map_or_else(String::new, |reason| reason.as_str().to_owned()),
         size: end.map_or(0, |end| end.size),
+        image_id: image_id(task),
         attempts: task.attempts.iter().map(attempt_of).collect(),
     }
 }
