@@ -9,6 +9,8 @@
 mod building;
 #[path = "podman/ending.rs"]
 mod ending;
+#[path = "podman/index.rs"]
+mod index;
 #[path = "podman/platforms.rs"]
 mod platforms;
 #[path = "podman/pushing.rs"]

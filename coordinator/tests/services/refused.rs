@@ -64,3 +64,36 @@ async fn logs_of_tasks_and_attempts_that_do_not_exist_are_refused() {
     assert_eq!(metadata(&refused, "field").as_deref(), Some("task"));
     one.node.stop().await;
 }
+
+/// A podman build makes an image: outputs that it could not make are refused, also where the executor follows from the rest.
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_that_a_podman_build_cannot_make_are_refused() {
+    let one = One::start().await;
+    let mut client = one.client().await;
+    let image = |details: v1::SpecDetails| v1::SubmitBuildRequest {
+        repo_url: "https://example.com/p.git".to_owned(),
+        dockerfile_path: "Dockerfile".to_owned(),
+        details: Some(v1::SpecDetails { park: true, ..details }),
+        ..v1::SubmitBuildRequest::default()
+    };
+    let (podman, outputs) = ("podman".to_owned(), vec!["target/app".to_owned()]);
+    for (field, details) in [
+        (
+            "outputs",
+            v1::SpecDetails { executor: podman.clone(), outputs: outputs.clone(), ..v1::SpecDetails::default() },
+        ),
+        ("outputs", v1::SpecDetails { outputs, ..v1::SpecDetails::default() }),
+        ("no_output", v1::SpecDetails { no_output: true, push: "r:5000/x:1".to_owned(), ..v1::SpecDetails::default() }),
+    ] {
+        let refused = client.builds.submit_build(image(details)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
+        assert_eq!(metadata(&refused, "field").as_deref(), Some(field), "{refused:?}");
+    }
+    for details in [
+        v1::SpecDetails { executor: podman, no_output: true, ..v1::SpecDetails::default() },
+        v1::SpecDetails::default(),
+    ] {
+        client.submit(image(details)).await;
+    }
+    one.node.stop().await;
+}
