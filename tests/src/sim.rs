@@ -10,6 +10,7 @@ mod agent;
 mod client;
 mod faults;
 mod host;
+mod image;
 mod oracle;
 mod orphan;
 mod random;
@@ -76,6 +77,8 @@ pub struct Summary {
     pub unproven: u64,
     /// Quarantines that came to a probe.
     pub probes: u64,
+    /// Builds that ended well with an index of images.
+    pub indexes: u64,
     /// Ticks at which room was kept for a task.
     pub claims: u64,
 }
@@ -130,10 +133,12 @@ mod tests {
             sum.unproven += one.unproven;
             sum.probes += one.probes;
             sum.claims += one.claims;
+            sum.indexes += one.indexes;
         }
         // A run in which little goes wrong proves little.
         assert!(sum.succeeded > 1_000 && sum.failed > 300 && sum.cancelled > 300, "{sum:?}");
         assert!(sum.unproven > 50 && sum.probes > 50 && sum.claims > 50, "{sum:?}");
+        assert!(sum.indexes > 50, "{sum:?}");
         assert!(sum.terms > 600 && sum.reruns > 300 && sum.losses > 100 && sum.unverified > 10, "{sum:?}");
     }
 

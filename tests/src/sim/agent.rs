@@ -13,6 +13,7 @@ use helix_model::{AttemptKey, Death, Digest, Executor, Instance, NodeId, Platfor
 
 use super::Bug;
 use super::host::Fate;
+use super::image::Pushed;
 use super::random::Random;
 use super::registry::Origin;
 use super::world::{Event, World};
@@ -41,6 +42,8 @@ pub(super) enum Phase {
     Running,
     /// Being killed; afterwards it is reported, or what is left of it is given up.
     Killing(Afterwards),
+    /// Its image is pushed; it is repeated until it is known who pushes the index.
+    Pushed(Box<Pushed>),
     Reporting(Box<cmd::FinishAttempt>),
     Sealing,
 }
@@ -94,7 +97,7 @@ impl Agent {
         WorkerOffer {
             capacity: self.capacity,
             platforms: platforms.iter().filter_map(|text| Platform::new(text).ok()).collect(),
-            executors: BTreeSet::from([Executor::Exec]),
+            executors: BTreeSet::from([Executor::Exec, Executor::Podman]),
             allows_job_commands: true,
             resources: Resources { memory_bytes, ..Resources::default() },
             ..WorkerOffer::default()
@@ -185,6 +188,7 @@ impl World {
             }
             *again = now + 400;
             match phase {
+                Phase::Pushed(pushed) => messages.push(pushed.command()),
                 Phase::Reporting(report) => messages.push(Command::FinishAttempt((**report).clone())),
                 Phase::Sealing => {
                     let (key, worker) = (key.clone(), name.clone());
@@ -287,6 +291,7 @@ impl World {
                     self.start(agent, key);
                 }
             }
+            Effect::SendImages { key, images, .. } => self.images_given(agent, &key, images),
             Effect::SendStop { key, .. } => self.stop(agent, &key, Afterwards::Report),
             Effect::SendForget { key, .. } => self.stop(agent, &key, Afterwards::Forget),
             _ => {}
@@ -348,7 +353,7 @@ impl World {
             Some((Phase::Killing(Afterwards::Forget), _)) => {
                 runs.remove(key);
             }
-            Some((Phase::Running | Phase::Reporting(_) | Phase::Sealing, _)) | None => {}
+            Some((Phase::Running | Phase::Pushed(_) | Phase::Reporting(_) | Phase::Sealing, _)) | None => {}
         }
     }
 
@@ -367,8 +372,9 @@ impl World {
             Fate::Breaks | Fate::Hangs => Outcome::Failed { reason: Reason::DiskFull, message: String::new() },
         };
         let report = self.report(host, key, outcome);
+        let next = self.after_the_end(report);
         if let Some(run @ (Phase::Running, _)) = self.agents[host].runs.get_mut(key) {
-            *run = (Phase::Reporting(Box::new(report)), 0);
+            *run = (next, 0);
         }
     }
 
@@ -404,6 +410,9 @@ impl World {
     }
 
     fn answered(&mut self, agent: usize, key: &AttemptKey, sealing: bool, reply: &Reply) {
+        if let (Reply::Rejected(_), Some((Phase::Pushed(_), _))) = (reply, self.agents[agent].runs.get(key)) {
+            return self.image_refused(agent, key);
+        }
         let Some((phase, again)) = self.agents[agent].runs.get_mut(key) else { return };
         match (phase, reply) {
             (Phase::Reporting(report), Reply::Rejected(Rejection::TooFewHolders { .. })) if !sealing => {

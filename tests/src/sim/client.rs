@@ -65,9 +65,11 @@ fn any_spec(random: &mut Random) -> BuildSpec {
         6..8 => vec![platform("linux/amd64")],
         _ => vec![platform("linux/amd64"), platform("linux/arm64")],
     };
+    let pushes = platforms.len() > 1 && random.chance(60);
     BuildSpec {
-        executor: Some(Executor::Exec),
-        command: Some(helix_model::Command::Shell("make".to_owned())),
+        executor: Some(if pushes { Executor::Podman } else { Executor::Exec }),
+        command: (!pushes).then(|| helix_model::Command::Shell("make".to_owned())),
+        push: if pushes { "registry/app:1".to_owned() } else { String::new() },
         platforms,
         priority: i32::from(random.chance(20)),
         retries: u32::from(random.chance(20)),

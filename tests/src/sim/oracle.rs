@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use helix_core::command::AssignTask;
-use helix_core::record::{Applied, BuildRecord, Row, RowChange, Trust};
+use helix_core::record::{Applied, BuildRecord, Row, RowChange, TaskRecord, Trust};
 use helix_core::{Command, Effect, Known, Reply, State};
-use helix_model::{AttemptKey, BuildId, BuildState, Death, LogTime, WorkerName};
+use helix_model::{AttemptKey, BuildId, BuildState, Death, Digest, LogTime, Platform, WorkerName};
 
 use super::Summary;
 use super::host::Host;
@@ -38,6 +38,8 @@ pub(super) struct Oracle {
     pub(super) cancelled: BTreeSet<BuildId>,
     /// Attempts whose processes really ended well.
     pub(super) succeeded: BTreeSet<AttemptKey>,
+    /// Indexes that were pushed, and what they name.
+    pub(super) indexes: BTreeMap<Digest, Vec<(Platform, Digest)>>,
     ended: BTreeMap<BuildId, BuildState>,
     /// Ends that were committed without proof, and where.
     unproven: BTreeSet<(WorkerName, AttemptKey)>,
@@ -93,6 +95,7 @@ impl Oracle {
         match build.state {
             BuildState::Succeeded => {
                 self.summary.succeeded += 1;
+                self.judge_index(build)?;
                 for (task, record) in build.indexed_tasks() {
                     let last = record.attempts.last().map(|attempt| build.attempt_key(task, attempt.number));
                     if !last.as_ref().is_some_and(|key| self.succeeded.contains(key)) {
@@ -112,6 +115,25 @@ impl Oracle {
         }
         if self.cancelled.contains(id) && build.state != BuildState::Cancelled {
             return Err(format!("a client was told that {id} is cancelled, but it ended as {}", build.state));
+        }
+        Ok(())
+    }
+
+    /// A build that was to have an index has one, and it names what the tasks made.
+    fn judge_index(&mut self, build: &BuildRecord) -> Result<(), String> {
+        let last = |task: &TaskRecord| task.attempts.last().cloned();
+        let ends = build.tasks.iter().filter_map(|task| last(task)?.end);
+        let indexes: Vec<Digest> = ends.filter_map(|end| end.index).collect();
+        let expected = usize::from(build.spec.pushes_index());
+        if indexes.len() != expected {
+            return Err(format!("build {} succeeded with {} indexes instead of {expected}", build.id, indexes.len()));
+        }
+        let Some(index) = indexes.first() else { return Ok(()) };
+        self.summary.indexes += 1;
+        let named = |task: &TaskRecord| Some((task.platform.clone()?, last(task)?.end?.digest?));
+        let made: Option<Vec<_>> = build.tasks.iter().map(named).collect();
+        if self.indexes.get(index) != made.as_ref() {
+            return Err(format!("the index of build {} does not name what its tasks made: {made:?}", build.id));
         }
         Ok(())
     }

@@ -297,6 +297,7 @@ impl World {
             (Origin::Report { agent, session }, command) => {
                 let (key, sealing) = match command {
                     Command::FinishAttempt(c) => (c.key.clone(), false),
+                    Command::RecordImage(c) if matches!(reply, Reply::Rejected(_)) => (c.key.clone(), false),
                     Command::SealLog(c) => (c.key.clone(), true),
                     _ => return,
                 };
@@ -336,6 +337,7 @@ impl World {
         let worker = match &effect {
             Effect::SendAssignment { worker, .. }
             | Effect::SendCommit { worker, .. }
+            | Effect::SendImages { worker, .. }
             | Effect::SendStop { worker, .. }
             | Effect::SendForget { worker, .. } => worker,
             Effect::BuildChanged(_)
