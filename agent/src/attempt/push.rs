@@ -84,7 +84,11 @@ impl Attempt {
                 return Err((Reason::Push, format!("the {word} cannot be pushed to {reference}: {complaint}")));
             }
             let seconds = wait.as_secs_f64().ceil();
-            self.log_line(format!("pushing the {word} failed; trying again in {seconds:.0} s")).await;
+            let pushing = match what {
+                Pushed::Image(_) => "pushing",
+                Pushed::Index(_) => "pushing the index",
+            };
+            self.log_line(format!("{pushing} failed; trying again in {seconds:.0} s")).await;
             tokio::time::sleep(wait).await;
         }
     }
