@@ -28,7 +28,7 @@ fn pushed(platforms: usize) -> BuildSpec {
 fn site(platforms: usize) -> Story {
     let mut story = Story::new();
     let policy = Policy { infra_retries: 20, quarantine_after: 0, ..Policy::default() };
-    story.apply(Command::SetPolicy(cmd::SetPolicy { policy }));
+    story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     for name in ["w1", "w2", "w3"] {
         story.worker_life(name, LIFE, podman_offer());
     }
