@@ -208,6 +208,7 @@ impl Attempt {
             return Ok(Ending::NotRun(verdict, Death::Proven));
         }
         self.say(Event::CommandStarted(self.key.clone())).await;
+        let _watch = self.watch_store(assignment);
         self.follow().await
     }
 

@@ -7,7 +7,11 @@
 mod attacks;
 #[path = "hostile/cases.rs"]
 mod cases;
+#[path = "hostile/dockerfiles.rs"]
+mod dockerfiles;
 #[path = "hostile/exec.rs"]
 mod exec;
+#[path = "hostile/podman.rs"]
+mod podman;
 #[path = "hostile/traces.rs"]
 mod traces;

@@ -15,5 +15,11 @@ mod index;
 mod platforms;
 #[path = "podman/pushing.rs"]
 mod pushing;
+#[path = "podman/registries.rs"]
+mod registries;
+#[path = "podman/rootless.rs"]
+mod rootless;
+#[path = "podman/secrets.rs"]
+mod secrets;
 #[path = "podman/site.rs"]
 mod site;

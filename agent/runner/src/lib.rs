@@ -26,6 +26,7 @@
 pub mod cgroup;
 pub mod codec;
 pub mod control;
+pub mod disk;
 pub mod forker;
 mod inspect;
 pub mod isolation;
@@ -38,6 +39,7 @@ mod paths;
 pub mod pids;
 pub mod processes;
 mod spool;
+pub mod step;
 mod sweep;
 
 pub use codec::FormatError;

@@ -6,7 +6,6 @@ mod attempt;
 mod clock;
 mod command;
 mod connections;
-mod disk;
 mod fork;
 mod isolated;
 mod lines;

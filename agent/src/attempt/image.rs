@@ -15,12 +15,13 @@ use helix_model::{Digest, Executor, Outputs, Reason};
 use helix_runner::{End, Order, Outcome};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde::Deserialize;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::finish::Failure;
 use super::{Attempt, RETRY};
 use crate::blocking::blocking;
 use crate::data_dir::make_private;
-use crate::executor::podman::{Finished, Standing, build, context, failure};
+use crate::executor::podman::{Finished, Standing, build, context, failure, guard};
 use crate::stores::StoreError;
 use crate::stores::body::{Body, Source};
 
@@ -32,6 +33,10 @@ const LOOK_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long writing an image to disk may take.
 const EXPORT_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Between two looks at what a build takes of the store, at least, and so many times as long as a look takes.
+const STORE_LOOK: Duration = Duration::from_millis(300);
+const STORE_LOOK_FACTOR: u32 = 4;
 
 /// What a build that ended well leaves.
 pub(super) struct Delivered {
@@ -80,9 +85,9 @@ impl Attempt {
         // An attempt that was found at the start may be here before podman was tried.
         let standing = podman.standing().wait_for(|standing| *standing != Standing::Untried).await.map(|it| it.clone());
         let standing = standing.unwrap_or(Standing::Untried);
-        if !standing.works() {
+        let Standing::Works(facts) = &standing else {
             return Err(failed((Reason::Internal, format!("podman: {}", standing.words()))));
-        }
+        };
         let (work, wanted) = (self.workdir.work(), assignment.spec.dockerfile_path.clone());
         let network = self.services.config.podman.network.clone();
         let tmp = self.workdir.tmp();
@@ -94,24 +99,58 @@ impl Attempt {
         let dockerfile = found
             .map_err(|error| failed((Reason::Internal, format!("cannot look for the Dockerfile: {error}"))))?
             .map_err(failed)?;
-        let place = build::Place { workdir: &self.workdir, dir: &self.dir, cluster: &self.services.cluster };
+        let cluster = &self.services.cluster;
+        let place = build::Place { workdir: &self.workdir, dir: &self.dir, cluster, facts };
         let amounts = self.services.limiter.amounts(&assignment.spec.resources);
         let wanted = amounts.map_err(|message| failed((Reason::Policy, message)))?.wanted;
-        let limited = podman.limit(&self.key, wanted).await;
-        limited.map_err(|error| failed(internal("limit the build", &error)))?;
-        Ok(podman.order(order, assignment, &dockerfile, place))
+        let limits = podman.limit(&self.key, facts, wanted, order.limits).await;
+        let limits = limits.map_err(|error| failed(internal("limit the build", &error)))?;
+        Ok(podman.order(Order { limits, ..order }, assignment, &dockerfile, place))
     }
 
     /// What a failed `podman build` failed of.
     pub(super) async fn why_podman_failed(&self, outcome: &Outcome) -> Option<Verdict> {
         let End::Exited(code @ 1..) = outcome.end else { return None };
-        let dir = self.dir.clone();
+        let (dir, tmp) = (self.dir.clone(), self.workdir.tmp());
+        match blocking(move || guard::refusal(&tmp)).await {
+            Ok(Some(message)) => return Some(Verdict::Failed { reason: Reason::Policy, message }),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(attempt = %self.key, %error, "what was refused cannot be read"),
+        }
         let complaint = blocking(move || failure::last_complaint(&dir)).await.unwrap_or_else(|error| {
             tracing::warn!(attempt = %self.key, %error, "the log cannot be read");
             None
         });
         let (reason, message) = failure::classify(i32::from(code), complaint.as_deref());
         Some(Verdict::Failed { reason, message })
+    }
+
+    /// Has a build stopped that takes more of the store than it may. Goes on as long as the build.
+    pub(super) fn watch_store(&self, assignment: &Assignment) -> Option<AbortOnDropHandle<()>> {
+        let amounts = is_podman(assignment).then(|| self.services.limiter.amounts(&assignment.spec.resources))?.ok()?;
+        let (services, key, dir) = (Arc::clone(&self.services), self.key.clone(), self.dir.clone());
+        let files_max = match services.config.limits.files {
+            0 => u64::MAX,
+            files => files,
+        };
+        Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            let since = std::fs::metadata(dir.root()).and_then(|dir| dir.created());
+            let since = since.unwrap_or_else(|_| std::time::SystemTime::now());
+            let mut pause = STORE_LOOK;
+            loop {
+                tokio::time::sleep(pause).await;
+                let began = tokio::time::Instant::now();
+                // A list that podman is about to replace is read next time.
+                let Ok(used) = services.podman.usage(&key, since).await else { continue };
+                pause = STORE_LOOK.max(began.elapsed() * STORE_LOOK_FACTOR);
+                if amounts.disk_bytes.is_some_and(|most| used.bytes > most) || used.files > files_max {
+                    tracing::info!(attempt = %key, ?used, "a build takes more of the store than it may");
+                    if let Err(error) = super::follow::stop_and_wait(&dir, Reason::DiskFull, 0).await {
+                        tracing::warn!(attempt = %key, %error, "a build cannot be stopped; trying again");
+                    }
+                }
+            }
+        })))
     }
 
     /// Removes build containers and whatever else podman left of this attempt, whose processes are dead.

@@ -8,10 +8,12 @@
 pub mod build;
 pub mod context;
 pub mod failure;
+pub mod guard;
 mod probe;
 mod process;
 mod store;
 mod sweep;
+mod usage;
 
 use std::ffi::OsString;
 use std::io;
@@ -20,11 +22,13 @@ use std::time::Duration;
 
 use helix_model::{AttemptKey, Platform};
 use helix_runner::cgroup::Wanted;
+use helix_runner::limits::Limits;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 pub use self::process::Finished;
 pub use self::store::{Lock, Pruned, Tier};
+pub use self::usage::Usage;
 use crate::blocking::blocking;
 use crate::config::Config;
 use crate::data_dir::make_private;
@@ -47,7 +51,7 @@ pub enum Standing {
 pub struct Facts {
     /// podman's version.
     pub version: String,
-    /// The container runtime that works; empty for podman's own choice.
+    /// The container runtime that works.
     pub runtime: String,
     /// The storage driver.
     pub driver: String,
@@ -79,8 +83,7 @@ impl Standing {
             Self::Disabled => "disabled (podman.enabled)".to_owned(),
             Self::Broken(why) => format!("does not work: {why}"),
             Self::Works(facts) => {
-                let runtime = if facts.runtime.is_empty() { "default runtime" } else { &facts.runtime };
-                format!("{}, {runtime}, {}", facts.version, facts.driver)
+                format!("{}, {}, {}", facts.version, facts.runtime, facts.driver)
             }
         }
     }
@@ -130,7 +133,7 @@ impl Podman {
             let text = containers_conf(probe::may_raise_limits());
             std::fs::write(self.own_containers_conf(), text)?;
         }
-        Ok(())
+        self.write_image_policy()
     }
 
     /// What lasts until the next boot must not outlive it: it says what is mounted.
@@ -210,9 +213,22 @@ impl Podman {
         tmp: &Path,
         limit: Duration,
     ) -> io::Result<Finished> {
+        self.run_with(tracker, arguments, tmp, limit, None).await
+    }
+
+    /// As [`Self::run`], with a variable more.
+    async fn run_with(
+        &self,
+        tracker: &TaskTracker,
+        arguments: Vec<OsString>,
+        tmp: &Path,
+        limit: Duration,
+        variable: Option<(OsString, OsString)>,
+    ) -> io::Result<Finished> {
         let mut argv = self.base();
         argv.extend(arguments);
-        let environment = self.environment(tmp);
+        let mut environment = self.environment(tmp);
+        environment.extend(variable);
         process::run(tracker, process::Step { argv, environment, directory: self.dir.clone(), limit }).await
     }
 
@@ -228,14 +244,30 @@ impl Podman {
         Duration::from_secs(self.config.podman.push_limit_s)
     }
 
-    /// Limits what build containers of an attempt may use, where the attempt's own cgroups do not.
+    /// Limits what build containers of an attempt may use, where the attempt's own cgroups do not: these move to where they hold
+    /// podman and its containers together.
     ///
     /// # Errors
     /// Those of the file system.
-    pub async fn limit(&self, key: &AttemptKey, wanted: Wanted) -> io::Result<()> {
-        let own = matches!(&*self.standing.borrow(), Standing::Works(facts) if facts.cgroups == Cgroups::OfAttempt);
+    pub async fn limit(
+        &self,
+        key: &AttemptKey,
+        facts: &Facts,
+        wanted: Wanted,
+        mut limits: Limits,
+    ) -> io::Result<Limits> {
+        // What podman writes is counted, and no single file of it: see [`Self::usage`].
+        limits.file_bytes = None;
         let path = self.cgroup_of(key);
-        if own { blocking(move || sweep::limit_cgroups(&path, &wanted)).await } else { Ok(()) }
+        match facts.cgroups {
+            Cgroups::OfAttempt => blocking(move || sweep::limit_cgroups(&path, &wanted, limits)).await,
+            Cgroups::OfRuntime => Ok(limits),
+        }
+    }
+
+    /// What marks build containers as an attempt's where their cgroup does not.
+    fn mark_of(&self, key: &AttemptKey) -> String {
+        format!("id={}{key},src=/dev/null", self.cgroups.1)
     }
 
     /// The cgroup of an attempt's build containers, as a path in the hierarchy.

@@ -60,7 +60,7 @@ fn workdir(cluster: &Cluster, id: &str) -> PathBuf {
 }
 
 /// A build with a secret, which runs until it is told to end.
-fn start_victim(cluster: &Cluster) -> PathBuf {
+pub(crate) fn start_victim(cluster: &Cluster) -> PathBuf {
     let line =
         "echo s3cret > secret; touch started; until [ -e go ]; do sleep 0.05; done; [ ! -e planted ] && cat secret";
     submit(cluster, "victim", &["--no-output", "--env", "VICTIM=secret"], line);
@@ -75,7 +75,7 @@ fn submit(cluster: &Cluster, id: &str, flags: &[&str], line: &str) {
     assert_eq!(said.code, 0, "{id}: {}", said.stderr);
 }
 
-fn places(cluster: &Cluster, victim: &std::path::Path) -> Places {
+pub(crate) fn places(cluster: &Cluster, victim: &std::path::Path) -> Places {
     let grpc = cluster.all("coordinator")[0].grpc.clone().unwrap();
     Places {
         key: cluster.root().join("pki/agent-agent-1-key.pem").display().to_string(),
@@ -86,7 +86,7 @@ fn places(cluster: &Cluster, victim: &std::path::Path) -> Places {
 }
 
 /// What is wrong with how a case ended.
-fn complaint(cluster: &Cluster, case: &Case) -> Option<String> {
+pub(crate) fn complaint(cluster: &Cluster, case: &Case) -> Option<String> {
     let status = cluster.json(&["status", case.name]);
     let log = cluster.helix(&["logs", case.name]);
     let log = log.stdout + &log.stderr;

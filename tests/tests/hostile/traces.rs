@@ -26,6 +26,45 @@ pub(crate) fn left(data_dir: &Path, builds: &[String]) -> Vec<String> {
     found
 }
 
+/// Everything that is left of these podman builds under an agent with this data directory. What the store keeps for later builds,
+/// and its mount upon itself, stay by design.
+pub(crate) fn left_by_podman(data_dir: &Path, builds: &[String]) -> Vec<String> {
+    let mut found = processes(data_dir, &BTreeSet::new());
+    found.extend(in_groups_of(builds).into_iter().map(|pid| format!("process {pid} in a control group of a build's")));
+    let store = data_dir.join("podman/storage");
+    let own = |line: &String| line.split(' ').nth(5).is_some_and(|point| Path::new(point).parent() == Some(&store));
+    found.extend(mounts(data_dir).into_iter().filter(|line| !own(line)));
+    found.extend(control_groups(builds));
+    found.extend(workdirs(data_dir));
+    for driver in fs::read_dir(&store).into_iter().flatten().flatten() {
+        if driver.file_name().to_string_lossy().ends_with("-containers") {
+            let inside = fs::read_dir(driver.path()).into_iter().flatten().flatten();
+            let containers = inside.filter(|entry| entry.path().is_dir());
+            found.extend(containers.map(|entry| format!("container {}", entry.path().display())));
+        }
+    }
+    // Where runtimes keep what they know of containers, and where podman puts what it has no other place for.
+    for (place, begins) in [("/run/runc", "buildah"), ("/run/crun", "buildah"), ("/var/tmp", "buildah")] {
+        for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(begins) {
+                found.push(format!("file {}", entry.path().display()));
+            }
+        }
+    }
+    found
+}
+
+/// The processes in control groups of these builds, in whichever tree.
+pub(crate) fn in_groups_of(builds: &[String]) -> Vec<i32> {
+    let pids = fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok()));
+    pids.filter(|pid: &i32| {
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        builds.iter().any(|build| groups.contains("/helix-") && groups.contains(&format!("-{build}.")))
+    })
+    .collect()
+}
+
 fn processes(data_dir: &Path, users: &BTreeSet<u32>) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {

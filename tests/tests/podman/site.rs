@@ -194,11 +194,22 @@ impl Registry {
     }
 
     pub(crate) fn start_at(dir: &Path, port: u16) -> Self {
+        Self::start_with(dir, port, "")
+    }
+
+    /// One that asks who it is, and knows these users.
+    pub(crate) fn start_with_passwords(dir: &Path, port: u16, passwords: &str) -> Self {
+        let file = dir.join("passwords");
+        fs::write(&file, passwords).unwrap();
+        Self::start_with(dir, port, &format!("auth:\n  htpasswd: {{realm: test, path: {}}}\n", file.display()))
+    }
+
+    fn start_with(dir: &Path, port: u16, more: &str) -> Self {
         let address = format!("127.0.0.1:{port}");
         let data = dir.join("registry");
         let config = dir.join("registry.yml");
         let text = format!(
-            "version: 0.1\nlog: {{level: warn}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp:\n  addr: {address}\n",
+            "version: 0.1\nlog: {{level: warn}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp:\n  addr: {address}\n{more}",
             data.display()
         );
         fs::write(&config, text).unwrap();

@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use rustix::process::Signal;
 
@@ -14,6 +16,8 @@ use crate::processes::{Process, signal};
 #[derive(Clone, Debug, Default)]
 pub struct Groups {
     paths: Vec<PathBuf>,
+    /// Where cgroup v1 notes that memory ran out.
+    notices: Vec<Rc<OwnedFd>>,
 }
 
 impl Groups {
@@ -44,6 +48,8 @@ impl Groups {
             let mut file = fs::OpenOptions::new().write(true).open(group.path.join(file))?;
             io::Write::write_all(&mut file, value.as_bytes())?;
         }
+        // Without a notice the counts remain, which know less.
+        self.notices.extend(notice(&group.path).ok().map(Rc::new));
         Ok(())
     }
 
@@ -51,7 +57,7 @@ impl Groups {
     #[must_use]
     pub fn existing(groups: &[Group]) -> Self {
         let there = |path: &&PathBuf| path.join("cgroup.procs").exists();
-        Self { paths: groups.iter().map(|group| &group.path).filter(there).cloned().collect() }
+        Self { paths: groups.iter().map(|group| &group.path).filter(there).cloned().collect(), notices: Vec::new() }
     }
 
     /// Whether there is none.
@@ -83,10 +89,15 @@ impl Groups {
         Ok(members)
     }
 
-    /// How often the kernel killed in them for want of memory.
+    /// How often the kernel killed in them for want of memory. Asked before they are removed, of which there are notices too.
     #[must_use]
     pub fn memory_kills(&self) -> u64 {
-        self.paths.iter().map(|path| memory_kills(path)).sum()
+        let noticed = self.notices.iter().map(|notice| {
+            let mut count = [0; size_of::<u64>()];
+            // Not yet written to: nothing happened.
+            rustix::io::read(notice.as_ref(), &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+        });
+        self.paths.iter().map(|path| memory_kills(path)).chain(noticed).sum()
     }
 
     /// Removes them; those that are gone already are fine.
@@ -104,6 +115,18 @@ impl Groups {
     }
 }
 
+/// Has cgroup v1 say when memory runs out in a cgroup, or in one below it whose own count goes with it: those of cgroup v2 count
+/// for all below.
+fn notice(path: &Path) -> io::Result<OwnedFd> {
+    use rustix::event::{EventfdFlags, eventfd};
+    let control = fs::OpenOptions::new().write(true).open(path.join("cgroup.event_control"))?;
+    let subject = fs::File::open(path.join("memory.oom_control"))?;
+    let notice = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+    let request = format!("{} {}", notice.as_raw_fd(), subject.as_raw_fd());
+    io::Write::write_all(&mut &control, request.as_bytes())?;
+    Ok(notice)
+}
+
 /// How often the kernel killed in a cgroup for want of memory; 0 where it has no memory controller.
 pub(super) fn memory_kills(path: &Path) -> u64 {
     // The first file is of cgroup v2, the second of v1.
@@ -114,7 +137,7 @@ pub(super) fn memory_kills(path: &Path) -> u64 {
 
 /// Kills whoever is in a cgroup of any version that nobody owns any more, and removes it. False when somebody is still dying.
 pub(super) fn put_away(path: &Path) -> io::Result<bool> {
-    let group = Groups { paths: vec![path.to_owned()] };
+    let group = Groups { paths: vec![path.to_owned()], notices: Vec::new() };
     if fs::write(path.join("cgroup.kill"), "1").is_err() {
         for process in group.members()? {
             // It may be gone by now.

@@ -8,7 +8,7 @@ use helix_model::{AttemptKey, BuildId};
 use helix_runner::{AttemptDir, Order, Privileges};
 use sha2::{Digest as _, Sha256};
 
-use super::{Cgroups, Podman, Standing, platform_suffix};
+use super::{Cgroups, Facts, Podman, platform_suffix};
 use crate::attempt::workdir::Workdir;
 
 /// The longest tag.
@@ -23,6 +23,8 @@ pub struct Place<'a> {
     pub dir: &'a AttemptDir,
     /// The cluster's name.
     pub cluster: &'a str,
+    /// How podman works here.
+    pub facts: &'a Facts,
 }
 
 /// What precedes the context in every order: options end here.
@@ -48,6 +50,8 @@ impl Podman {
         // By these a sweep recognises the processes of a runner that died.
         environment.push(("HELIX_BUILD_ID".into(), assignment.key.build.as_str().into()));
         environment.push(("HELIX_ATTEMPT".into(), assignment.key.attempt.to_string().into()));
+        let tmp = place.workdir.tmp();
+        environment.push(self.guard_variable(&place.facts.runtime, &[&place.workdir.work(), &tmp], &tmp));
         Order {
             argv: self.argv(assignment, dockerfile, place),
             environment,
@@ -111,13 +115,13 @@ impl Podman {
             "--runtime-flag",
             OsString::from_iter(["root=".into(), place.workdir.tmp().join("runtime").into_os_string()]),
         );
-        if let Standing::Works(facts) = &*self.standing.borrow() {
-            if !facts.runtime.is_empty() {
-                option("--runtime", facts.runtime.clone().into());
-            }
-            if facts.cgroups == Cgroups::OfAttempt {
-                option("--cgroup-parent", self.cgroup_of(key).into());
-            }
+        // Not the runtime itself: see `guard`.
+        option("--runtime", self.config.runner_path.clone().into());
+        option("--signature-policy", self.image_policy().into());
+        // Whose its containers are, a sweep finds in podman's notes: by their cgroup, else by a secret that holds nothing.
+        match place.facts.cgroups {
+            Cgroups::OfAttempt => option("--cgroup-parent", self.cgroup_of(key).into()),
+            Cgroups::OfRuntime => option("--secret", self.mark_of(key).into()),
         }
         argv.extend(config.build_arguments.iter().map(OsString::from));
         argv.push("--".into());
@@ -270,7 +274,9 @@ mod tests {
         let assignment = assignment("b", "main");
         let workdir = Workdir::new(Path::new("/base"), &assignment.key);
         let dir = AttemptDir::new("/spool");
-        let place = Place { workdir: &workdir, dir: &dir, cluster: "c" };
+        let (version, driver) = (String::new(), String::new());
+        let facts = Facts { version, driver, runtime: "runc".to_owned(), cgroups: Cgroups::OfAttempt };
+        let place = Place { workdir: &workdir, dir: &dir, cluster: "c", facts: &facts };
         let argv: Vec<String> = podman
             .argv(&assignment, Path::new("/base/b.0.1/work/Dockerfile"), place)
             .iter()
@@ -291,6 +297,9 @@ mod tests {
             "--label=helix.build=b",
             "--label=helix.attempt=b.0.1",
             "--runtime-flag=root=/base/b.0.1/tmp/runtime",
+            &format!("--runtime={}", config.runner_path.display()),
+            &format!("--signature-policy={}", data.path().join("podman/policy.json").display()),
+            "--cgroup-parent=/helix-x-b.0.1/build",
             "--squash",
             "--",
             "/base/b.0.1/work",

@@ -75,45 +75,81 @@ fn read(work: &Path, name: &str) -> Result<String, Errno> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Flags of `RUN` that widen what a step may do. podman of today knows neither; a later one may.
+/// Places that podman takes images from besides registries. They are paths of this host.
+const TRANSPORTS: [&str; 9] = [
+    "containers-storage:",
+    "dir:",
+    "docker-archive:",
+    "docker-daemon:",
+    "oci-archive:",
+    "oci:",
+    "ostree:",
+    "sif:",
+    "tarball:",
+];
+
+/// Flags of `RUN` that widen what a step may do, which podman of today does not know and a later one may; and images that
+/// are no registry's, where they can be told: podman has a policy against the others.
 fn check(text: &str, network: &str) -> Result<(), String> {
-    for instruction in instructions(text) {
-        let mut words = instruction.split_whitespace().peekable();
-        while words.peek().is_some_and(|word| word.eq_ignore_ascii_case("ONBUILD")) {
-            words.next();
-        }
-        if !words.next().is_some_and(|word| word.eq_ignore_ascii_case("RUN")) {
-            continue;
-        }
-        for flag in words.take_while(|word| word.starts_with("--")) {
-            if flag.starts_with("--security") {
-                return Err(format!("RUN {flag} is not allowed on this agent"));
+    // Which of the two escapes counts, a directive says; a flag that only one of them shows is one.
+    for escape in ['\\', '`'] {
+        for line in instructions(text, escape) {
+            // podman takes quotation marks and escapes out of flags.
+            let plain = line.replace(['"', '\'', '\\'], "");
+            let mut words = plain.split_whitespace().peekable();
+            while words.peek().is_some_and(|word| word.eq_ignore_ascii_case("ONBUILD")) {
+                words.next();
             }
-            if flag.starts_with("--network") && !flag.ends_with("=none") && network != "host" {
-                return Err(format!("RUN {flag} is not allowed on this agent (podman.network)"));
+            let verb = words.next().unwrap_or_default().to_ascii_uppercase();
+            let flags: Vec<&str> = std::iter::from_fn(|| words.next_if(|word| word.starts_with("--"))).collect();
+            let image = match verb.as_str() {
+                "FROM" => words.next(),
+                "COPY" => flags.iter().find_map(|flag| flag.strip_prefix("--from=")),
+                _ => None,
+            };
+            if let Some(image) = image.filter(|image| TRANSPORTS.iter().any(|place| image.starts_with(place))) {
+                return Err(format!("the image {image} is no registry's, and not allowed on this agent"));
+            }
+            if verb != "RUN" {
+                continue;
+            }
+            for flag in flags {
+                if flag.starts_with("--security") {
+                    return Err(format!("RUN {flag} is not allowed on this agent"));
+                }
+                if flag.starts_with("--network") && !flag.ends_with("=none") && network != "host" {
+                    return Err(format!("RUN {flag} is not allowed on this agent (podman.network)"));
+                }
             }
         }
     }
     Ok(())
 }
 
-/// The instructions of a Dockerfile, a line each. A line that ends with an escape goes on in the next, over comments and
-/// empty lines; either character that can be the escape counts as one.
-fn instructions(text: &str) -> Vec<String> {
-    let mut all = Vec::new();
-    let mut open: Option<String> = None;
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
-        let (part, goes_on) = match line.strip_suffix(['\\', '`']) {
-            Some(part) => (part, true),
-            None => (line, false),
-        };
-        let mut whole = open.take().unwrap_or_default();
-        whole.push_str(part);
-        whole.push(' ');
-        if goes_on { open = Some(whole) } else { all.push(whole) }
+/// The instructions of a Dockerfile, as podman puts them together: a line that ends with the escape goes on in the next, without
+/// anything between them; comments and empty lines in between are passed over.
+fn instructions(text: &str, escape: char) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut current: Option<String> = None;
+    for line in text.lines() {
+        let goes_on = current.is_some();
+        if line.trim_start().starts_with('#') || (goes_on && line.trim().is_empty()) {
+            continue;
+        }
+        let mut whole = current.take().unwrap_or_default();
+        match line.trim_end().strip_suffix(escape) {
+            Some(part) => {
+                whole.push_str(part);
+                current = Some(whole);
+            }
+            None => {
+                whole.push_str(line);
+                found.push(whole);
+            }
+        }
     }
-    all.extend(open);
-    all
+    found.extend(current);
+    found
 }
 
 #[cfg(test)]
@@ -172,11 +208,21 @@ mod tests {
         for (text, network, fine) in [
             ("FROM a\nRUN --network=host id", "", false),
             ("FROM a\nrun --mount=type=cache,target=/c \\\n --network=host id", "", false),
+            ("FROM a\nRUN --net\\\nwork=host id", "", false),
+            ("FROM a\nRUN --net\\ \n # not this\n\nwork=host id", "", false),
+            ("# escape=`\nFROM a\nRUN --net`\nwork=host id", "", false),
+            ("FROM a\nRUN --\"net\"work=host id", "", false),
+            ("FROM a\nRUN echo \\\n --network=host", "", true),
             ("FROM a\nONBUILD RUN --network=default id", "none", false),
             ("FROM a\nRUN --security=insecure id", "host", false),
             ("FROM a\nRUN \\  \n# a comment\n\n --network=host id", "", false),
             ("FROM a\nRUN `\r\n--security=insecure id", "", false),
+            ("FROM a\nONBUILD ONBUILD RUN --security=insecure id", "", false),
             ("FROM a\nRUN --mount=type=cache,target=/c \\", "", true),
+            ("FROM --platform=linux/amd64 dir:/etc", "", false),
+            ("from oci-archive:x AS y\nRUN true", "host", false),
+            ("FROM a\nCOPY --from=oci:x /x /y", "", false),
+            ("FROM docker://h/a:1\nCOPY --from=h:5000/x dir:x /y", "", true),
             ("FROM a\nRUN --network=none id", "", true),
             ("FROM a\nRUN --network=host id", "host", true),
             ("FROM a\nRUN curl --network=host", "", true),

@@ -20,6 +20,7 @@ const WORDS: &[(&str, Reason)] = &[
     ("disk quota exceeded", Reason::DiskFull),
     // A `RUN` step may end with any code, 125 included.
     ("while running runtime:", Reason::Exit),
+    ("is rejected by policy", Reason::Policy),
     ("creating build container:", Reason::ImagePull),
     ("initializing source docker://", Reason::ImagePull),
     ("pinging container registry", Reason::ImagePull),
@@ -27,9 +28,13 @@ const WORDS: &[(&str, Reason)] = &[
     ("was not found in the provided Dockerfile", Reason::Source),
     ("Unknown instruction:", Reason::Source),
     ("no FROM statement found", Reason::Source),
+    ("FROM requires either one argument", Reason::Source),
     ("no contents in", Reason::Source),
+    ("reading \"http", Reason::Source),
     ("checking on sources under", Reason::Source),
     ("error during bulk transfer for copier", Reason::Source),
+    // Of a file that cannot be read, when the copier ends before it was asked.
+    ("error encoding request for copier", Reason::Source),
     ("no stage or image found with that name", Reason::Source),
     ("dockerfile parse error", Reason::Source),
     ("parsing main Dockerfile", Reason::Source),
@@ -131,6 +136,17 @@ mod tests {
             ),
             (125, "building at STEP \"BOGUS \": Build error: Unknown instruction: \"BOGUS\"", Reason::Source),
             (125, "no FROM statement found", Reason::Source),
+            (125, "FROM requires either one argument, or three: FROM <source> [as <name>]", Reason::Source),
+            (
+                125,
+                "building at STEP \"ADD http://h/x /x\": reading \"http://h/x\": dial tcp: connection refused",
+                Reason::Source,
+            ),
+            (
+                125,
+                "creating build container: Source image rejected: Running image dir:/x is rejected by policy.",
+                Reason::Policy,
+            ),
             (125, "building at STEP \"RUN x\": netavark: No such file or directory (os error 2)", Reason::Internal),
             (125, "building at STEP \"COPY a /\": copying: write /a: no space left on device", Reason::DiskFull),
             // The build's own words decide nothing.

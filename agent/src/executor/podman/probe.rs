@@ -84,21 +84,26 @@ impl Podman {
     async fn trial(&self) -> Result<Facts, String> {
         let _share = self.share().await.map_err(|error| format!("cannot lock the store: {error}"))?;
         let tracker = TaskTracker::new();
-        let format = "--format=podman {{.Version.Version}}\n{{.Store.GraphDriverName}}";
+        let format = "--format=podman {{.Version.Version}}\n{{.Store.GraphDriverName}}\n{{.Host.OCIRuntime.Path}}";
         let info = self.run(&tracker, vec!["info".into(), format.into()], &self.dir, INFO_LIMIT).await;
         let info = info.map_err(|error| error.to_string())?;
         if !info.success() {
             return Err(format!("podman info: {}", info.complaint()));
         }
         let mut lines = info.stdout.lines().map(str::to_owned);
-        let (version, driver) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+        let mut line = || lines.next().unwrap_or_default();
+        let (version, driver, default_runtime) = (line(), line(), line());
         let context = self.dir.join("trial");
         let place = context.clone();
         let step =
             blocking(move || lay_out(&place)).await.map_err(|error| format!("cannot make a context: {error}"))?;
         tracing::debug!(?step, "trying a scratch build");
         let mut first = None;
-        for runtime in self.runtimes() {
+        for mut runtime in self.runtimes() {
+            if runtime.is_empty() {
+                // podman's own choice, by name: the guard has to start it.
+                runtime.clone_from(&default_runtime);
+            }
             for cgroups in [Cgroups::OfAttempt, Cgroups::OfRuntime] {
                 match self.scratch_build(&tracker, &context, &runtime, cgroups).await {
                     Ok(()) => return Ok(Facts { version, runtime, driver, cgroups }),
@@ -142,9 +147,8 @@ impl Podman {
         };
         option("--iidfile", id_file.clone().into());
         option("--runtime-flag", OsString::from_iter(["root=".into(), state.into_os_string()]));
-        if !runtime.is_empty() {
-            option("--runtime", runtime.into());
-        }
+        option("--runtime", self.config.runner_path.clone().into());
+        option("--signature-policy", self.image_policy().into());
         if cgroups == Cgroups::OfAttempt {
             option("--cgroup-parent", cgroup.clone().into());
         }
@@ -152,11 +156,14 @@ impl Podman {
             option("--network", self.config.podman.network.clone().into());
         }
         arguments.extend(["--".into(), context.into()]);
-        let built = self.run(tracker, arguments, &self.dir, BUILD_LIMIT).await;
+        let guard = self.guard_variable(runtime, &[&self.dir], &self.dir);
+        let built = self.run_with(tracker, arguments, &self.dir, BUILD_LIMIT, Some(guard)).await;
         let _ = blocking(move || super::sweep::remove_cgroups(&cgroup)).await;
         let built = built.map_err(|error| error.to_string())?;
         if !built.success() {
-            return Err(built.complaint());
+            // What the runtime says stands before podman's own complaint, which knows its exit code alone.
+            let said = built.stderr.lines().find(|line| line.contains("creating container for"));
+            return Err(said.map_or_else(|| built.complaint(), str::to_owned));
         }
         let id = blocking(move || std::fs::read_to_string(id_file)).await.map_err(|error| error.to_string())?;
         let removed = self.run(tracker, vec!["rmi".into(), "--force".into(), id.trim().into()], &self.dir, INFO_LIMIT);

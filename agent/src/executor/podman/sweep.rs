@@ -1,7 +1,8 @@
 //! What builds leave in the store when they are killed, and its removal: build containers with their mounts, lists of
 //! images, and cgroups that the runtime made.
 //!
-//! podman does not label build containers. But it notes the cgroup that each was given, and that names the attempt.
+//! podman does not label build containers. But it notes the cgroup that each was given, or what secrets, and that names the
+//! attempt.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use helix_model::AttemptKey;
 use helix_runner::cgroup::Wanted;
+use helix_runner::limits::Limits;
 use serde::Deserialize;
 use tokio_util::task::TaskTracker;
 
@@ -21,12 +23,15 @@ use crate::blocking::blocking;
 /// How long removing containers may take.
 const REMOVE_LIMIT: Duration = Duration::from_secs(120);
 
+/// The depth to which cgroups are removed.
+const GROUPS_DEPTH_MAX: u32 = 64;
+
 /// A build container as the store has it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Container {
-    id: String,
+    pub(super) id: String,
     /// The attempt that made it, where that can be told.
-    attempt: Option<AttemptKey>,
+    pub(super) attempt: Option<AttemptKey>,
 }
 
 /// What the store notes of an image, as far as it matters here.
@@ -47,6 +52,8 @@ struct Notes {
 struct Options {
     #[serde(rename = "CgroupParent", default)]
     cgroup: String,
+    #[serde(rename = "Secrets", default)]
+    secrets: Option<Vec<String>>,
 }
 
 impl Podman {
@@ -76,6 +83,8 @@ impl Podman {
     /// # Errors
     /// When something cannot be removed.
     pub async fn sweep_all_but(&self, tracker: &TaskTracker, alive: &BTreeSet<AttemptKey>) -> io::Result<()> {
+        let ((base, prefix), living) = (self.cgroups.clone(), alive.clone());
+        blocking(move || remove_stale_cgroups(&base, &prefix, &living)).await?;
         if alive.is_empty()
             && let Some(_alone) = self.have_alone(Duration::ZERO).await?
         {
@@ -141,21 +150,18 @@ impl Podman {
 }
 
 /// The build containers in a store. Those of a moment ago may have no notes yet.
-fn containers(root: &Path, prefix: &str) -> io::Result<Vec<Container>> {
+pub(super) fn containers(root: &Path, prefix: &str) -> io::Result<Vec<Container>> {
     let mut found = Vec::new();
-    for kind in read_dir(root)? {
+    for driver in drivers(root)? {
         // DRIVER-containers/ID/userdata/buildah.json
-        if !kind.file_name().is_some_and(|name| name.to_string_lossy().ends_with("-containers")) {
-            continue;
-        }
-        for container in read_dir(&kind)? {
+        for container in read_dir(&root.join(format!("{driver}-containers")))? {
             let Some(id) = container.file_name().and_then(|name| name.to_str()) else { continue };
             if !container.is_dir() {
                 continue;
             }
             let notes = fs::read(container.join("userdata/buildah.json")).unwrap_or_default();
             let notes: Option<Notes> = serde_json::from_slice(&notes).ok();
-            let attempt = notes.and_then(|notes| attempt_of(&notes.options.cgroup, prefix));
+            let attempt = notes.and_then(|notes| attempt_of(&notes.options, prefix));
             found.push(Container { id: id.to_owned(), attempt });
         }
     }
@@ -185,6 +191,17 @@ fn lists(root: &Path) -> io::Result<Vec<String>> {
     Ok(found)
 }
 
+/// The storage drivers that a store has containers of.
+pub(super) fn drivers(root: &Path) -> io::Result<Vec<String>> {
+    let names = read_dir(root)?.into_iter().filter_map(|path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_suffix("-containers"))
+            .map(str::to_owned)
+    });
+    Ok(names.collect())
+}
+
 fn read_dir(path: &Path) -> io::Result<Vec<PathBuf>> {
     match fs::read_dir(path) {
         Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
@@ -193,9 +210,12 @@ fn read_dir(path: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
-/// The attempt in a name that [`Podman::cgroup_of`] made.
-fn attempt_of(cgroup: &str, prefix: &str) -> Option<AttemptKey> {
-    cgroup.strip_suffix("/build")?.rsplit('/').next()?.strip_prefix(prefix)?.parse().ok()
+/// The attempt in what [`Podman::cgroup_of`] or [`Podman::mark_of`] made.
+fn attempt_of(options: &Options, prefix: &str) -> Option<AttemptKey> {
+    let name = options.cgroup.strip_suffix("/build").and_then(|path| path.rsplit('/').next());
+    let marks = options.secrets.iter().flatten();
+    let marks = marks.filter_map(|mark| mark.strip_prefix("id=")?.strip_suffix(",src=/dev/null"));
+    name.into_iter().chain(marks).find_map(|name| name.strip_prefix(prefix)?.parse().ok())
 }
 
 /// A directory of the unified tree as a path in the hierarchy, without a slash at the end.
@@ -205,25 +225,46 @@ pub(super) fn in_hierarchy(base: Option<&Path>) -> String {
     inside.filter(|path| !path.as_os_str().is_empty()).map_or_else(String::new, |path| format!("/{}", path.display()))
 }
 
-/// Makes the cgroup above a build's in the trees that cgroup v1 has, and limits it: the runtime puts containers below it, and what it
-/// sets for each of them is their own.
-pub(super) fn limit_cgroups(path: &str, wanted: &Wanted) -> io::Result<()> {
+/// Limits a build's containers in the trees that cgroup v1 has: the runtime puts them below the attempt's cgroup of the unified tree,
+/// as a path, in every tree. Memory and processor time are one limit for podman and its containers; a container's
+/// processes have one of their own, or podman itself would be short of them.
+pub(super) fn limit_cgroups(path: &str, wanted: &Wanted, mut limits: Limits) -> io::Result<Limits> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let quota = wanted.cpu_milli.map(|milli| milli.saturating_mul(100).max(1000));
-    let settings = [
-        ("pids", "pids.max", wanted.processes),
-        ("memory", "memory.limit_in_bytes", wanted.memory_bytes),
-        ("cpu", "cpu.cfs_quota_us", quota),
-    ];
-    for (controller, file, value) in settings {
-        let Some(value) = value else { continue };
-        let tree = cgroup_mounts(&mounts)
-            .find(|(_, options)| options.is_some_and(|options| options.split(',').any(|word| word == controller)));
-        let Some((mount, _)) = tree else { continue };
-        let build = Path::new(mount).join(path.trim_start_matches('/'));
-        let Some(attempt) = build.parent() else { continue };
-        fs::create_dir_all(attempt)?;
-        fs::write(attempt.join(file), value.to_string())?;
+    let attempt = Path::new(path.trim_start_matches('/')).parent().unwrap_or(Path::new(""));
+    let trees = || cgroup_mounts(&mounts).filter_map(|(mount, options)| Some((Path::new(mount), options?)));
+    for group in &mut limits.groups {
+        if let Some((mount, _)) = trees().find(|(mount, _)| group.path.starts_with(mount)) {
+            group.path = mount.join(attempt);
+            fs::create_dir_all(group.path.parent().unwrap_or(mount))?;
+        }
+    }
+    let has_pids = |options: &str| options.split(',').any(|word| word == "pids");
+    if let Some(processes) = wanted.processes
+        && let Some((mount, _)) = trees().find(|(_, options)| has_pids(options))
+    {
+        let group = mount.join(attempt);
+        fs::create_dir_all(&group)?;
+        fs::write(group.join("pids.max"), processes.to_string())?;
+    }
+    Ok(limits)
+}
+
+/// Removes the cgroups of attempts that nobody knows any more.
+fn remove_stale_cgroups(base: &str, prefix: &str, alive: &BTreeSet<AttemptKey>) -> io::Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    for (mount, options) in cgroup_mounts(&mounts) {
+        // In the unified tree the agent puts them away, and kills who is in there.
+        if options.is_none() {
+            continue;
+        }
+        let entries = fs::read_dir(Path::new(mount).join(base.trim_start_matches('/'))).into_iter().flatten().flatten();
+        for entry in entries {
+            let name = entry.file_name();
+            let key = name.to_str().and_then(|name| name.strip_prefix(prefix)?.parse::<AttemptKey>().ok());
+            if key.is_some_and(|key| !alive.contains(&key)) {
+                remove_groups(&entry.path(), GROUPS_DEPTH_MAX);
+            }
+        }
     }
     Ok(())
 }
@@ -233,14 +274,25 @@ pub(super) fn remove_cgroups(path: &str) -> io::Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     for (mount, _) in cgroup_mounts(&mounts) {
         let build = Path::new(mount).join(path.trim_start_matches('/'));
-        for group in [Some(build.as_path()), build.parent()].into_iter().flatten() {
-            match fs::remove_dir(group) {
-                // One that is not there, mostly. Else nobody is in it any more who could be hurt.
-                Ok(()) | Err(_) => {}
-            }
+        if let Some(attempt) = build.parent() {
+            remove_groups(attempt, GROUPS_DEPTH_MAX);
         }
     }
     Ok(())
+}
+
+/// Removes a cgroup and those below, which the runtime and steps made. That there is none is fine, and it is mostly so; else nobody
+/// is in them any more who could be hurt.
+fn remove_groups(at: &Path, depth: u32) {
+    if fs::remove_dir(at).is_ok() || depth == 0 {
+        return;
+    }
+    for entry in fs::read_dir(at).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_groups(&entry.path(), depth - 1);
+        }
+    }
+    let _ = fs::remove_dir(at);
 }
 
 /// Where cgroup trees are mounted, and the options of those of cgroup v1, controllers among them.
@@ -271,6 +323,10 @@ mod tests {
         lay("a", r#"{"type":"buildah 0.0.1","CommonBuildOpts":{"CgroupParent":"/x/helix-1-b.0.2/build","Memory":0}}"#);
         lay("b", r#"{"CommonBuildOpts":{"CgroupParent":"/machine.slice"}}"#);
         lay("c", "half");
+        let marked =
+            r#"{"CommonBuildOpts":{"CgroupParent":"","Secrets":["id=x,src=/y","id=helix-1-b.0.3,src=/dev/null"]}}"#;
+        lay("d", marked);
+        lay("e", r#"{"CommonBuildOpts":{"CgroupParent":"","Secrets":null}}"#);
         fs::write(root.path().join("overlay-containers/containers.json"), "[]").unwrap();
         fs::create_dir_all(root.path().join("overlay-images/d")).unwrap();
         let mut found = containers(root.path(), "helix-1-").unwrap();
@@ -279,7 +335,10 @@ mod tests {
             id: id.to_owned(),
             attempt: attempt.map(|key| key.parse().unwrap()),
         };
-        assert_eq!(found, [container("a", Some("b.0.2")), container("b", None), container("c", None)]);
+        let marked = container("d", Some("b.0.3"));
+        let expected =
+            [container("a", Some("b.0.2")), container("b", None), container("c", None), marked, container("e", None)];
+        assert_eq!(found, expected);
         assert_eq!(containers(&root.path().join("none"), "").unwrap(), []);
     }
 

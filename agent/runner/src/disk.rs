@@ -9,8 +9,9 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use helix_runner::limits::DiskLimit;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, SeekFrom, Stat, openat, seek, statat};
+
+use crate::limits::DiskLimit;
 
 /// Before the first look: most builds are over by then.
 const FIRST_LOOK: Duration = Duration::from_millis(300);
@@ -32,7 +33,7 @@ const ENTRIES_BYTES: usize = 8 * 1024;
 
 /// What a step found.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Usage {
+pub enum Usage {
     /// Nothing to complain about, as far as was counted.
     Within,
     /// More than is allowed, in words.
@@ -41,29 +42,32 @@ pub(crate) enum Usage {
 
 /// Watches one attempt's directories.
 #[derive(Debug)]
-pub(crate) struct DiskWatch {
+pub struct DiskWatch {
     limit: DiskLimit,
     walk: Option<Walk>,
     next_step: Instant,
 }
 
 impl DiskWatch {
-    pub(crate) fn new(limit: DiskLimit) -> Self {
+    /// A watch that has seen nothing yet.
+    #[must_use]
+    pub fn new(limit: DiskLimit) -> Self {
         Self { limit, walk: None, next_step: Instant::now() + FIRST_LOOK }
     }
 
     /// When the next step is due.
-    pub(crate) fn next_step(&self) -> Instant {
+    #[must_use]
+    pub fn next_step(&self) -> Instant {
         self.next_step
     }
 
     /// Counts on for a moment, if it is time.
-    pub(crate) fn step(&mut self) -> Usage {
+    pub fn step(&mut self) -> Usage {
         if Instant::now() < self.next_step { Usage::Within } else { self.count_for(STEP_MAX) }
     }
 
     /// Counts everything once more, when nobody writes any longer. A disk that is full is over as well, whoever filled it.
-    pub(crate) fn last_look(&mut self) -> Usage {
+    pub fn last_look(&mut self) -> Usage {
         if is_full(&self.limit) {
             return Usage::Over("the disk is full".to_owned());
         }
@@ -106,6 +110,16 @@ impl DiskWatch {
         self.next_step = Instant::now() + STEP_PAUSE;
         over
     }
+}
+
+/// What is in a directory: allocated bytes, and files and directories. As far as it can be counted in this time.
+///
+/// # Errors
+/// Those of the file system.
+pub fn measure(root: &std::path::Path, time: Duration) -> io::Result<(u64, u64)> {
+    let mut walk = Walk::start(&DiskLimit { root: root.to_owned(), bytes: u64::MAX, files: u64::MAX })?;
+    while walk.started.elapsed() < time && walk.advance()? {}
+    Ok((walk.bytes, walk.files))
 }
 
 /// A directory on the way down: which, and where its reading stopped.
