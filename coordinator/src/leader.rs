@@ -227,12 +227,11 @@ impl<C: Consensus> LeaderLoop<C> {
 
     fn on_effects(&mut self, effects: &[Effect]) {
         let Some(leading) = &mut self.leading else { return };
-        let cluster = self.consensus.cluster();
         let noticed = self.consensus.with_state(|state| {
             self.metrics.observe(state, effects);
             let noticed = leading.on_effects(state, effects);
             if noticed.nodes {
-                leading.update_settings(state, &cluster);
+                leading.update_settings(state);
             }
             noticed
         });

@@ -63,14 +63,14 @@ impl<C: Consensus> LeaderLoop<C> {
         let Some(leading) = &mut self.leading else { return };
         // Back-offs may have ended.
         self.dirty = true;
-        let (now, cluster) = (self.consensus.now(), self.consensus.cluster());
+        let now = self.consensus.now();
         let (commands, next, lease_ms) = self.consensus.with_state(|state| {
             let lease_ms = state.policy().worker_lease_ms;
             let stood_still_ms = u64::try_from(stood_still.as_millis()).unwrap_or(u64::MAX);
             if stood_still_ms > lease_ms / TICKS_PER_LEASE {
                 leading.forgive(stood_still_ms);
             }
-            leading.update_settings(state, &cluster);
+            leading.update_settings(state);
             leading.mark_late(now);
             leading.liveness.brake = due::brake(state, &leading.liveness, now);
             leading.liveness.claims = schedule::claims(state, &leading.liveness, now);

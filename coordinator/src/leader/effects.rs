@@ -22,6 +22,10 @@ impl Leading {
     /// Sends what the effects ask for.
     pub(crate) fn on_effects(&mut self, state: &State, effects: &[Effect]) -> Noticed {
         let mut noticed = Noticed::default();
+        if effects.iter().any(|effect| matches!(effect, Effect::SendAssignment { .. })) {
+            // Before the assignments: they are run under the policy that was in force when they were made.
+            self.update_settings(state);
+        }
         for effect in effects {
             match effect {
                 Effect::BuildChanged(_) => noticed.schedule = true,

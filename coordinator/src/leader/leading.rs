@@ -104,6 +104,7 @@ impl Leading {
         spooled: &[SpooledAttempt],
         now: LogTime,
     ) {
+        self.update_settings(state);
         let Some(session) = self.sessions.get_mut(&who.worker, id) else { return };
         let counted = state
             .worker(&who.worker)
@@ -194,8 +195,8 @@ impl Leading {
     }
 
     /// Tells all agents, if anything of it changed.
-    pub(crate) fn update_settings(&mut self, state: &State, cluster: &str) {
-        let wanted = settings(state, cluster);
+    pub(crate) fn update_settings(&mut self, state: &State) {
+        let wanted = settings(state, &self.settings.cluster);
         if wanted == self.settings {
             return;
         }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use helix_core::Command;
+use helix_core::command::SetPolicy;
 use helix_core::record::Standing;
+use helix_core::{Command, Policy};
 use helix_model::BuildId;
 use helix_proto::agent::coordinator_message::Message;
 use helix_proto::agent::{Finished, Hello};
@@ -30,6 +31,22 @@ async fn a_submitted_build_is_assigned_run_and_forgotten() {
     assert_eq!(agent.forgotten().await, key);
     world.until_finished(&build).await;
     assert_eq!(leader.metrics().sessions.get(), 1);
+}
+
+#[tokio::test]
+async fn an_agent_knows_the_policy_in_force_before_it_is_given_a_build() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    for bytes in [5 << 20, 6 << 20, 7 << 20] {
+        let policy = Policy { log_bytes_max: bytes, ..world.with(|state| state.policy().clone()) };
+        world.apply(Command::SetPolicy(SetPolicy { policy, expected: None }));
+        world.submit(&format!("b{bytes}"));
+        let Message::Settings(settings) = agent.next().await else { panic!("a build under an older policy") };
+        assert_eq!(settings.log_bytes_max, bytes);
+        let key = agent.assigned().await;
+        agent.finish(succeeded(&key)).await;
+        assert_eq!(agent.forgotten().await, key);
+    }
 }
 
 /// Takes what it is given, never more than its capacity, and succeeds at once.
