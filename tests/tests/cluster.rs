@@ -10,6 +10,8 @@ mod agents;
 mod coordinators;
 #[path = "cluster/disks.rs"]
 mod disks;
+#[path = "cluster/floods.rs"]
+mod floods;
 #[path = "cluster/placing.rs"]
 mod placing;
 #[path = "cluster/policy.rs"]
