@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use helix_agent_core::{Artifact, Assignment, Death, Event, Report, SealedLog, StopCause, Verdict};
-use helix_model::{Outputs, Reason};
+use helix_model::parse::duration_text;
+use helix_model::{BuildSpec, Measure, Outputs, Reason};
 use helix_runner::{End, MemoryKill, Outcome};
 
 use super::outputs::{self, Output, Unusable, Why};
@@ -31,6 +32,9 @@ impl Attempt {
             _ => None,
         };
         let (mut report, ran_well) = self.judge(ending);
+        if let Verdict::Failed { reason, message } = &mut report.verdict {
+            message.push_str(&limit_text(*reason, &assignment.spec));
+        }
         if let (Verdict::Failed { reason: Reason::Exit, .. }, Some(why)) = (&report.verdict, why) {
             report.verdict = why;
         }
@@ -292,6 +296,18 @@ fn verdict(outcome: &Outcome, stop: Option<StopCause>) -> Option<Verdict> {
     }
 }
 
+/// The limit that was met, where the build named it; to stand behind the words on it.
+fn limit_text(reason: Reason, spec: &BuildSpec) -> String {
+    match reason {
+        Reason::Timeout if spec.timeout_ms > 0 => format!(": {}", duration_text(spec.timeout_ms)),
+        Reason::Silence if spec.silence_timeout_ms > 0 => format!(": {}", duration_text(spec.silence_timeout_ms)),
+        Reason::Oom if spec.resources.memory_bytes > 0 => {
+            format!(": the build asked for {}", Measure::Memory.text(spec.resources.memory_bytes))
+        }
+        _ => String::new(),
+    }
+}
+
 /// What is known of the processes of an attempt whose runner died.
 fn proof(death: Death) -> &'static str {
     match death {
@@ -357,6 +373,9 @@ mod tests {
         ] {
             assert_eq!(reason(&outcome(end.clone(), stopped), stop), expected, "{end:?} {stopped:?} {stop:?}");
         }
+        let spec = BuildSpec { timeout_ms: 90_000, ..BuildSpec::default() };
+        assert_eq!(limit_text(Reason::Timeout, &spec), ": 1m30s");
+        assert_eq!(limit_text(Reason::Silence, &spec) + &limit_text(Reason::Exit, &spec), "");
         let oom = Outcome { memory_kill: MemoryKill::Counted, ..outcome(End::Exited(137), None) };
         assert_eq!(reason(&oom, None), "oom");
         assert_eq!(codes(&not_started(libc::ENOENT)), (Some(127), None));
