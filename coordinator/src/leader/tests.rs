@@ -5,6 +5,7 @@ pub(crate) mod agents;
 mod assigning;
 mod failing;
 mod handshake;
+mod images;
 mod real;
 mod reporting;
 pub(crate) mod world;
