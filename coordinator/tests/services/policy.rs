@@ -51,7 +51,8 @@ async fn a_change_that_is_not_allowed_changes_nothing() {
     let one = One::start().await;
     let (mut operator, mut client) = (one.operator().await, one.client().await);
     let before = client.policy().await;
-    let cases: &[(&[(&str, u64)], &str, &str)] = &[
+    type Case<'a> = (&'a [(&'a str, u64)], &'a str, &'a str);
+    let cases: &[Case<'_>] = &[
         (&[], "values", "no key"),
         (&[("copies", 1), ("queue_max", 0)], "queue_max", "from 1 to 10000000 is allowed"),
         (&[("copies", 1), ("worker_lease_ms", 299)], "worker_lease_ms", "(300ms to 3650d)"),
