@@ -31,7 +31,11 @@ pub(crate) fn asked() -> Option<OsString> {
 /// Looks at the container that is to be made, if one is, and becomes the runtime.
 pub(crate) fn serve(rules: &OsStr, arguments: Vec<OsString>) -> ExitCode {
     let told = Rules::decode(rules).ok_or_else(|| "the guard's rules cannot be read".to_owned());
-    let allowed = told.and_then(|rules| {
+    let allowed = told.and_then(|mut rules| {
+        // The kernel's table knows no links.
+        for store in [&mut rules.store, &mut rules.run_store] {
+            *store = fs::canonicalize(&*store).unwrap_or_else(|_| store.clone());
+        }
         if let Some(bundle) = bundle(&arguments) {
             let checked = check_bundle(&rules, &bundle);
             // Where the agent looks for it: what podman makes of our words is podman's affair.
@@ -196,16 +200,15 @@ impl Host<'_> {
 
     /// Whether it is below a directory of the store that belongs to one container or, with a driver that copies, to one layer.
     fn is_of_container(&self, origin: &Origin) -> bool {
-        let Ok(store) = self.origin(&self.rules.store) else { return false };
-        if store.device != origin.device {
-            return false;
-        }
-        let below: Vec<&OsStr> = origin.path.strip_prefix(&store.path).into_iter().flatten().collect();
-        match below[..] {
-            [kind, id, ..] if is_id(id) => kind.as_bytes().ends_with(b"-containers"),
-            [driver, dir, id, ..] if is_id(id) => driver == "vfs" && dir == "dir",
-            _ => false,
-        }
+        let stores = [&self.rules.store, &self.rules.run_store].into_iter().filter_map(|store| self.origin(store).ok());
+        stores.filter(|store| store.device == origin.device).any(|store| {
+            let below: Vec<&OsStr> = origin.path.strip_prefix(&store.path).into_iter().flatten().collect();
+            match below[..] {
+                [kind, id, ..] if is_id(id) => kind.as_bytes().ends_with(b"-containers"),
+                [driver, dir, id, ..] if is_id(id) => driver == "vfs" && dir == "dir",
+                _ => false,
+            }
+        })
     }
 }
 
@@ -240,6 +243,7 @@ mod tests {
         Rules {
             runtime: "runc".into(),
             store: store.to_owned(),
+            run_store: store.join("run"),
             refusal: "/nowhere/refused".into(),
             network: Network::Own,
             places: places.iter().map(|&place| place.to_owned()).collect(),
@@ -315,7 +319,14 @@ mod tests {
         let base = base.path().canonicalize().unwrap();
         let (own, store) = (base.join("own"), base.join("store"));
         let container = store.join("overlay-containers").join(&id).join("userdata");
-        for path in [own.join("tmp"), container.clone(), store.join("vfs/dir").join(&id), store.join("overlay")] {
+        let running = store.join("run/overlay-containers").join(&id).join("userdata");
+        for path in [
+            own.join("tmp"),
+            container.clone(),
+            running.clone(),
+            store.join("vfs/dir").join(&id),
+            store.join("overlay"),
+        ] {
             fs::create_dir_all(path).unwrap();
         }
         std::os::unix::fs::symlink("/etc", own.join("tmp/link")).unwrap();
@@ -333,7 +344,10 @@ mod tests {
         host.mounts.push(mount("8:1", &store.join("overlay").display().to_string(), &store.join("overlay")));
         let fine = |host: &Host<'_>, path: &Path| host.check(path).is_ok();
         assert!(
-            fine(&host, &own.join("tmp")) && fine(&host, &container) && fine(&host, &store.join("vfs/dir").join(&id))
+            fine(&host, &own.join("tmp"))
+                && fine(&host, &container)
+                && fine(&host, &running)
+                && fine(&host, &store.join("vfs/dir").join(&id))
         );
         for path in ["/etc".into(), own.join("tmp/link"), store.clone(), store.join("overlay"), store.join("vfs/dir")] {
             assert!(!fine(&host, &path), "{}", path.display());

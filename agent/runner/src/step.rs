@@ -24,6 +24,8 @@ pub struct Rules {
     pub runtime: PathBuf,
     /// podman's store.
     pub store: PathBuf,
+    /// What of it lasts until the next boot.
+    pub run_store: PathBuf,
     /// Where a refusal is written.
     pub refusal: PathBuf,
     /// Whose network steps have.
@@ -38,7 +40,7 @@ impl Rules {
     pub fn encode(&self) -> OsString {
         let network: &[u8] = if self.network == Network::Own { b"own" } else { b"host" };
         let mut text = network.to_vec();
-        for path in [&self.runtime, &self.store, &self.refusal].into_iter().chain(&self.places) {
+        for path in [&self.runtime, &self.store, &self.run_store, &self.refusal].into_iter().chain(&self.places) {
             text.push(b'\n');
             text.extend_from_slice(path.as_os_str().as_bytes());
         }
@@ -55,8 +57,8 @@ impl Rules {
             _ => return None,
         };
         let mut paths = lines.map(|line| PathBuf::from(OsStr::from_bytes(line)));
-        let (runtime, store, refusal) = (paths.next()?, paths.next()?, paths.next()?);
-        Some(Self { runtime, store, refusal, network, places: paths.collect() })
+        let (runtime, store, run_store, refusal) = (paths.next()?, paths.next()?, paths.next()?, paths.next()?);
+        Some(Self { runtime, store, run_store, refusal, network, places: paths.collect() })
     }
 }
 
@@ -71,6 +73,7 @@ mod tests {
                 let rules = Rules {
                     runtime: "runc".into(),
                     store: "/s".into(),
+                    run_store: "/s/run".into(),
                     refusal: "/r".into(),
                     network,
                     places: places.clone(),
@@ -78,7 +81,7 @@ mod tests {
                 assert_eq!(Rules::decode(&rules.encode()), Some(rules));
             }
         }
-        for wrong in ["", "own", "own\nrunc\n/s", "else\nrunc\n/s\n/r"] {
+        for wrong in ["", "own", "own\nrunc\n/s\n/run", "else\nrunc\n/s\n/run\n/r"] {
             assert_eq!(Rules::decode(OsStr::new(wrong)), None, "{wrong:?}");
         }
     }

@@ -13,7 +13,10 @@ pub(crate) const BASE: &str =
 
 /// All that one worker can have at once. Their `script` is a Dockerfile; with flags that name another one, it is not used.
 pub(crate) fn all() -> Vec<Case> {
-    [files(), contexts(), images(), mounts(), reading(), powers(), writing(), processes(), words()].concat()
+    let all = [files(), contexts(), images(), mounts(), reading(), powers(), writing(), processes(), words()].concat();
+    // Builds of the other suite may run at the same time, and what is theirs is told by its name.
+    let named = |case: Case| Case { name: Box::leak(format!("{}-image", case.name).into_boxed_str()), ..case };
+    all.into_iter().map(named).collect()
 }
 
 /// The source of all of them.

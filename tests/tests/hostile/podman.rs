@@ -147,7 +147,7 @@ fn complaint_of(site: &Site, case: &Case) -> Option<String> {
     if code != expected || (case.ends == "exit" && code == 0) {
         return Some(format!("{}: exit code {code}, not {expected}", case.name));
     }
-    if case.name == "endless-words" || case.name == "line-of-100-megabytes" {
+    if ["endless-words-image", "line-of-100-megabytes-image"].contains(&case.name) {
         let log = site.cluster.helix(&["logs", case.name]).stdout;
         let bounded = log.len() < 2 * LOG_BYTES_MAX && log.contains("were dropped here") && log.contains("STEP 1/");
         if !bounded {
@@ -192,16 +192,86 @@ fn hostile_podman_builds_end_as_they_must_and_leave_nothing() {
         planted.map(|entry| entry.path()).filter(|path| path.to_string_lossy().contains("planted")).collect();
     assert_eq!(planted, Vec::<PathBuf>::new(), "steps wrote on the host");
     // Whatever a Dockerfile says of itself, whose image it is we say.
-    let log = site.cluster.helix(&["logs", "labels"]).stdout;
+    let log = site.cluster.helix(&["logs", "labels-image"]).stdout;
     let id = log.split("image id ").nth(1).unwrap().split(',').next().unwrap();
     let labels = site.said(&["image", "inspect", "--format", "{{.Labels}}", id]);
-    for label in ["helix.build:labels", "helix.attempt:labels.0.1", "helix.cluster:dev"] {
+    for label in ["helix.build:labels-image", "helix.attempt:labels-image.0.1", "helix.cluster:dev"] {
         assert!(labels.contains(label), "{labels}");
     }
     let mut builds: Vec<String> = cases.iter().map(|case| case.name.to_owned()).collect();
     builds.push("victim".to_owned());
+    builds.push(cancel_what_heeds_nothing(&site));
+    builds.push(refuse_instructions_of_a_base_image(&site));
+    refuse_tricks(&site);
     site.wait_clean(&builds);
     site.assert_nothing_but_the_cache();
+}
+
+/// A step that heeds no signal is cancelled all the same.
+fn cancel_what_heeds_nothing(site: &Site) -> String {
+    let script =
+        format!("{BASE}RUN trap '' TERM INT HUP; echo be''gun; (setsid sleep 1000 &); while :; do sleep 1; done\n");
+    let case = Case { name: "heeds-nothing", flags: &[], script, ends: "cancelled", says: "begun" };
+    site.submit(&case, &case.script);
+    wait_for("the step", PATIENCE, || {
+        site.cluster.helix(&["logs", case.name]).stdout.lines().any(|line| line == "begun").then_some(())
+    });
+    assert_eq!(site.cluster.helix(&["cancel", case.name]).code, 0);
+    let status = site.cluster.json(&["status", case.name]);
+    assert_eq!((status["state"].as_str(), status["verified"].as_bool()), (Some("cancelled"), Some(true)), "{status}");
+    assert_eq!(site.cluster.helix(&["wait", case.name]).code, 122);
+    case.name.to_owned()
+}
+
+/// What would trick podman is refused at submit.
+fn refuse_tricks(site: &Site) {
+    let source = site.source.path().to_str().unwrap();
+    for flags in [
+        ["-f", "../x"],
+        ["-f", "/etc/passwd"],
+        ["-f", "a/../../x"],
+        ["--target", "--privileged"],
+        ["--target", "a\nb"],
+        ["--build-arg", "-v=/:/host"],
+        ["--build-arg", "A B=x"],
+        ["--build-arg", "LD_PRELOAD=/x.so"],
+        ["--build-arg", "=x"],
+        ["--env", "HELIX_STEP_GUARD=own"],
+        ["--push", "--all"],
+        ["--platform", "linux/amd64,--privileged"],
+    ] {
+        let said = site.cluster.helix(&[
+            "submit",
+            "--executor",
+            "podman",
+            "--source",
+            source,
+            &format!("{}={}", flags[0], flags[1]),
+        ]);
+        assert_ne!(said.code, 0, "{flags:?}: {}", said.stdout);
+    }
+}
+
+/// What a base image orders is in no Dockerfile that anybody reads beforehand.
+fn refuse_instructions_of_a_base_image(site: &Site) -> String {
+    let file = site.source.path().join("bringing");
+    fs::write(
+        &file,
+        format!("{BASE}ONBUILD RUN --mount=type=cache,id=../../../../../../../../../etc,target=/m ls /m\n"),
+    )
+    .unwrap();
+    // In the store already, as if it had been pulled.
+    let (file, source) = (file.to_str().unwrap(), site.source.path().to_str().unwrap());
+    let runtime = site.runtime();
+    let build = ["build", "--format=docker", "--network=none", "--tag=localhost/bringing", "--runtime", &runtime];
+    site.said(&[&build[..], &["--file", file, source]].concat());
+    let text = "FROM localhost/bringing\nRUN true\n".to_owned();
+    let case = Case { name: "onbuild-of-a-base", flags: &[], script: text, ends: "policy", says: "of this host" };
+    site.submit(&case, &case.script);
+    site.cluster.helix(&["wait", case.name]);
+    assert_all(site, std::slice::from_ref(&case));
+    site.said(&["rmi", "localhost/bringing"]);
+    case.name.to_owned()
 }
 
 /// What is the infrastructure's fault is tried again, and counts against the worker; so these have a cluster of their own.
@@ -256,91 +326,18 @@ fn podman_builds_beyond_their_share_end_for_that_reason() {
     site.assert_nothing_but_the_cache();
 }
 
-#[test]
-fn a_step_that_heeds_no_signal_is_cancelled_all_the_same() {
-    let _alone = alone();
-    let Some(site) = Site::start("a podman build that is cancelled", &[]) else { return };
-    let script =
-        format!("{BASE}RUN trap '' TERM INT HUP; echo be''gun; (setsid sleep 1000 &); while :; do sleep 1; done\n");
-    let case = Case { name: "heeds-nothing", flags: &[], script, ends: "cancelled", says: "begun" };
-    site.submit(&case, &case.script);
-    wait_for("the step", PATIENCE, || {
-        site.cluster.helix(&["logs", case.name]).stdout.lines().any(|line| line == "begun").then_some(())
-    });
-    assert_eq!(site.cluster.helix(&["cancel", case.name]).code, 0);
-    let status = site.cluster.json(&["status", case.name]);
-    assert_eq!((status["state"].as_str(), status["verified"].as_bool()), (Some("cancelled"), Some(true)), "{status}");
-    assert_eq!(site.cluster.helix(&["wait", case.name]).code, 122);
-    site.wait_clean(&[case.name.to_owned()]);
-}
-
-#[test]
-fn what_would_trick_podman_is_refused_at_submit() {
-    let _alone = alone();
-    let Some(site) = Site::start("tricks at submit", &[]) else { return };
-    let source = site.source.path().to_str().unwrap();
-    for flags in [
-        ["-f", "../x"],
-        ["-f", "/etc/passwd"],
-        ["-f", "a/../../x"],
-        ["--target", "--privileged"],
-        ["--target", "a\nb"],
-        ["--build-arg", "-v=/:/host"],
-        ["--build-arg", "A B=x"],
-        ["--build-arg", "LD_PRELOAD=/x.so"],
-        ["--build-arg", "=x"],
-        ["--env", "HELIX_STEP_GUARD=own"],
-        ["--push", "--all"],
-        ["--platform", "linux/amd64,--privileged"],
-    ] {
-        let said = site.cluster.helix(&[
-            "submit",
-            "--executor",
-            "podman",
-            "--source",
-            source,
-            &format!("{}={}", flags[0], flags[1]),
-        ]);
-        assert_ne!(said.code, 0, "{flags:?}: {}", said.stdout);
-    }
-}
-
-/// What a base image orders is in no Dockerfile that anybody reads beforehand.
-#[test]
-fn a_base_image_mounts_nothing_of_the_host_either() {
-    let _alone = alone();
-    let Some(site) = Site::start("instructions of a base image", &[]) else { return };
-    let file = site.source.path().join("bringing");
-    fs::write(
-        &file,
-        format!("{BASE}ONBUILD RUN --mount=type=cache,id=../../../../../../../../../etc,target=/m ls /m\n"),
-    )
-    .unwrap();
-    // In the store already, as if it had been pulled.
-    let (file, source) = (file.to_str().unwrap(), site.source.path().to_str().unwrap());
-    let runtime = site.runtime();
-    let build = ["build", "--format=docker", "--network=none", "--tag=localhost/bringing", "--runtime", &runtime];
-    site.said(&[&build[..], &["--file", file, source]].concat());
-    let text = "FROM localhost/bringing\nRUN true\n".to_owned();
-    let case = Case { name: "onbuild-of-a-base", flags: &[], script: text, ends: "policy", says: "of this host" };
-    site.submit(&case, &case.script);
-    site.cluster.helix(&["wait", case.name]);
-    assert_all(&site, std::slice::from_ref(&case));
-    site.wait_clean(&[case.name.to_owned()]);
-}
-
 /// A build of our own in the agent's store, killed as it runs, leaves one of each kind.
 #[test]
 fn the_look_for_traces_of_podman_notices_each_kind() {
     let _alone = alone();
     let Some(site) = Site::start("the look for traces of podman", &[]) else { return };
-    let builds = ["planted".to_owned()];
+    let builds = ["planted-image".to_owned()];
     site.wait_clean(&builds);
     let file = site.source.path().join("Dockerfile");
     fs::write(&file, format!("{BASE}RUN touch /begun; exec sleep 1000\n")).unwrap();
     let mut podman = Planted(
         site.podman()
-            .args(["build", "--network=none", "--cgroup-parent=/helix-test-planted.0.1/build", "--runtime"])
+            .args(["build", "--network=none", "--cgroup-parent=/helix-test-planted-image.0.1/build", "--runtime"])
             .arg(site.runtime())
             // Its own state would else stay where the runtime keeps it.
             .arg(format!("--runtime-flag=root={}", site.source.path().join("runtime").display()))
@@ -380,7 +377,7 @@ fn the_look_for_traces_of_podman_notices_each_kind() {
             remove_groups(Path::new(group));
         }
     }
-    let work = site.agent.data_dir.join("work/planted/planted.0.1");
+    let work = site.agent.data_dir.join("work/planted/planted-image.0.1");
     fs::create_dir_all(&work).unwrap();
     assert!(has(&site.left(&builds), "workdir"), "{:?}", site.left(&builds));
     fs::remove_dir_all(work.parent().unwrap()).unwrap();

@@ -37,8 +37,14 @@ impl Podman {
         let network = if config.network == "host" { Network::OfHost } else { Network::Own };
         let mut places: Vec<PathBuf> = own.iter().map(|&place| place.to_owned()).collect();
         places.extend(volumes(&config.build_arguments));
-        let rules =
-            Rules { runtime: runtime.into(), store: config.root.clone(), refusal: refusal_file(tmp), network, places };
+        let rules = Rules {
+            runtime: runtime.into(),
+            store: config.root.clone(),
+            run_store: config.runroot.clone(),
+            refusal: refusal_file(tmp),
+            network,
+            places,
+        };
         (GUARD_VARIABLE.into(), rules.encode())
     }
 
