@@ -1,0 +1,248 @@
+//! Clients that submit, look and cancel, and write down what they were told.
+//!
+//! Each build writes a line for its start and its end to a file on the host, numbered lines to its log, and an artifact whose
+//! bytes are known: by these the run is judged afterwards.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use helix_common::channel::Traffic;
+use helix_common::endpoints::{CallError, Endpoints};
+use helix_common::status::error_code;
+use helix_model::{BuildSpec, Command, ErrorCode};
+use helix_proto::convert::submit_of_spec;
+use helix_proto::v1;
+use helix_proto::v1::build_service_client::BuildServiceClient;
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use tokio::time::{sleep, timeout};
+use tonic::Status;
+
+use crate::chaos::history::{End, Event, History, Seen};
+
+/// Lines of a build's log.
+pub(super) const LINES: usize = 20;
+
+/// How long a submit is tried.
+const SUBMIT_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long one answer may take; then its outcome is unknown.
+const ANSWER_LIMIT: Duration = Duration::from_secs(8);
+
+/// The label that tells submits of one id apart.
+const CONTENT: &str = "content";
+
+/// What clients share.
+pub(super) struct Load {
+    /// Since when events are counted.
+    pub(super) start: Instant,
+    history: Mutex<History>,
+    /// Live ids that may be looked at.
+    recent: Mutex<Vec<String>>,
+    counts: PathBuf,
+    stop: AtomicBool,
+    /// Submits acknowledged.
+    pub(super) submitted: AtomicU64,
+    /// The longest time without an acknowledged submit, in milliseconds.
+    longest_gap_ms: AtomicU64,
+    last: Mutex<Instant>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Load {
+    /// Nothing done yet. Builds count what they do in files below `counts`.
+    #[must_use]
+    pub(super) fn new(counts: &Path) -> Arc<Self> {
+        Arc::new(Self {
+            start: Instant::now(),
+            history: Mutex::default(),
+            recent: Mutex::default(),
+            counts: counts.to_owned(),
+            stop: AtomicBool::new(false),
+            submitted: AtomicU64::new(0),
+            longest_gap_ms: AtomicU64::new(0),
+            last: Mutex::new(Instant::now()),
+        })
+    }
+
+    /// Clients end after what they do now.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// What was seen.
+    pub(super) fn history(&self) -> MutexGuard<'_, History> {
+        lock(&self.history)
+    }
+
+    /// The longest time without an acknowledged submit.
+    pub(super) fn longest_gap(&self) -> Duration {
+        Duration::from_millis(self.longest_gap_ms.load(Ordering::Relaxed))
+    }
+
+    fn spec(&self, id: &str, content: &str, random: &mut StdRng) -> BuildSpec {
+        // Some are over at once, some last long enough for a fault to meet them.
+        let pause = match random.random_range(0..10) {
+            0..6 => 0.0,
+            6..9 => random.random_range(0.01..0.1),
+            _ => random.random_range(0.1..0.6),
+        };
+        let counts = self.counts.display();
+        let line = format!(
+            "set -e; echo \"$HELIX_BUILD_ID $HELIX_ATTEMPT\" >> {counts}/starts; i=1; \
+             while [ $i -le {LINES} ]; do echo \"line $i\"; i=$((i+1)); [ {pause:.3} = 0.000 ] || sleep {pause:.3}; done; \
+             echo {id} > \"$HELIX_OUTPUT\"; echo \"$HELIX_BUILD_ID $HELIX_ATTEMPT\" >> {counts}/ends"
+        );
+        BuildSpec {
+            command: Some(Command::Shell(line)),
+            labels: [(CONTENT.to_owned(), content.to_owned())].into(),
+            ..BuildSpec::default()
+        }
+    }
+
+    fn note(&self, id: &str, begin: Duration, seen: Seen) {
+        let end = self.start.elapsed();
+        self.history().note(id, Event { begin, end, seen });
+    }
+
+    /// One client, until [`Self::stop`].
+    pub(super) async fn client(self: Arc<Self>, endpoints: Endpoints, seed: u64) {
+        let mut random = StdRng::seed_from_u64(seed);
+        let endpoints = endpoints.with_attempt_timeout(Duration::from_secs(3));
+        let mut number = 0;
+        while !self.stop.load(Ordering::Relaxed) {
+            match random.random_range(0..10) {
+                0..4 => {
+                    number += 1;
+                    let id = format!("c{seed:x}-{number}");
+                    if random.random_bool(0.1) {
+                        // Two at once under one id, with different content: one is taken.
+                        let (one, two) = (self.spec(&id, "one", &mut random), self.spec(&id, "two", &mut random));
+                        tokio::join!(
+                            self.submit(&endpoints, &id, one, "one"),
+                            self.submit(&endpoints, &id, two, "two")
+                        );
+                    } else {
+                        let spec = self.spec(&id, "only", &mut random);
+                        self.submit(&endpoints, &id, spec, "only").await;
+                    }
+                }
+                4..9 => {
+                    if let Some(id) = self.any(&mut random) {
+                        let list = endpoints.list();
+                        let endpoint = list[random.random_range(0..list.len())].clone();
+                        self.read(&endpoints, &endpoint, &id).await;
+                    }
+                }
+                _ => {
+                    if let Some(id) = self.any(&mut random) {
+                        self.cancel(&endpoints, &id).await;
+                    }
+                }
+            }
+            sleep(Duration::from_millis(random.random_range(10..150))).await;
+        }
+    }
+
+    /// One of the latest ids.
+    fn any(&self, random: &mut StdRng) -> Option<String> {
+        let recent = lock(&self.recent);
+        let from = recent.len().saturating_sub(40);
+        let latest = &recent[from..];
+        (!latest.is_empty()).then(|| latest[random.random_range(0..latest.len())].clone())
+    }
+
+    async fn submit(&self, endpoints: &Endpoints, id: &str, spec: BuildSpec, content: &str) {
+        let begin = self.start.elapsed();
+        self.history().trying(id, begin);
+        lock(&self.recent).push(id.to_owned());
+        let request = submit_of_spec(&spec, id);
+        let call = |channel| {
+            let request = request.clone();
+            async move { BuildServiceClient::new(channel).submit_build(request).await }
+        };
+        match endpoints.call(SUBMIT_LIMIT, call).await {
+            Ok(_) => {
+                self.submitted.fetch_add(1, Ordering::Relaxed);
+                let gap = std::mem::replace(&mut *lock(&self.last), Instant::now()).elapsed();
+                self.longest_gap_ms.fetch_max(u64::try_from(gap.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+                self.note(id, begin, Seen::Submitted(content.to_owned()));
+            }
+            Err(CallError::Answered(status)) if error_code(&status) == Some(ErrorCode::IdTaken) => {
+                self.note(id, begin, Seen::Taken(content.to_owned()));
+            }
+            // Whether it was taken is unknown.
+            Err(_) => {}
+        }
+    }
+
+    async fn cancel(&self, endpoints: &Endpoints, id: &str) {
+        let begin = self.start.elapsed();
+        let call = |channel| {
+            let request = v1::CancelBuildRequest { build_id: id.to_owned(), reason: "chaos".to_owned() };
+            async move { BuildServiceClient::new(channel).cancel_build(request).await }
+        };
+        match endpoints.call(ANSWER_LIMIT, call).await {
+            Ok(_) => self.note(id, begin, Seen::Cancelled),
+            Err(CallError::Answered(status)) => match error_code(&status) {
+                Some(ErrorCode::WrongState) => self.note(id, begin, Seen::TooLate),
+                Some(ErrorCode::BuildUnknown) => self.note(id, begin, Seen::Absent),
+                _ => {}
+            },
+            Err(_) => {}
+        }
+    }
+
+    /// Looks at a build through one coordinator.
+    async fn read(&self, endpoints: &Endpoints, endpoint: &str, id: &str) {
+        let begin = self.start.elapsed();
+        let Ok(channel) = endpoints.channel_to(endpoint, Traffic::Control) else { return };
+        let request = v1::GetBuildStatusRequest { build_id: id.to_owned(), stale: false };
+        let mut client = BuildServiceClient::new(channel);
+        if let Ok(Some(seen)) = timeout(ANSWER_LIMIT, client.get_build_status(request)).await.map(seen_of) {
+            self.note(id, begin, seen);
+        }
+    }
+
+    /// Looks at a build until somebody answers; what is noted is what it is at the end.
+    pub(super) async fn look(&self, endpoints: &Endpoints, id: &str) -> Result<Seen, String> {
+        let begin = self.start.elapsed();
+        let call = |channel| {
+            let request = v1::GetBuildStatusRequest { build_id: id.to_owned(), stale: false };
+            async move { BuildServiceClient::new(channel).get_build_status(request).await }
+        };
+        let answer = match endpoints.call(SUBMIT_LIMIT, call).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(error.into_status()),
+        };
+        let words = format!("{answer:?}");
+        let seen = seen_of(answer).ok_or(words)?;
+        self.note(id, begin, seen.clone());
+        Ok(seen)
+    }
+}
+
+fn seen_of(answer: Result<tonic::Response<v1::BuildStatus>, Status>) -> Option<Seen> {
+    let status = match answer {
+        Ok(answer) => answer.into_inner(),
+        Err(status) => return (error_code(&status) == Some(ErrorCode::BuildUnknown)).then_some(Seen::Absent),
+    };
+    let content = status.labels.get(CONTENT).cloned().unwrap_or_default();
+    Some(match status.state.as_str() {
+        "queued" | "running" => Seen::Live { content, stopping: status.cancel_requested },
+        _ => Seen::Ended {
+            content,
+            end: End {
+                state: status.state,
+                at_ms: status.completed_at_ms,
+                attempt: status.attempt,
+                digest: status.digest,
+            },
+        },
+    })
+}
