@@ -31,6 +31,9 @@ const SEEN_AT: &str = "/run/secrets";
 /// Where secrets may lie: the first that is a tmpfs.
 const IN_MEMORY: [&str; 3] = ["/dev/shm", "/run/shm", "/run"];
 
+/// How often an attempt's directory is tried to be made while others remove what it lies in: each try takes two calls.
+const MAKE_TRIES: u32 = 100;
+
 /// How long a command may take to give a secret.
 const COMMAND_LIMIT: Duration = Duration::from_secs(30);
 
@@ -246,6 +249,24 @@ fn is_in_memory(path: &Path) -> bool {
 
 /// Writes values into a directory of their own, which nobody else may enter.
 fn write(root: &Path, dir: &Path, values: &[(String, Vec<u8>)]) -> io::Result<()> {
+    // An attempt that goes takes the root along if it finds it empty, between any two of our steps.
+    let mut tries = 1;
+    while let Err(error) = make_dir(root, dir) {
+        if error.kind() != io::ErrorKind::NotFound || tries == MAKE_TRIES {
+            return Err(error);
+        }
+        tries += 1;
+    }
+    for (name, value) in values {
+        let mut options = OpenOptions::new();
+        let mut file = options.write(true).create_new(true).mode(0o400).open(dir.join(name))?;
+        file.write_all(value)?;
+    }
+    Ok(())
+}
+
+/// Makes the attempt's directory, and what it lies in.
+fn make_dir(root: &Path, dir: &Path) -> io::Result<()> {
     let mut private = DirBuilder::new();
     private.mode(0o700);
     match private.create(root) {
@@ -261,13 +282,7 @@ fn write(root: &Path, dir: &Path, values: &[(String, Vec<u8>)]) -> io::Result<()
     }
     // Of an agent that died before it started a runner.
     remove_tree(dir)?;
-    private.create(dir)?;
-    for (name, value) in values {
-        let mut options = OpenOptions::new();
-        let mut file = options.write(true).create_new(true).mode(0o400).open(dir.join(name))?;
-        file.write_all(value)?;
-    }
-    Ok(())
+    private.create(dir)
 }
 
 async fn value_of(secret: &SecretConfig) -> io::Result<Vec<u8>> {
@@ -354,6 +369,28 @@ mod tests {
         secrets.remove(&key).unwrap();
         assert!(!dir.exists() && base.path().join("memory/c.0.1").exists());
         secrets.sweep([].into_iter()).unwrap();
+        assert!(!base.path().join("memory").exists());
+    }
+
+    #[test]
+    fn those_that_come_and_those_that_go_do_not_disturb_each_other() {
+        let base = tempfile::tempdir().unwrap();
+        let secrets = Secrets { root: Some(base.path().join("memory")) };
+        let come_and_go = |key: &str| {
+            let key: AttemptKey = key.parse().unwrap();
+            let root = secrets.root.as_ref().unwrap();
+            let dir = root.join(key.to_string());
+            for _ in 0..3000 {
+                write(root, &dir, &[("name".to_owned(), b"a value".to_vec())]).unwrap();
+                assert_eq!(fs::read(dir.join("name")).unwrap(), b"a value");
+                secrets.remove(&key).unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            for key in ["a.0.1", "b.0.1", "c.0.1"] {
+                scope.spawn(move || come_and_go(key));
+            }
+        });
         assert!(!base.path().join("memory").exists());
     }
 
