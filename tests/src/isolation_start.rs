@@ -1,4 +1,4 @@
-//! What isolating a command costs: `true` run bare, in the runner's namespaces, and under bubblewrap, in turns.
+//! What isolating a command costs: `true` run bare, in the runner's namespaces, under bubblewrap and under podman, in turns.
 //!
 //! Ours is what namespaces add to a whole run of `helix-runner`; the peer is what `bwrap`, run directly and without any of us,
 //! adds to a bare run. Both show the same parts of the host. Times are of this machine as it is, so medians of many.
@@ -18,6 +18,9 @@ use crate::cluster::programs;
 /// Twice as cheap as bubblewrap is the promise.
 const LIMIT: f64 = 0.5;
 
+/// Podman takes half a second: once in so many rounds is enough for a median.
+const ROUNDS_A_CONTAINER: usize = 8;
+
 /// Parts of `/etc` that both show: about as many as an agent shows.
 const ETC_COUNT: usize = 40;
 
@@ -33,7 +36,8 @@ pub fn measure(quick: bool) -> anyhow::Result<()> {
     let scratch = tempfile::Builder::new().prefix("helix-bench-").tempdir()?;
     let view = view(scratch.path())?;
     let bubblewrap = Path::new("/usr/bin/bwrap").exists();
-    let mut times: [Vec<Duration>; 4] = Default::default();
+    let container = Container::find(scratch.path())?;
+    let mut times: [Vec<Duration>; 5] = Default::default();
     for round in 0..rounds {
         times[0].push(timed(|| run(Command::new("/usr/bin/true")))?);
         if bubblewrap {
@@ -42,11 +46,23 @@ pub fn measure(quick: bool) -> anyhow::Result<()> {
         times[2].push(attempt(&scratch.path().join(format!("bare-{round}")), None)?);
         let isolation = Isolation { tool: Tool::Namespaces, network: Network::Host, view: view.clone() };
         times[3].push(attempt(&scratch.path().join(format!("own-{round}")), Some(isolation))?);
+        if let Some(container) = &container
+            && round % ROUNDS_A_CONTAINER == 0
+        {
+            times[4].push(timed(|| run(container.command()))?);
+        }
     }
-    let [exec, peer, bare, own] = times.map(median);
+    let [exec, peer, bare, own, contained] = times.map(median);
     println!("true alone {:.2} ms, under bwrap {:.2} ms", ms(exec), ms(peer));
     println!("runner with true {:.2} ms, with namespaces {:.2} ms", ms(bare), ms(own));
     let ours = ms(own) - ms(bare);
+    match container {
+        Some(_) => {
+            let (all, cost) = (ms(contained), ms(contained) - ms(exec));
+            println!("podman run {all:.2} ms, {cost:.2} ms beyond true alone; ours is {:.3} of that", ours / cost);
+        }
+        None => println!("podman cannot run a container here"),
+    }
     if bubblewrap {
         let peer = ms(peer) - ms(exec);
         println!("isolation-start ours={ours:.2}ms peer={peer:.2}ms ratio={:.2} limit={LIMIT:.2}", ours / peer);
@@ -107,6 +123,38 @@ fn bwrap(view: &[Entry]) -> Command {
     command
 }
 
+/// A container with a static program in it.
+struct Container {
+    runtime: &'static str,
+    root: PathBuf,
+}
+
+impl Container {
+    /// By the first runtime that works here; `None` where none does.
+    fn find(scratch: &Path) -> anyhow::Result<Option<Self>> {
+        let root = scratch.join("container");
+        std::fs::create_dir_all(root.join("bin"))?;
+        // Busybox is what it is called as.
+        if std::fs::copy("/bin/busybox", root.join("bin/true")).is_err() {
+            return Ok(None);
+        }
+        let found =
+            ["crun", "runc"].into_iter().map(|runtime| Self { runtime, root: root.clone() }).find(|container| {
+                let status = container.command().stderr(Stdio::null()).status();
+                status.is_ok_and(|status| status.success())
+            });
+        Ok(found)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new("podman");
+        command.args(["--runtime", self.runtime, "run", "--rm", "--network", "none"]);
+        command.args(["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--rootfs"]);
+        command.arg(&self.root).arg("/bin/true");
+        command
+    }
+}
+
 /// One attempt, from the start of its runner to its end.
 fn attempt(root: &Path, isolation: Option<Isolation>) -> anyhow::Result<Duration> {
     std::fs::create_dir(root)?;
@@ -122,7 +170,8 @@ fn attempt(root: &Path, isolation: Option<Isolation>) -> anyhow::Result<Duration
         wall_ms: None,
         silence_ms: None,
         grace_ms: 0,
-        leftover_ms: 0,
+        // As an agent orders it.
+        leftover_ms: 1_000,
         log_bytes_max: 1024 * 1024,
         isolation,
         limits: helix_runner::limits::Limits::default(),

@@ -161,7 +161,8 @@ fn raise_loopback() -> io::Result<()> {
     }
 }
 
-/// Forks the command into a user namespace with one user in it.
+/// Forks the command into a user namespace with one user in it. While the kernel lets go of the host's root it comes to be,
+/// and waits.
 fn start_command(plan: Plan<'_>, isolation: &Isolation) -> Result<libc::pid_t, Failed> {
     let program = seccomp::program().map_err(|error| ("cannot refuse system calls".to_owned(), error))?;
     let (mapped, mapped_ours) =
@@ -178,6 +179,7 @@ fn start_command(plan: Plan<'_>, isolation: &Isolation) -> Result<libc::pid_t, F
         }
         Forked::Parent { child } => child,
     };
+    view::let_go()?;
     let outside = plan.order.user.unwrap_or(USER_INSIDE);
     step("cannot map the build's user", map_user(pid, outside))?;
     step("cannot start the command", rustix::io::write(&mapped_ours, b"!").map(drop).map_err(Into::into))?;

@@ -39,16 +39,18 @@ pub(crate) struct Tree {
 #[derive(Debug)]
 struct Init {
     pid: u32,
-    /// Where it tells how the command ended.
-    status: OwnedFd,
+    /// Where it tells how the command ended, until it has.
+    status: Option<OwnedFd>,
 }
 
 impl Init {
     /// How the command ended, once.
-    fn told(&self) -> Option<End> {
+    fn told(&mut self) -> Option<End> {
         let mut status = [0; size_of::<libc::c_int>()];
         // Few bytes are written as one.
-        let read = rustix::io::read(&self.status, &mut status).ok()?;
+        let read = rustix::io::read(self.status.as_ref()?, &mut status).ok()?;
+        // Nothing more comes; and the end of a pipe would wake us without a pause for as long as the init takes to die.
+        self.status = None;
         (read == status.len()).then(|| end_of(libc::c_int::from_ne_bytes(status)))
     }
 }
@@ -68,12 +70,12 @@ impl Tree {
 
     /// What was started is the init of namespaces, and tells there how the command ended.
     pub(crate) fn set_init(&mut self, pid: u32, status: OwnedFd) {
-        self.init = Some(Init { pid, status });
+        self.init = Some(Init { pid, status: Some(status) });
     }
 
     /// What can be waited for besides deaths.
     pub(crate) fn status(&self) -> Option<&OwnedFd> {
-        self.init.as_ref().map(|init| &init.status)
+        self.init.as_ref().and_then(|init| init.status.as_ref())
     }
 
     /// Takes everybody who is dead. Gives the command's end if it was among them, or if the init told it.
@@ -96,7 +98,7 @@ impl Tree {
             init_died |= pid == self.init.as_ref().map(|init| init.pid);
         }
         // Asked after the reaping: an init that is dead has said what it ever will, and its word goes before its own end.
-        let told = self.init.as_ref().and_then(Init::told);
+        let told = self.init.as_mut().and_then(Init::told);
         if init_died {
             self.init = None;
         }
@@ -195,5 +197,29 @@ fn end_of(status: libc::c_int) -> End {
         End::Signaled(libc::WTERMSIG(status))
     } else {
         End::Exited(u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(u8::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pipe::{PipeFlags, pipe_with};
+
+    fn told(said: Option<&[u8]>) -> (Option<End>, bool) {
+        let (status, theirs) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+        let mut init = Init { pid: 1, status: Some(status) };
+        assert_eq!(init.told(), None);
+        assert!(init.status.is_some(), "it goes on being waited for");
+        if let Some(said) = said {
+            rustix::io::write(&theirs, said).unwrap();
+        }
+        drop(theirs);
+        (init.told(), init.status.is_some())
+    }
+
+    #[test]
+    fn an_init_that_has_told_all_it_will_is_not_waited_for_at_its_pipe() {
+        assert_eq!(told(Some(&(7_i32 << 8).to_ne_bytes())), (Some(End::Exited(7)), false));
+        assert_eq!(told(None), (None, false));
     }
 }

@@ -13,18 +13,24 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use helix_runner::isolation::{Absence, Access, Entry, HOST_NAME_INSIDE, Isolation, USER_INSIDE};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2, symlinkat};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, mknodat, openat, openat2, symlinkat,
+};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
     fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree, unmount,
 };
+use rustix::path::Arg;
 
 /// Room for the directories that lead to what is bound, and a few small files.
 const ROOT_BYTES: &str = "4m";
 const ROOT_FILES: &str = "8192";
 /// Room in `/dev/shm`, as containers have it.
 pub(super) const SHARED_MEMORY_BYTES: u32 = 64 * 1024 * 1024;
+
+/// Where the host's root lies between the change of the root and letting go of it: any directory that every root has.
+const OLD_ROOT: &str = "run";
 
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 
@@ -35,7 +41,8 @@ pub(super) fn failed(what: impl Into<String>) -> impl FnOnce(Errno) -> Failed {
     move |error| (what.into(), error.into())
 }
 
-/// Makes it this process's root. `home` is what the user names tell of the command's home.
+/// Makes it this process's root; the host's lies in it until [`let_go`]. `home` is what the user names tell of the
+/// command's home.
 pub(super) fn build(isolation: &Isolation, home: &OsStr) -> Result<(), Failed> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(failed("cannot leave the host's mounts"))?;
@@ -52,14 +59,16 @@ pub(super) fn build(isolation: &Isolation, home: &OsStr) -> Result<(), Failed> {
     skeleton(&root, home).map_err(failed("cannot furnish the root"))?;
     for (name, device) in devices {
         let place = || -> rustix::io::Result<()> {
-            let target = openat(&root, format!("dev/{name}"), OFlags::CREATE | OFlags::WRONLY, Mode::from(0o666))?;
-            attach(&device, &target)
+            let name = format!("dev/{name}");
+            mknodat(&root, &name, FileType::RegularFile, Mode::from(0o666), 0)?;
+            attach_at(&device, &root, name)
         };
         place().map_err(failed(format!("cannot show /dev/{name}")))?;
     }
     special(&root)?;
-    for source in sources {
-        source.place(&root)?;
+    let mut targets = Targets { root: root.as_fd(), parent: None };
+    for source in &sources {
+        source.place(&mut targets)?;
     }
     enter(&root)
 }
@@ -120,6 +129,11 @@ fn set_attributes(mount: &OwnedFd, attributes: MountAttrFlags, flags: libc::c_in
 pub(super) fn attach(mount: &OwnedFd, target: impl AsFd) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(mount, "", target, "", flags)
+}
+
+/// Mounts it on something that is no link and that a path of ours leads to.
+fn attach_at(mount: &OwnedFd, directory: impl AsFd, name: impl Arg) -> rustix::io::Result<()> {
+    move_mount(mount, "", directory, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
 pub(super) fn is_directory(opened: &OwnedFd) -> rustix::io::Result<bool> {
@@ -195,7 +209,7 @@ fn special(root: &OwnedFd) -> Result<(), Failed> {
     {
         let mount = || {
             let made = filesystem(kind, options)?;
-            attach(&made, openat(root, target, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+            attach_at(&made, root, target)
         };
         mount().map_err(failed(format!("cannot mount /{target}")))?;
     }
@@ -203,63 +217,85 @@ fn special(root: &OwnedFd) -> Result<(), Failed> {
 }
 
 impl Source<'_> {
-    fn place(&self, root: &OwnedFd) -> Result<(), Failed> {
+    fn place(&self, targets: &mut Targets<'_>) -> Result<(), Failed> {
         match self.entry {
             Entry::Link { target, to } => {
-                let link = || {
-                    let (parent, name) = self.parent(root, target)?;
-                    match symlinkat(to, &parent, name) {
-                        Err(Errno::EXIST) => Ok(()),
-                        other => other,
-                    }
+                let mut link = || match symlinkat(to, targets.parent(target)?, name_of(target)?) {
+                    Err(Errno::EXIST) => Ok(()),
+                    other => other,
                 };
                 link().map_err(failed(format!("cannot make the link {}", target.display())))
             }
             Entry::Bind { source, target, .. } => {
                 let Some(opened) = &self.opened else { return Ok(()) };
-                let bind = || attach(opened, self.target(root, target, opened)?);
-                bind().map_err(failed(format!("cannot show {} as {}", source.display(), target.display())))
+                let bound = targets.bind(opened, target);
+                bound.map_err(failed(format!("cannot show {} as {}", source.display(), target.display())))
             }
         }
     }
+}
 
-    /// What to mount on, made if it is not there.
-    fn target(&self, root: &OwnedFd, target: &Path, opened: &OwnedFd) -> rustix::io::Result<OwnedFd> {
-        if let Ok(there) = beneath(root.as_fd(), target) {
-            return Ok(there);
-        }
-        let (parent, name) = self.parent(root, target)?;
-        if is_directory(opened)? {
-            mkdirat(&parent, name, Mode::from(0o755))?;
+/// Where in the new root things are put. Most have the directory of the one before.
+struct Targets<'a> {
+    root: BorrowedFd<'a>,
+    /// The directory that was used last.
+    parent: Option<(PathBuf, OwnedFd)>,
+}
+
+impl Targets<'_> {
+    /// Mounts on a path, which is made if it is not there.
+    fn bind(&mut self, opened: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
+        let (parent, name) = (self.parent(target)?, name_of(target)?);
+        let made = if is_directory(opened)? {
+            mkdirat(parent, name, Mode::from(0o755))
         } else {
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-            drop(openat(&parent, name, flags, Mode::from(0o644))?);
+            mknodat(parent, name, FileType::RegularFile, Mode::from(0o644), 0)
+        };
+        match made {
+            Ok(()) => attach_at(opened, parent, name)?,
+            // Whatever it is, a link or a mount's root, it is walked to.
+            Err(Errno::EXIST) => attach(opened, beneath(self.root, target)?)?,
+            // Within a part of the host that is shown already, nothing is made, and what is there is found.
+            Err(error) => attach(opened, beneath(self.root, target).map_err(|_| error)?)?,
         }
-        beneath(root.as_fd(), target)
+        if self.parent.as_ref().is_some_and(|(parent, _)| parent.starts_with(target)) {
+            self.parent = None;
+        }
+        Ok(())
     }
 
-    /// The directory that a name is to be in, made if it is not there.
-    fn parent<'a>(&self, root: &OwnedFd, target: &'a Path) -> rustix::io::Result<(OwnedFd, &'a OsStr)> {
-        let name = target.file_name().ok_or(Errno::INVAL)?;
+    /// The directory that a path's last name is to be in, made if it is not there.
+    fn parent(&mut self, target: &Path) -> rustix::io::Result<BorrowedFd<'_>> {
         let parent = target.parent().unwrap_or(Path::new("/"));
-        if let Ok(there) = beneath(root.as_fd(), parent) {
-            return Ok((there, name));
+        if self.parent.as_ref().is_none_or(|(path, _)| path != parent) {
+            self.parent = Some((parent.to_owned(), self.directory(parent)?));
+        }
+        self.parent.as_ref().map(|(_, directory)| directory.as_fd()).ok_or(Errno::NOENT)
+    }
+
+    fn directory(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
+        if let Ok(there) = beneath(self.root, path) {
+            return Ok(there);
         }
         let mut so_far = PathBuf::from("/");
-        let mut at = beneath(root.as_fd(), &so_far)?;
-        for part in parent.components() {
+        let mut at = beneath(self.root, &so_far)?;
+        for part in path.components() {
             let Component::Normal(part) = part else { continue };
             so_far.push(part);
-            at = match beneath(root.as_fd(), &so_far) {
+            at = match beneath(self.root, &so_far) {
                 Err(Errno::NOENT) => {
                     mkdirat(&at, part, Mode::from(0o755))?;
-                    beneath(root.as_fd(), &so_far)?
+                    beneath(self.root, &so_far)?
                 }
                 other => other?,
             };
         }
-        Ok((at, name))
+        Ok(at)
     }
+}
+
+fn name_of(path: &Path) -> rustix::io::Result<&OsStr> {
+    path.file_name().ok_or(Errno::INVAL)
 }
 
 /// Opens what a path means to somebody whose root this is.
@@ -267,14 +303,19 @@ fn beneath(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<OwnedFd> {
     openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)
 }
 
-/// Makes it the root, read-only, and lets go of the host's.
+/// Makes it the root, read-only.
 fn enter(root: &OwnedFd) -> Result<(), Failed> {
     set_attributes(root, MountAttrFlags::MOUNT_ATTR_RDONLY, 0).map_err(failed("cannot protect the root"))?;
     rustix::process::fchdir(root).map_err(failed("cannot enter the root"))?;
-    // The old root comes to lie on top of the new one, and is taken off at once.
-    rustix::process::pivot_root(".", ".").map_err(failed("cannot change the root"))?;
-    unmount(".", UnmountFlags::DETACH).map_err(failed("cannot let go of the host's root"))?;
+    // Not on top of the new root: to the kernel we would be chrooted then, and not make user namespaces.
+    rustix::process::pivot_root(".", OLD_ROOT).map_err(failed("cannot change the root"))
+}
+
+/// Takes the host's root off, for everybody in the namespace. Nobody who is not to see it may run before. Waits until no
+/// processor uses it any longer, which is time for something else.
+pub(super) fn let_go() -> Result<(), Failed> {
     rustix::process::chdir("/").map_err(failed("cannot enter the root"))?;
+    unmount(OLD_ROOT, UnmountFlags::DETACH).map_err(failed("cannot let go of the host's root"))?;
     // A last look: what is not to be seen is not there.
     match rustix::fs::statat(CWD, "/proc/self/root/proc", AtFlags::empty()) {
         Ok(_) => Ok(()),
