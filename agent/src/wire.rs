@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use helix_agent_core::{
     Artifact, Assignment, Blob, Death, Image, Message, Order, PlatformImage, Report, SealedLog, Verdict,
 };
-use helix_model::{AttemptKey, Digest, InvalidField, NodeId, Platform, Reason};
+use helix_model::{AttemptKey, Digest, InvalidField, NodeId, Platform, Reason, Room};
 use helix_proto::agent::{self, agent_message, coordinator_message};
 use helix_proto::convert::{attempt_from_wire, attempt_to_wire, spec_from_wire, spec_to_wire};
 
@@ -159,6 +159,7 @@ pub fn report_to_wire(key: &AttemptKey, report: &Report) -> agent::Finished {
         artifacts: report.artifacts.iter().map(artifact_to_wire).collect(),
         log: report.log.as_ref().map(log_to_wire),
         unproven: report.death == Death::Unproven,
+        own_limit: report.room == Room::Own,
         image: report.image.as_ref().map(image_to_wire),
         index: report.index.map(|digest| digest.0.to_vec().into()).unwrap_or_default(),
         ..agent::Finished::default()
@@ -204,6 +205,7 @@ pub fn report_from_wire(wire: agent::Finished) -> Result<Report, InvalidField> {
         artifacts: wire.artifacts.into_iter().map(artifact_from_wire).collect::<Result<_, _>>()?,
         log: wire.log.map(log_from_wire).transpose()?,
         death: if wire.unproven { Death::Unproven } else { Death::Proven },
+        room: if wire.own_limit { Room::Own } else { Room::Host },
         image: wire.image.map(image_from_wire).transpose()?,
         index: if wire.index.is_empty() { None } else { Some(Digest::from_slice(&wire.index)?) },
     })
@@ -288,13 +290,13 @@ mod tests {
         ] {
             let log = Some(SealedLog { blob: blob(2), lines: 9 });
             let (exit_code, signal) = (Some(3), Some(9));
-            for death in [Death::Proven, Death::Unproven] {
+            for (death, room) in [(Death::Proven, Room::Own), (Death::Unproven, Room::Host)] {
                 let (verdict, log, artifacts) = (verdict.clone(), log.clone(), artifacts.clone());
                 let (digest, id) = (Digest([3; 32]), Digest([4; 32]));
                 let media_type = "application/vnd.oci.image.manifest.v1+json".to_owned();
                 let image = Some(Image { digest, size: 5, id, manifest_size: 6, media_type });
                 let index = Some(Digest([5; 32]));
-                let report = Report { verdict, exit_code, signal, artifacts, log, death, image, index };
+                let report = Report { verdict, exit_code, signal, artifacts, log, death, room, image, index };
                 assert_eq!(report_from_wire(report_to_wire(&key, &report)).unwrap(), report);
             }
         }

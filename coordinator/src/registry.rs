@@ -27,7 +27,8 @@ pub use shared::{Applied, Shared};
 
 /// The highest command format this program understands. 2: reports may say that a death is unproven,
 /// and workers are probed. 3: a policy takes another's place only if that is still in force,
-/// workers say which secrets they have, and builds have images.
+/// workers say which secrets they have, builds have images, and reports may say that an attempt outgrew a disk limit
+/// of its own.
 pub const COMMAND_FORMAT: u32 = 3;
 
 /// Bytes of commands in one log entry: above this nothing more is added.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use helix_model::{AttemptKey, BuildSpec, Death, Digest, NodeId, Platform, Reason};
+use helix_model::{AttemptKey, BuildSpec, Death, Digest, NodeId, Platform, Reason, Room};
 
 /// An attempt to run.
 #[derive(Clone, PartialEq, Debug)]
@@ -106,6 +106,8 @@ pub struct Report {
     pub log: Option<SealedLog>,
     /// Whether its processes were seen dead; always so for a success.
     pub death: Death,
+    /// Whose disk was full, of a `disk_full`.
+    pub room: Room,
     /// The image, of a podman build that succeeded.
     pub image: Option<Image>,
     /// The digest of the index that names the images of all platforms, where this attempt pushed one.
@@ -123,6 +125,7 @@ impl Report {
             artifacts: Vec::new(),
             log: None,
             death: Death::Proven,
+            room: Room::Host,
             image: None,
             index: None,
         }

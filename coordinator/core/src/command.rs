@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use helix_model::{
     AttemptKey, BuildId, BuildSpec, Death, Digest, Executor, Instance, LogTime, NodeId, Platform, Reason, Resources,
-    WorkerName,
+    Room, WorkerName,
 };
 
 use crate::record::{Artifact, DrainedBy, Image, Pinned, Policy, SealedLog};
@@ -181,6 +181,8 @@ pub struct FinishAttempt {
     pub image: Option<Image>,
     /// The index of all images, where this attempt was to push it.
     pub index: Option<Digest>,
+    /// Whose disk was full; says nothing but of `disk_full`.
+    pub room: Room,
 }
 
 /// See [`Command::SealLog`].

@@ -7,7 +7,7 @@ use helix_core::command::{
     RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
 };
 use helix_core::record::{DrainedBy, Pinned};
-use helix_model::{Death, LogTime, NodeId};
+use helix_model::{Death, LogTime, NodeId, Room};
 use helix_proto::store;
 use helix_proto::store::command::Kind;
 use helix_proto::store::finish_attempt;
@@ -162,6 +162,7 @@ fn finish_wire(it: &FinishAttempt) -> store::FinishAttempt {
         unproven: it.death == Death::Unproven,
         image: it.image.as_ref().map(image_wire),
         index: it.index.as_ref().map(digest_to_wire),
+        own_limit: it.room == Room::Own,
     }
 }
 
@@ -170,6 +171,8 @@ pub(super) fn format_of(command: &store::Command) -> u32 {
     match &command.kind {
         // A reader of format 2 would pass over these, and think that there is no image or no index.
         Some(Kind::FinishAttempt(it)) if it.image.is_some() || it.index.is_some() => 3,
+        // A reader of format 2 would pass over the flag and hold the worker guilty.
+        Some(Kind::FinishAttempt(it)) if it.own_limit => 3,
         // A reader of format 1 would pass over the flag and take the attempt for dead.
         Some(Kind::FinishAttempt(it)) if it.unproven => 2,
         Some(Kind::ProbeWorker(_)) => 2,
@@ -305,5 +308,6 @@ fn finish(it: store::FinishAttempt) -> Result<FinishAttempt, CodecError> {
         death: if it.unproven { Death::Unproven } else { Death::Proven },
         image: it.image.map(image).transpose()?,
         index: it.index.map(|bytes| digest(&bytes)).transpose()?,
+        room: if it.own_limit { Room::Own } else { Room::Host },
     })
 }

@@ -16,7 +16,7 @@ use helix_core::record::{
 use helix_core::{Policy, Rejection, Reply, Row, Unfit};
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, BuildState, Death, Digest, Executor, Instance, Measure, NodeId,
-    Platform, Reason, Resources, TaskIndex, WorkerName,
+    Platform, Reason, Resources, Room, TaskIndex, WorkerName,
 };
 
 use super::*;
@@ -99,6 +99,7 @@ fn finish(outcome: Outcome) -> Command {
         death: Death::Proven,
         image: None,
         index: None,
+        room: Room::Host,
     })
 }
 
@@ -116,6 +117,13 @@ fn indexed() -> Command {
 fn unproven() -> Command {
     match finish(Outcome::Stopped) {
         Command::FinishAttempt(it) => Command::FinishAttempt(FinishAttempt { death: Death::Unproven, ..it }),
+        other => other,
+    }
+}
+
+fn outgrown() -> Command {
+    match finish(Outcome::Failed { reason: Reason::DiskFull, message: "m".to_owned() }) {
+        Command::FinishAttempt(it) => Command::FinishAttempt(FinishAttempt { room: Room::Own, ..it }),
         other => other,
     }
 }
@@ -153,6 +161,7 @@ fn commands() -> Vec<Command> {
             instance: instance.clone(),
             image: image(),
         }),
+        outgrown(),
         Command::SealLog(SealLog { key: key.clone(), worker: worker.clone(), log: log() }),
         Command::ExpireAttempt(ExpireAttempt { key: key.clone(), reason: Reason::Timeout }),
         Command::EndUnverified(EndUnverified { key: key.clone() }),

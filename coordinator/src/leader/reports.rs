@@ -9,7 +9,7 @@ use helix_core::command::{
 use helix_core::record::{DrainedBy, Image, SealedLog};
 use helix_core::state::{Offered, State};
 use helix_core::{Command, Rejection, Reply};
-use helix_model::{AttemptKey, Death, Reason};
+use helix_model::{AttemptKey, Death, Reason, Room};
 use helix_proto::agent;
 use helix_proto::agent::coordinator_message::Message;
 use tracing::{debug, warn};
@@ -212,6 +212,7 @@ fn stopped(who: &Speaker, key: AttemptKey) -> FinishAttempt {
         death: Death::Proven,
         image: None,
         index: None,
+        room: Room::Host,
     }
 }
 

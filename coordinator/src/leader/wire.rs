@@ -8,7 +8,7 @@ use helix_core::command::{FinishAttempt, Outcome, SecretFor, WorkerOffer};
 use helix_core::record::{Artifact, AttemptEnd, BlobRef, Image, SealedLog};
 use helix_core::state::{Known, State};
 use helix_model::{
-    AttemptKey, Death, Digest, Executor, Instance, InvalidField, NodeId, Platform, Reason, Resources, WorkerName,
+    AttemptKey, Death, Digest, Executor, Instance, InvalidField, NodeId, Platform, Reason, Resources, Room, WorkerName,
     limits,
 };
 use helix_proto::agent;
@@ -149,6 +149,7 @@ pub(crate) fn finished(wire: agent::Finished, key: AttemptKey, who: &Speaker) ->
         death: if wire.unproven { Death::Unproven } else { Death::Proven },
         image: wire.image.map(|built| image(Some(built))).transpose()?,
         index: if wire.index.is_empty() { None } else { Some(Digest::from_slice(&wire.index)?) },
+        room: if wire.own_limit { Room::Own } else { Room::Host },
     })
 }
 

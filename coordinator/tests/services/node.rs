@@ -18,7 +18,7 @@ use helix_core::command::{AssignTask, FinishAttempt, Outcome, RegisterWorker, Wo
 use helix_core::record::{BlobRef, SealedLog};
 use helix_core::{Command, Reply};
 use helix_model::{
-    AttemptKey, AttemptNumber, BuildId, Death, Digest, Executor, Instance, NodeId, Reason, TaskIndex, WorkerName,
+    AttemptKey, AttemptNumber, BuildId, Death, Digest, Executor, Instance, NodeId, Reason, Room, TaskIndex, WorkerName,
 };
 use helix_proto::v1;
 use helix_proto::v1::blob_service_client::BlobServiceClient;
@@ -148,6 +148,7 @@ impl One {
                 death: Death::Proven,
                 image: None,
                 index: None,
+                room: Room::Host,
             }))
             .await;
         assert_eq!(reply, Reply::Done);

@@ -9,7 +9,9 @@ use helix_core::command::{self as cmd, Command, Outcome, WorkerOffer};
 use helix_core::record::{BlobRef, SealedLog, Standing};
 use helix_core::state::Offered;
 use helix_core::{Effect, Rejection, Reply};
-use helix_model::{AttemptKey, Death, Digest, Executor, Instance, NodeId, Platform, Reason, Resources, WorkerName};
+use helix_model::{
+    AttemptKey, Death, Digest, Executor, Instance, NodeId, Platform, Reason, Resources, Room, WorkerName,
+};
 
 use super::Bug;
 use super::host::Fate;
@@ -401,6 +403,7 @@ impl World {
             death: if self.knows_dead(agent, key) { Death::Proven } else { Death::Unproven },
             image: None,
             index: None,
+            room: Room::Host,
         }
     }
 

@@ -3,9 +3,12 @@
 //! The rules of retries are here alone. A committed cancel beats everything; a stop that was asked for beats
 //! what is reported later; budgets are the build's for the user's failures and the policy's for ours. A task may be run
 //! again although its last attempt was not seen dead, as after a loss; who must not have that says so at submit.
+//!
+//! A build that outgrew the disk that it asked for does so wherever it runs: like memory, that is paid by the user's budget.
+//! One that asked for none met the limit of that one agent's configuration, and may fit elsewhere: ours, as any `disk_full`.
 
 use helix_model::limits::ATTEMPTS_PER_TASK_MAX;
-use helix_model::{AttemptKey, BuildState, Fault, LogTime, OnWorkerLoss, Reason};
+use helix_model::{AttemptKey, BuildSpec, BuildState, Fault, LogTime, OnWorkerLoss, Reason, Room};
 
 use crate::record::{Applied, AttemptEnd, BuildRecord, Policy, StopRequest, TaskPhase, TaskRecord};
 use crate::state::State;
@@ -31,7 +34,7 @@ pub(super) fn end_without_result(at: LogTime, reason: Reason, message: &str, ver
 
 /// Ends the running attempt of a task, decides what becomes of the task and, if it was the last, of the build.
 /// `end.reason` is the agent's or the registry's view; a committed cancel or stop overrules it here.
-pub(super) fn end_attempt(build: &mut BuildRecord, key: &AttemptKey, mut end: AttemptEnd, policy: &Policy) {
+pub(super) fn end_attempt(build: &mut BuildRecord, key: &AttemptKey, mut end: AttemptEnd, room: Room, policy: &Policy) {
     let at = end.at;
     let spec = build.spec.clone();
     let cancelled = build.cancel.is_some();
@@ -54,7 +57,7 @@ pub(super) fn end_attempt(build: &mut BuildRecord, key: &AttemptKey, mut end: At
         Some(reason) => {
             let may_live = reason == Reason::WorkerLost || !verified;
             let lost_for_good = may_live && spec.on_worker_loss == OnWorkerLoss::Fail;
-            match next_attempt(task, reason, stop, spec.retries, policy, at) {
+            match next_attempt(task, (reason, fault(reason, room, &spec)), stop, spec.retries, policy, at) {
                 Some(not_before) if !lost_for_good => TaskPhase::Waiting { not_before },
                 Some(_) | None => TaskPhase::Ended { state: BuildState::Failed, reason: Some(reason), at },
             }
@@ -73,10 +76,18 @@ fn overruled(stop: Option<Reason>, reported: Option<Reason>) -> Option<Reason> {
     }
 }
 
+/// Whose budget pays for another attempt.
+fn fault(reason: Reason, room: Room, spec: &BuildSpec) -> Fault {
+    match (reason, room) {
+        (Reason::DiskFull, Room::Own) if spec.resources.disk_bytes > 0 => Fault::User,
+        _ => reason.fault(),
+    }
+}
+
 /// When the task may be tried again after ending with `reason`, and the budget that pays for it; `None` if it may not.
 fn next_attempt(
     task: &mut TaskRecord,
-    reason: Reason,
+    (reason, fault): (Reason, Fault),
     stop: Option<Reason>,
     user_budget: u32,
     policy: &Policy,
@@ -92,7 +103,7 @@ fn next_attempt(
     if matches!(reason, Reason::NoCommand | Reason::Policy | Reason::Cancelled) {
         return None;
     }
-    let (spent, budget) = match reason.fault() {
+    let (spent, budget) = match fault {
         Fault::User => (&mut task.user_retries, user_budget),
         Fault::Infrastructure => (&mut task.infra_retries, policy.infra_retries),
     };
@@ -135,7 +146,7 @@ pub(super) fn lose_attempts(
         }
         let end = end_without_result(at, Reason::WorkerLost, message, verified);
         let policy = state.policy.clone();
-        end_attempt(&mut build, key, end, &policy);
+        end_attempt(&mut build, key, end, Room::Host, &policy);
         state.put_build(build, out);
     }
     unproven

@@ -1,6 +1,6 @@
 //! Deadlines that the leader finds passed: attempts to be stopped, and stops that nobody proved.
 
-use helix_model::{LogTime, Reason};
+use helix_model::{LogTime, Reason, Room};
 
 use crate::command::{EndUnverified, ExpireAttempt};
 use crate::effect::Effect;
@@ -64,7 +64,7 @@ pub(super) fn end_unverified(state: &mut State, at: LogTime, c: &EndUnverified, 
     }
     let policy = state.policy.clone();
     let end = end_without_result(at, stop.reason, "its worker is lost and nobody saw it dead", false);
-    end_attempt(&mut build, &c.key, end, &policy);
+    end_attempt(&mut build, &c.key, end, Room::Host, &policy);
     state.put_build(build, out);
     super::hold::hold(state, &name, &c.key, out);
     Ok(Reply::Done)

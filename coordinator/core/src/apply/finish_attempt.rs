@@ -67,12 +67,12 @@ pub(super) fn finish_attempt(state: &mut State, at: LogTime, c: &FinishAttempt, 
         attempt.image.clone_from(&c.image);
     }
     let policy = state.policy.clone();
-    end_attempt(&mut build, &c.key, end, &policy);
+    end_attempt(&mut build, &c.key, end, c.room, &policy);
     let ended = build.task(c.key.task).and_then(|task| task.attempts.last()).cloned();
     state.put_build(build, out);
     if let Some(ended) = ended {
         let reason = ended.end.and_then(|end| end.reason);
-        super::trust::note_end(state, at, &c.worker, &c.key.build, ended.assigned_at, reason, out);
+        super::trust::note_end(state, at, &c.worker, &c.key.build, ended.assigned_at, (reason, c.room), out);
     }
     if c.death == Death::Unproven {
         super::hold::hold(state, &c.worker, &c.key, out);

@@ -1,6 +1,6 @@
 //! Ways for a worker to go: for an upgrade, silently, or for good.
 
-use helix_model::{AttemptKey, BuildId, Instance, LogTime, Reason, WorkerName};
+use helix_model::{AttemptKey, BuildId, Instance, LogTime, Reason, Room, WorkerName};
 
 use crate::command::{DetachWorker, LoseWorker, RemoveWorker};
 use crate::record::{Applied, Standing, WorkerRecord};
@@ -37,7 +37,7 @@ pub(super) fn lose_worker(state: &mut State, at: LogTime, c: &LoseWorker, out: &
     let last = last_of(state, &keys);
     lose_attempts(state, at, &keys, Stopping::Wait, false, "its worker fell silent for longer than its lease", out);
     if let Some((build, assigned_at)) = last {
-        super::trust::note_end(state, at, &c.worker, &build, assigned_at, Some(Reason::WorkerLost), out);
+        super::trust::note_end(state, at, &c.worker, &build, assigned_at, (Some(Reason::WorkerLost), Room::Host), out);
     }
     Ok(Reply::Done)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use helix_model::limits::{LABEL_BYTES_MAX, MAP_ENTRIES_MAX, WORKER_CAPACITY_MAX};
-use helix_model::{LogTime, Reason};
+use helix_model::{LogTime, Reason, Room};
 
 use crate::command::{RegisterWorker, WorkerOffer};
 use crate::record::{Applied, DrainedBy, Standing, Trust, WorkerRecord};
@@ -54,7 +54,7 @@ pub(super) fn register_worker(state: &mut State, at: LogTime, c: &RegisterWorker
     let keys = running(state, &c.worker);
     let message = "its worker came back as another instance";
     if let Some((build, assigned_at)) = last_of(state, &keys) {
-        let lost = Some(Reason::WorkerLost);
+        let lost = (Some(Reason::WorkerLost), Room::Host);
         let trust = trust::after(&record.trust, at, &build, assigned_at, lost, &state.policy);
         record.trust = trust.unwrap_or(record.trust);
     }

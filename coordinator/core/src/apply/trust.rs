@@ -2,11 +2,12 @@
 //! tried with one attempt at a time.
 //!
 //! Only what can be the host's doing counts (a full disk, a fault of the agent, a silence): an image that cannot be pulled
-//! or a store that cannot be reached says nothing about a worker. One build counts once, because it may be the cause.
+//! or a store that cannot be reached says nothing about a worker, and neither does a build that outgrew a limit of its own.
+//! One build counts once, because it may be the cause.
 
 use std::collections::BTreeSet;
 
-use helix_model::{BuildId, LogTime, Reason, WorkerName};
+use helix_model::{BuildId, LogTime, Reason, Room, WorkerName};
 
 use crate::command::ProbeWorker;
 use crate::record::{Applied, Policy, Trust, WorkerRecord};
@@ -41,18 +42,21 @@ pub(super) fn probe_worker(state: &mut State, at: LogTime, c: &ProbeWorker, out:
     Ok(Reply::Done)
 }
 
-/// Takes in how an attempt of `build`, assigned at `assigned_at`, ended on a worker; `None` is a success.
+/// What an end is judged by: why, `None` being a success, and whose disk was full, if one was.
+pub(super) type Why = (Option<Reason>, Room);
+
+/// Takes in how an attempt of `build`, assigned at `assigned_at`, ended on a worker.
 pub(super) fn note_end(
     state: &mut State,
     at: LogTime,
     name: &WorkerName,
     build: &BuildId,
     assigned_at: LogTime,
-    reason: Option<Reason>,
+    why: Why,
     out: &mut Applied,
 ) {
     let Some(worker) = state.worker(name) else { return };
-    if let Some(trust) = after(&worker.trust, at, build, assigned_at, reason, &state.policy) {
+    if let Some(trust) = after(&worker.trust, at, build, assigned_at, why, &state.policy) {
         let worker = WorkerRecord { trust, ..(**worker).clone() };
         state.put_worker(worker, out);
     }
@@ -64,11 +68,11 @@ pub(super) fn after(
     at: LogTime,
     build: &BuildId,
     assigned_at: LogTime,
-    reason: Option<Reason>,
+    why: Why,
     policy: &Policy,
 ) -> Option<Trust> {
     let fresh = || Trust::Full { failed: BTreeSet::new() };
-    match (trust, sign(reason)) {
+    match (trust, sign(why)) {
         (Trust::Full { failed }, Sign::Good) => (!failed.is_empty()).then(fresh),
         (Trust::Full { failed }, Sign::Bad) => {
             if policy.quarantine_after == 0 || failed.contains(build) {
@@ -93,8 +97,9 @@ fn quarantine(at: LogTime, round: u32, policy: &Policy) -> Trust {
     Trust::Quarantined { until: at.plus_ms(ms), round }
 }
 
-fn sign(reason: Option<Reason>) -> Sign {
+fn sign((reason, room): Why) -> Sign {
     match reason {
+        Some(Reason::DiskFull) if room == Room::Own => Sign::None,
         // A command that ran to its end shows that the host can run commands, however it ended.
         None | Some(Reason::Exit | Reason::ArtifactMissing) => Sign::Good,
         Some(Reason::DiskFull | Reason::Internal | Reason::WorkerLost) => Sign::Bad,

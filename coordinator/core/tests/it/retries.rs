@@ -51,6 +51,29 @@ fn every_reason_is_paid_by_its_own_budget() {
 }
 
 #[test]
+fn who_outgrows_what_it_asked_for_pays_itself() {
+    // What was asked for, the user's budget, and how many attempts ran with two retries of ours.
+    for (asked, retries, expected) in [(1 << 20, 0, 1), (1 << 20, 1, 2), (0, 0, 3), (0, 5, 3)] {
+        let mut story = Story::new();
+        story.worker("w1", 1);
+        let resources = helix_model::Resources { disk_bytes: asked, ..helix_model::Resources::default() };
+        story.submit_as("b", BuildSpec { retries, resources, ..spec() });
+        let mut ran = 0;
+        loop {
+            let attempt = format!("b.0.{}", ran + 1);
+            story.wait(EVER);
+            if story.assign(&attempt, "w1") != Reply::Done {
+                break;
+            }
+            ran += 1;
+            story.apply(outgrown(finish(&attempt, "w1", "data1.boot1", failed(Reason::DiskFull))));
+        }
+        assert_eq!(ran, expected, "{asked} {retries}");
+        assert!(story.show("b").starts_with("failed (disk_full)"), "{}", story.show("b"));
+    }
+}
+
+#[test]
 fn budgets_are_apart() {
     use Reason::{DiskFull, Exit, Internal, Timeout};
     let (ran, shown) = attempts(2, 2, [Exit, DiskFull, Timeout, Internal, Exit]);

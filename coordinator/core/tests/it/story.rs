@@ -15,7 +15,7 @@ use helix_core::record::{
 use helix_core::{InFlight, Known, Liveness, Reply, SessionState, State, WorkerLiveness, due, invariants, schedule};
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, Command as Run, Death, Digest, Executor, Instance, LogTime, Measure,
-    NodeId, Platform, Reason, TaskIndex, WorkerName,
+    NodeId, Platform, Reason, Room, TaskIndex, WorkerName,
 };
 
 #[derive(Default)]
@@ -304,6 +304,7 @@ pub fn finish(attempt: &str, name: &str, life: &str, outcome: Outcome) -> Comman
         death: Death::Proven,
         image: None,
         index: None,
+        room: Room::Host,
     })
 }
 
@@ -315,6 +316,14 @@ pub fn finish_image(attempt: &str, name: &str, life: &str, image: Image, index: 
         Command::FinishAttempt(c) => {
             Command::FinishAttempt(cmd::FinishAttempt { artifacts: vec![], image: Some(image), index, ..c })
         }
+        other => panic!("no report: {other:?}"),
+    }
+}
+
+/// The same report of an attempt that outgrew a limit of its own.
+pub fn outgrown(report: Command) -> Command {
+    match report {
+        Command::FinishAttempt(c) => Command::FinishAttempt(cmd::FinishAttempt { room: Room::Own, ..c }),
         other => panic!("no report: {other:?}"),
     }
 }

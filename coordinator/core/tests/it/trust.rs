@@ -85,6 +85,24 @@ fn one_build_counts_once_however_often_it_fails() {
 }
 
 #[test]
+fn a_build_that_outgrew_a_limit_of_its_own_says_nothing_of_the_host() {
+    let mut story = world();
+    fail(&mut story, &["a"]);
+    for id in ["b", "c", "d"] {
+        story.submit(id);
+        let attempt = format!("{id}.0.1");
+        story.assign(&attempt, "w1");
+        story.apply(outgrown(finish(&attempt, "w1", "data1.boot1", failed(Reason::DiskFull))));
+    }
+    assert_eq!(trust(&story), "full 1");
+    // Whatever else an agent says so of counts as ever.
+    story.submit("e");
+    story.assign("e.0.1", "w1");
+    story.apply(outgrown(finish("e.0.1", "w1", "data1.boot1", failed(Reason::Internal))));
+    assert_eq!(trust(&story), "full 2");
+}
+
+#[test]
 fn a_worker_that_fails_builds_is_quarantined_probed_and_trusted_again() {
     let mut story = world();
     story.submit("long");
