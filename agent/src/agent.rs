@@ -272,7 +272,7 @@ impl Loop {
             offer: Some(wire::offer(
                 &self.services.allowed.current(),
                 self.services.isolated.word(),
-                self.services.limiter.words(),
+                &self.services.limiter.words(),
                 &self.services.disks,
                 &self.services.podman.standing().borrow(),
             )),
@@ -424,7 +424,7 @@ pub fn recover(services: &Services) -> std::io::Result<Vec<(AttemptKey, Found)>>
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let owned = name.starts_with('.') || found.iter().any(|(key, _)| key.to_string() == name);
         if !owned {
-            attempt::workdir::remove_tree(&path)?;
+            attempt::workdir::remove_whole(&path)?;
         }
     }
     services.limiter.put_away(|key| found.iter().any(|(other, _)| other == key));

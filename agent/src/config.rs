@@ -393,6 +393,7 @@ mod tests {
             (&format!("{GOOD}[secrets.a]\nfiel = 'x'"), "fiel"),
             (&format!("{GOOD}[log]\nfilter = 'a=b=c'"), "`log.filter`"),
             (&format!("{GOOD}[limits]\nprocesses = 1"), "`limits.processes`"),
+            (&format!("{GOOD}[limits]\ndisk = \"raid\""), "`limits.disk`"),
             (&format!("{GOOD}[limits]\ncpu_milli = 2000\ncpu_milli_max = 1000"), "`limits.cpu_milli`"),
             (&format!("{GOOD}[resources]\nmemory_bytes = 'much'"), "resources.memory_bytes"),
             (&format!("{GOOD}[podman]\nnetwork = 'bridge'"), "`podman.network`"),

@@ -6,6 +6,7 @@
 
 pub mod collect;
 pub mod kept;
+pub mod wall;
 
 use std::io;
 use std::path::{Path, PathBuf};

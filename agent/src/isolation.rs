@@ -18,6 +18,7 @@ use crate::attempt::workdir::Workdir;
 use crate::config::Config;
 use crate::starter::Starter;
 
+pub(crate) use owners::number_of;
 pub use owners::{Owners, UserSetting};
 pub use view::Bind;
 

@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use helix_model::{AttemptKey, Resources};
+use helix_model::{AttemptKey, Resources, Room};
 use helix_runner::cgroup::{Controller, Host, Wanted};
 use helix_runner::limits::{DiskLimit, Limits};
 
+use crate::attempt::workdir::Workdir;
 use crate::config::LimitsConfig;
+use crate::disk::wall::Walls;
 
 /// How often and how long a cgroup that is still dying is waited for when the agent starts.
 const PUT_AWAY_TRIES: u32 = 50;
@@ -19,7 +21,7 @@ pub struct Limiter {
     config: LimitsConfig,
     /// What the names of this agent's cgroups begin with.
     prefix: String,
-    words: String,
+    walls: Walls,
 }
 
 /// Cgroups that limit the processes of whatever is forked in them, for one attempt after the other.
@@ -29,6 +31,9 @@ pub struct Slots {
     prefix: String,
     processes: u64,
 }
+
+/// With less a file system is full.
+const FULL_BYTES: u64 = 256 * 1024;
 
 /// The forker and a runner are in there with the build.
 const OURS_IN_A_SLOT: u64 = 2;
@@ -82,14 +87,16 @@ impl Limiter {
         if host.unified.is_none() {
             tracing::info!("no writable cgroup v2: runners go without");
         }
-        let word = |controller| host.enforcement(controller).as_str();
-        let words = format!(
-            "cpu {}, memory {}, processes {}, disk watched",
-            word(Controller::Cpu),
-            word(Controller::Memory),
-            word(Controller::Pids)
-        );
-        Self { host, config, prefix: format!("helix-{id}-"), words }
+        Self { host, config, prefix: format!("helix-{id}-"), walls: Walls::none() }
+    }
+
+    /// Finds out how disk can be limited where workdirs are made. Blocks.
+    ///
+    /// # Errors
+    /// When the configuration asks for what cannot be had there.
+    pub fn wall_in(&mut self, work_root: &Path) -> anyhow::Result<()> {
+        self.walls = Walls::choose(&self.config.disk, work_root)?;
+        Ok(())
     }
 
     /// Where runners are started so that their processes are limited; `None` where each attempt's own cgroup does that.
@@ -103,8 +110,38 @@ impl Limiter {
 
     /// Which limits are enforced how, for people.
     #[must_use]
-    pub fn words(&self) -> &str {
-        &self.words
+    pub fn words(&self) -> String {
+        let word = |controller| self.host.enforcement(controller).as_str();
+        format!(
+            "cpu {}, memory {}, processes {}, disk {}",
+            word(Controller::Cpu),
+            word(Controller::Memory),
+            word(Controller::Pids),
+            self.walls.as_str()
+        )
+    }
+
+    /// Puts a wall around a workdir that was just made, if there are to be one and a limit. Blocks.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn wall(&self, workdir: &Workdir, key: &AttemptKey, amounts: Amounts) -> std::io::Result<()> {
+        let Some(bytes) = amounts.disk_bytes else { return Ok(()) };
+        self.walls.raise(workdir, key, bytes, some(self.config.files))
+    }
+
+    /// Whose room it was that the agent itself found full while it prepared a workdir.
+    #[must_use]
+    pub fn full(&self, workdir: &Workdir) -> Room {
+        let own = self.walls.look_at(workdir).is_some_and(|path| match rustix::fs::statvfs(path) {
+            // A wall is another file system than the one around it, or says so of its size.
+            Ok(inside) => {
+                let around = rustix::fs::statvfs(workdir.root()).map_or(0, |around| around.f_bavail);
+                inside.f_bavail * inside.f_frsize < FULL_BYTES && around > inside.f_bavail
+            }
+            Err(_) => false,
+        });
+        if own { Room::Own } else { Room::Host }
     }
 
     /// What a build that asks for so much may use.
@@ -138,22 +175,26 @@ impl Limiter {
         Ok(Amounts { wanted, disk_bytes })
     }
 
-    /// An attempt's limits, for its order. `root` holds what it may write, where so many bytes are left.
+    /// An attempt's limits, for its order. Where its workdir is, so many bytes are left.
     #[must_use]
-    pub fn limits(&self, key: &AttemptKey, amounts: Amounts, root: &Path, left_bytes: u64) -> Limits {
+    pub fn limits(&self, key: &AttemptKey, amounts: Amounts, workdir: &Workdir, left_bytes: u64) -> Limits {
         let mut wanted = amounts.wanted;
         if self.host.own_tree(Controller::Pids).is_some() {
             // Its slot sees to them.
             wanted.processes = None;
         }
         let limits = self.host.limits(&self.name(key), &wanted);
+        let wall = amounts.disk_bytes.and_then(|_| self.walls.look_at(workdir));
         let disk = Some(DiskLimit {
-            root: root.to_owned(),
+            root: workdir.root().to_owned(),
             bytes: amounts.disk_bytes.unwrap_or(left_bytes),
             files: some(self.config.files).unwrap_or(u64::MAX),
+            room: if amounts.disk_bytes.is_some() { Room::Own } else { Room::Host },
+            wall: wall.clone(),
         });
         // Between two looks one file grows no further than all of them may.
-        Limits { open_files: some(self.config.open_files), file_bytes: amounts.disk_bytes, disk, ..limits }
+        let file_bytes = amounts.disk_bytes.filter(|_| wall.is_none());
+        Limits { open_files: some(self.config.open_files), file_bytes, disk, ..limits }
     }
 
     /// The cgroup that holds an attempt together, where there can be one.
@@ -215,7 +256,7 @@ mod tests {
             processes: 0,
             ..LimitsConfig::default()
         };
-        let limiter = Limiter { host: Host::default(), config, prefix: "helix-x-".to_owned(), words: String::new() };
+        let limiter = Limiter { host: Host::default(), config, prefix: "helix-x-".to_owned(), walls: Walls::none() };
         let ask = |memory_bytes, disk_bytes| Resources { cpu_milli: 0, memory_bytes, disk_bytes };
         let given = |asked| {
             limiter.amounts(&asked).map(|amounts| (amounts.wanted.memory_bytes, amounts.disk_bytes)).map_err(drop)

@@ -122,11 +122,12 @@ async fn services(
     // Agents may share a base directory and a host; each has its own place, named after its data directory's life.
     let id: String = data.instance().as_str().chars().take(8).collect();
     // Before anything is started: it may move this process to another cgroup.
-    let limiter = Limiter::take(&id, config.limits.clone());
+    let mut limiter = Limiter::take(&id, config.limits.clone());
     let starter = Starter::new(&config.runner_path, limiter.slots())
         .with_context(|| format!("cannot start {} (`runner_path`)", config.runner_path.display()))?;
     let work_root = config.exec.base_dir.join(id);
     make_private(&work_root).with_context(|| format!("cannot make {}", work_root.display()))?;
+    limiter.wall_in(&work_root)?;
     let isolated = Isolated::choose(&config, &work_root, &starter).await?;
     let disks = Disks::new(vec![config.data_dir.clone(), work_root.clone()], config.disk.clone());
     let mirrors = Mirrors::new(&data.mirrors(), &config.source).context("cannot prepare git")?;

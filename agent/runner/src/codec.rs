@@ -114,6 +114,11 @@ impl<'a> Decoder<'a> {
         std::str::from_utf8(self.bytes()?).map_err(|_| FormatError::Value(field))
     }
 
+    /// Whether nothing is left to take.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
     /// Every byte must have been taken: a longer message is another message.
     pub(crate) fn end(self) -> Result<(), FormatError> {
         if self.rest.is_empty() { Ok(()) } else { Err(FormatError::Foreign) }

@@ -1,14 +1,17 @@
 //! Counting what a build wrote, beside everything else that the runner does: a few hundred files at a time, with one open
 //! directory and a few bytes for each level, however deep and wide the tree is, and whatever the build does to it meanwhile.
 //!
-//! What is counted is a lower bound: files that come while others are counted wait for the next walk.
+//! What is counted is a lower bound: files that come while others are counted wait for the next walk. Where a wall stands,
+//! nothing is counted: the file system knows whether it is full.
 
 use std::ffi::CString;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use helix_model::Room;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, SeekFrom, Stat, openat, seek, statat};
 
 use crate::limits::DiskLimit;
@@ -31,13 +34,15 @@ const FULL_FILES: u64 = 8;
 /// Room for directory entries; the longest name fits many times.
 const ENTRIES_BYTES: usize = 8 * 1024;
 
+const FULL: &str = "the host's disk is full";
+
 /// What a step found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Usage {
     /// Nothing to complain about, as far as was counted.
     Within,
-    /// More than is allowed, in words.
-    Over(String),
+    /// More than is allowed, or than there is: whose room that was, and in words.
+    Over(Room, String),
 }
 
 /// Watches one attempt's directories.
@@ -63,13 +68,40 @@ impl DiskWatch {
 
     /// Counts on for a moment, if it is time.
     pub fn step(&mut self) -> Usage {
-        if Instant::now() < self.next_step { Usage::Within } else { self.count_for(STEP_MAX) }
+        if Instant::now() < self.next_step {
+            return Usage::Within;
+        }
+        if self.limit.wall.is_some() {
+            self.next_step = Instant::now() + PAUSE_MIN;
+            return self.at_wall();
+        }
+        self.count_for(STEP_MAX)
+    }
+
+    /// Whether the wall was reached, and whether that is for the host's want of room.
+    fn at_wall(&self) -> Usage {
+        match &self.limit.wall {
+            Some(wall) if is_full(wall) && host_is_full(&self.limit) => Usage::Over(Room::Host, FULL.to_owned()),
+            Some(wall) if is_full(wall) => Usage::Over(
+                Room::Own,
+                format!("the build filled all of the disk that it may fill: its limit is {} bytes", self.limit.bytes),
+            ),
+            Some(_) | None => Usage::Within,
+        }
     }
 
     /// Counts everything once more, when nobody writes any longer. A disk that is full is over as well, whoever filled it.
     pub fn last_look(&mut self) -> Usage {
-        if is_full(&self.limit) {
-            return Usage::Over("the disk is full".to_owned());
+        // Before the host: behind a wall there may be room of its own.
+        let at_wall = self.at_wall();
+        if at_wall != Usage::Within {
+            return at_wall;
+        }
+        if host_is_full(&self.limit) {
+            return Usage::Over(Room::Host, FULL.to_owned());
+        }
+        if self.limit.wall.is_some() {
+            return Usage::Within;
         }
         self.walk = None;
         self.count_for(LAST_LOOK_MAX)
@@ -91,8 +123,9 @@ impl DiskWatch {
                 Ok(false) | Err(_) => {
                     self.next_step = Instant::now() + PAUSE_MIN.max(walk.started.elapsed() * PAUSE_FACTOR);
                     // Where nothing was left for others, its limit is out of reach; it need not be the one to fail for that.
-                    if walk.bytes >= self.limit.bytes / 2 && is_full(&self.limit) {
-                        return Usage::Over(format!("the disk is full, and {} bytes are the build's", walk.bytes));
+                    if walk.bytes >= self.limit.bytes / 2 && host_is_full(&self.limit) {
+                        let what = format!("{FULL}, and {} bytes are the build's", walk.bytes);
+                        return Usage::Over(Room::Host, what);
                     }
                     return walk.verdict(&self.limit);
                 }
@@ -152,13 +185,13 @@ impl Walk {
     fn verdict(&self, limit: &DiskLimit) -> Usage {
         // Reached is over: a file that grew to the limit of its size went no further.
         if self.bytes >= limit.bytes {
-            return Usage::Over(format!(
-                "the build fills {} bytes of disk and more; its limit is {} bytes",
-                self.bytes, limit.bytes
-            ));
+            let whose = if limit.room == Room::Own { "its limit is" } else { "all that the host had left were" };
+            let what = format!("the build fills {} bytes of disk and more; {whose} {} bytes", self.bytes, limit.bytes);
+            return Usage::Over(limit.room, what);
         }
         if self.files > limit.files {
-            return Usage::Over(format!("the build made more than {} files and directories, its limit", limit.files));
+            let what = format!("the build made more than {} files and directories, its limit", limit.files);
+            return Usage::Over(Room::Own, what);
         }
         Usage::Within
     }
@@ -224,8 +257,13 @@ impl Walk {
     }
 }
 
-fn is_full(limit: &DiskLimit) -> bool {
-    let Ok(stat) = rustix::fs::statvfs(&limit.root) else { return false };
+/// Beside the build's own directory, which a wall may be around.
+fn host_is_full(limit: &DiskLimit) -> bool {
+    is_full(limit.root.parent().unwrap_or(&limit.root))
+}
+
+fn is_full(path: &Path) -> bool {
+    let Ok(stat) = rustix::fs::statvfs(path) else { return false };
     let bytes = stat.f_bavail.saturating_mul(stat.f_frsize);
     bytes < FULL_BYTES || (stat.f_files > 0 && stat.f_favail < FULL_FILES)
 }
@@ -250,7 +288,7 @@ mod tests {
     use std::fs;
 
     fn limit(root: &std::path::Path) -> DiskLimit {
-        DiskLimit { root: root.to_owned(), bytes: u64::MAX, files: u64::MAX }
+        DiskLimit { root: root.to_owned(), bytes: u64::MAX, files: u64::MAX, room: Room::Own, wall: None }
     }
 
     fn count(root: &std::path::Path) -> (u64, u64) {
@@ -298,7 +336,7 @@ mod tests {
         let mut watch = DiskWatch::new(DiskLimit { files: 4, ..limit(root.path()) });
         assert_eq!(watch.last_look(), Usage::Within);
         fs::write(root.path().join("one too many"), "").unwrap();
-        assert!(matches!(watch.last_look(), Usage::Over(_)));
+        assert!(matches!(watch.last_look(), Usage::Over(Room::Own, _)));
         fs::remove_dir_all(root.path()).unwrap();
         assert_eq!(watch.last_look(), Usage::Within);
     }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
 
+use helix_model::Room;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::codec::{Decoder, Encoder, FormatError};
@@ -34,6 +35,10 @@ pub struct DiskLimit {
     pub bytes: u64,
     /// Files and directories, at most.
     pub files: u64,
+    /// Whose limit the bytes are: the attempt's, or the host's, of which so much is left.
+    pub room: Room,
+    /// A directory whose file system ends where the limit does. Without one, what is written is counted.
+    pub wall: Option<PathBuf>,
 }
 
 /// All limits of an attempt beside time and log. The default is none.
@@ -92,7 +97,11 @@ impl Limits {
         }
         match &self.disk {
             None => out.u8(0),
-            Some(disk) => out.u8(1).bytes(disk.root.as_os_str().as_bytes()).u64(disk.bytes).u64(disk.files),
+            Some(disk) => {
+                out.u8(2).bytes(disk.root.as_os_str().as_bytes()).u64(disk.bytes).u64(disk.files);
+                let wall = disk.wall.as_ref().map_or(&b""[..], |wall| wall.as_os_str().as_bytes());
+                out.u8(u8::from(disk.room == Room::Own)).bytes(wall)
+            }
         };
         out.finish()
     }
@@ -108,12 +117,24 @@ impl Limits {
         let (open_files, processes, address_space, file_bytes) = (limit()?, limit()?, limit()?, limit()?);
         let disk = match fields.u8()? {
             0 => None,
-            1 => Some(DiskLimit { root: path(&mut fields)?, bytes: fields.u64()?, files: fields.u64()? }),
+            form @ (1 | 2) => Some(disk(form, &mut fields)?),
             _ => return Err(FormatError::Value("disk")),
         };
         fields.end()?;
         Ok(Self { groups, open_files, processes, address_space, file_bytes, disk })
     }
+}
+
+/// In the first form nobody had said yet whose limit it is, and all were counted.
+fn disk(form: u8, fields: &mut Decoder<'_>) -> Result<DiskLimit, FormatError> {
+    let (root, bytes, files) = (path(fields)?, fields.u64()?, fields.u64()?);
+    let (own, wall) = if form == 1 { (0, PathBuf::new()) } else { (fields.u8()?, path(fields)?) };
+    let room = match own {
+        0 => Room::Host,
+        1 => Room::Own,
+        _ => return Err(FormatError::Value("disk")),
+    };
+    Ok(DiskLimit { root, bytes, files, room, wall: (!wall.as_os_str().is_empty()).then_some(wall) })
 }
 
 fn group(fields: &mut Decoder<'_>) -> Result<Group, FormatError> {
@@ -160,11 +181,16 @@ mod tests {
             processes: None,
             address_space: Some(0),
             file_bytes: Some(u64::MAX),
-            disk: Some(DiskLimit { root: "/w".into(), bytes: 1, files: 2 }),
+            disk: Some(DiskLimit { root: "/w".into(), bytes: 1, files: 2, room: Room::Own, wall: Some("/w/x".into()) }),
         };
         for limits in [full.clone(), Limits::default()] {
             assert_eq!(Limits::decode(&limits.encode()), Ok(limits));
         }
+        // As an agent of before ordered it.
+        let mut first = Encoder::default();
+        first.u32(0).u8(0).u8(0).u8(0).u8(0).u8(1).bytes(b"/w").u64(1).u64(2);
+        let counted = DiskLimit { root: "/w".into(), bytes: 1, files: 2, room: Room::Host, wall: None };
+        assert_eq!(Limits::decode(&first.finish()), Ok(Limits { disk: Some(counted), ..Limits::default() }));
         for name in ["../cgroup.procs", "/etc/passwd", "."] {
             let wrong = Limits { groups: vec![group(name)], ..full.clone() };
             assert_eq!(Limits::decode(&wrong.encode()), Err(FormatError::Value("setting")));

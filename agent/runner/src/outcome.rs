@@ -4,7 +4,7 @@
 
 use std::io;
 
-use helix_model::Reason;
+use helix_model::{Reason, Room};
 
 use crate::codec::{self, Decoder, Encoder, FormatError, Kind};
 use crate::journal::{self, Journal, JournalWriter};
@@ -67,6 +67,8 @@ pub struct Outcome {
     pub end: End,
     /// Why the runner stopped it, if it did: the first reason given.
     pub stopped: Option<Reason>,
+    /// Whose disk was full, where that was the reason.
+    pub room: Room,
     /// How many processes that the command had left behind were killed.
     pub leftovers_killed: u32,
     /// Whether memory ran out.
@@ -120,6 +122,10 @@ impl Outcome {
         });
         let log = self.log;
         out.u64(log.last_seq).u64(log.bytes).u64(log.dropped_lines).u64(log.dropped_bytes);
+        // Left out where it is as it always was, so that an agent of before reads all other results.
+        if self.room == Room::Own {
+            out.u8(1);
+        }
         codec::seal(&KIND, &out.finish())
     }
 
@@ -152,8 +158,13 @@ impl Outcome {
             dropped_lines: fields.u64()?,
             dropped_bytes: fields.u64()?,
         };
+        let room = match fields.is_empty() {
+            true => Room::Host,
+            false if fields.u8()? == 1 => Room::Own,
+            false => return Err(FormatError::Value("room")),
+        };
         fields.end()?;
-        Ok(Self { started_at_ms, ended_at_ms, end, stopped, leftovers_killed, memory_kill, log })
+        Ok(Self { started_at_ms, ended_at_ms, end, stopped, room, leftovers_killed, memory_kill, log })
     }
 }
 
@@ -170,12 +181,13 @@ mod tests {
             End::NotStarted { errno: 2, error: "no such program".to_owned() },
             End::NotStarted { errno: -1, error: "é".repeat(512) },
         ] {
-            for stopped in [None, Some(Reason::Cancelled)] {
+            for (stopped, room) in [(None, Room::Host), (Some(Reason::DiskFull), Room::Own)] {
                 let outcome = Outcome {
                     started_at_ms: 1,
                     ended_at_ms: u64::MAX,
                     end: end.clone(),
                     stopped,
+                    room,
                     leftovers_killed: 7,
                     memory_kill: MemoryKill::Counted,
                     log,

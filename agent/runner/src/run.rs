@@ -19,6 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use helix_model::Room;
 use helix_runner::journal::{self, Journal, JournalWriter};
 use helix_runner::pids::Notes;
 use helix_runner::processes::Process;
@@ -108,6 +109,7 @@ fn not_started(clock: Clock, error: &io::Error) -> Outcome {
         ended_at_ms: clock.now_ms(),
         end: End::NotStarted { errno: error.raw_os_error().unwrap_or(0), error: error.to_string() },
         stopped: None,
+        room: Room::Host,
         leftovers_killed: 0,
         memory_kill: MemoryKill::NotSeen,
         log: LogTotals::default(),

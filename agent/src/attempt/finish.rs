@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use helix_agent_core::{Artifact, Assignment, Death, Event, Report, SealedLog, StopCause, Verdict};
 use helix_model::parse::duration_text;
-use helix_model::{BuildSpec, Measure, Outputs, Reason};
+use helix_model::{BuildSpec, Measure, Outputs, Reason, Room};
 use helix_runner::{End, MemoryKill, Outcome};
 
 use super::outputs::{self, Output, Unusable, Why};
@@ -85,7 +85,13 @@ impl Attempt {
     fn judge(&self, ending: Ending) -> (Report, bool) {
         let stop = self.wished.borrow().stop;
         match ending {
-            Ending::NotRun(verdict, death) => (Report { death, ..Report::bare(verdict) }, false),
+            Ending::NotRun(verdict, death) => {
+                let room = match verdict {
+                    Verdict::Failed { reason: Reason::DiskFull, .. } => self.services.limiter.full(&self.workdir),
+                    _ => Room::Host,
+                };
+                (Report { death, room, ..Report::bare(verdict) }, false)
+            }
             Ending::RunnerLost(death) => {
                 let verdict = match stop {
                     Some(StopCause::Registry(_)) => Verdict::Stopped,
@@ -102,7 +108,7 @@ impl Attempt {
                 let ran_well = verdict.is_none();
                 // Replaced once the outputs are stored.
                 let verdict = verdict.unwrap_or(Verdict::Stopped);
-                (Report { exit_code, signal, ..Report::bare(verdict) }, ran_well)
+                (Report { exit_code, signal, room: outcome.room, ..Report::bare(verdict) }, ran_well)
             }
         }
     }
@@ -275,7 +281,12 @@ fn verdict(outcome: &Outcome, stop: Option<StopCause>) -> Option<Verdict> {
             return failed(Reason::Drained, "the agent had to go".to_owned());
         }
         (Some(Reason::DiskFull), None) => {
-            let message = "the disk, or what the build may use of it, was full";
+            let message = match outcome.room {
+                Room::Host => "the host's disk was full, or had too little room left for the build",
+                Room::Own => {
+                    "the build filled all of the disk that it may fill (--disk, or what its agent gives to each)"
+                }
+            };
             return failed(Reason::DiskFull, message.to_owned());
         }
         (Some(Reason::Internal), None) => {
@@ -336,6 +347,7 @@ mod tests {
             ended_at_ms: 2,
             end,
             stopped,
+            room: Room::Host,
             leftovers_killed: 0,
             memory_kill: MemoryKill::NotSeen,
             log: LogTotals::default(),

@@ -19,6 +19,7 @@ use super::environment::environment;
 use crate::blocking::blocking;
 use crate::config::{Config, ExecConfig};
 use crate::executor::podman::build;
+use crate::limits::Amounts;
 use crate::policy;
 use crate::source::archive::{Limits, unpack};
 use crate::source::git::Resolved;
@@ -54,14 +55,14 @@ impl Attempt {
         }
         let made = tokio::select! {
             cause = self.stop_wished() => return Err(stopped(cause)),
-            made = self.make_source(assignment) => made,
+            made = self.make_source(assignment, amounts) => made,
         };
         let commit = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
         self.start_push();
         let (services, root) = (std::sync::Arc::clone(&self.services), self.services.work_root.clone());
         // A disk that cannot be asked is not filled by this.
         let left = blocking(move || services.disks.bytes_above_reserve(&root)).await.unwrap_or(u64::MAX);
-        let limits = self.services.limiter.limits(&self.key, amounts, self.workdir.root(), left);
+        let limits = self.services.limiter.limits(&self.key, amounts, &self.workdir, left);
         let settings = self.services.stores.nodes().settings().await;
         let ms = |value: u64| (value > 0).then_some(value);
         let order = Order {
@@ -130,9 +131,13 @@ impl Attempt {
     }
 
     /// Makes the workdir with the source in it. Gives the commit, if there is one.
-    async fn make_source(&self, assignment: &Assignment) -> Result<Option<Resolved>, SourceError> {
-        let workdir = self.workdir.clone();
-        let made = blocking(move || workdir.create()).await;
+    async fn make_source(&self, assignment: &Assignment, amounts: Amounts) -> Result<Option<Resolved>, SourceError> {
+        let (services, workdir, key) = (Arc::clone(&self.services), self.workdir.clone(), self.key.clone());
+        let made = blocking(move || {
+            workdir.create()?;
+            services.limiter.wall(&workdir, &key, amounts)
+        });
+        let made = made.await;
         made.map_err(|error| SourceError::host("cannot make the workdir", &error))?;
         let spec = &assignment.spec;
         if !spec.repo_url.is_empty() {

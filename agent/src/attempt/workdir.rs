@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, chmodat, openat, ren
 use rustix::io::Errno;
 
 use crate::data_dir::make_private;
+use crate::disk::wall;
 
 /// An attempt's directories. Naming them touches nothing.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -73,7 +74,7 @@ impl Workdir {
     /// # Errors
     /// Those of the file system, such as an immutable file.
     pub fn remove(&self) -> io::Result<()> {
-        remove_tree(&self.root)
+        remove_whole(&self.root)
     }
 
     /// Moves the directories where they stay until `until_ms` (Unix); see [`remove_expired`].
@@ -117,11 +118,21 @@ pub fn remove_expired(base: &Path, now_ms: u64) -> io::Result<usize> {
         let name = entry.file_name();
         let until = name.to_str().and_then(|name| name.rsplit_once('@')).and_then(|(_, until)| until.parse().ok());
         if until.is_none_or(|until: u64| until <= now_ms) {
-            remove_tree(&entry.path())?;
+            remove_whole(&entry.path())?;
             removed += 1;
         }
     }
     Ok(removed)
+}
+
+/// Removes a workdir, wherever it was moved to, with the walls around its parts; that nothing is there is fine.
+///
+/// # Errors
+/// Those of the file system, such as an immutable file.
+pub fn remove_whole(root: &Path) -> io::Result<()> {
+    let project = wall::take_down(root);
+    remove_tree(root)?;
+    project.map_or(Ok(()), wall::Project::release)
 }
 
 /// Removes a directory and all in it. Directories found on the way are first moved up to the top, so that depth costs

@@ -20,6 +20,8 @@ pub struct LimitsConfig {
     pub disk_bytes: u64,
     /// See above.
     pub disk_bytes_max: u64,
+    /// How those bytes are limited: `quota`, `loop`, `tmpfs`, `watch`; `auto` is the first of quota, loop, watch that works.
+    pub disk: String,
     /// Files and directories in a build's workdir.
     pub files: u64,
     /// Processes and threads of a build.
@@ -57,6 +59,7 @@ impl Default for LimitsConfig {
             memory_bytes_max: 0,
             disk_bytes: 0,
             disk_bytes_max: 0,
+            disk: "auto".to_owned(),
             files: 0,
             // Enough for a large build on a large host; a fork bomb ends there.
             processes: 4096,
@@ -75,6 +78,9 @@ impl LimitsConfig {
             if most > 0 && default > most {
                 return wrong(key, format!("{default} is more than {key}_max, which is {most}"));
             }
+        }
+        if !crate::disk::wall::is_known(&self.disk) {
+            return wrong("limits.disk", format!("{:?} is none of auto, quota, loop, tmpfs, watch", self.disk));
         }
         if (1..16).contains(&self.processes) {
             return wrong("limits.processes", "is at least 16: a shell alone needs some; 0 means no limit");

@@ -81,7 +81,7 @@ async fn remove_oldest_kept(services: &Arc<Services>) -> bool {
     let root = services.work_root.clone();
     let removed = blocking(move || {
         let oldest = kept::list(&root)?.into_iter().next();
-        oldest.as_deref().map(crate::attempt::workdir::remove_tree).transpose().map(|removed| removed.is_some())
+        oldest.as_deref().map(crate::attempt::workdir::remove_whole).transpose().map(|removed| removed.is_some())
     });
     removed.await.unwrap_or_else(|error| {
         tracing::warn!(%error, "a kept workdir cannot be removed");

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::attempt::workdir::{kept_dir, remove_tree};
+use crate::attempt::workdir::{kept_dir, remove_whole};
 
 /// Kept workdirs, the one that was kept first at the beginning.
 ///
@@ -38,7 +38,7 @@ pub fn trim(base: &Path, most: usize) -> io::Result<usize> {
     let kept = list(base)?;
     let too_many = kept.len().saturating_sub(most);
     for path in &kept[..too_many] {
-        remove_tree(path)?;
+        remove_whole(path)?;
     }
     Ok(too_many)
 }

@@ -105,11 +105,16 @@ impl Owners {
             Self::Agent => None,
             Self::Fixed(user) => Some(user),
             Self::Each { first, count } => {
-                let id = first + hash(key.to_string().as_bytes()) % count;
+                let id = first + number_of(key) % count;
                 Some(User { uid: id, gid: id })
             }
         }
     }
+}
+
+/// A number that is an attempt's for all time; another may have the same.
+pub(crate) fn number_of(key: &AttemptKey) -> u32 {
+    hash(key.to_string().as_bytes())
 }
 
 /// FNV-1a: the same for all time, which is all that is asked of it.

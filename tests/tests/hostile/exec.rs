@@ -228,7 +228,18 @@ fn memory_and_disk_beyond_what_was_asked_end_a_build_for_that_reason() {
     }
     for (id, reason) in &expected {
         cluster.helix(&["wait", id]);
-        assert_eq!(cluster.json(&["status", id])["reason"], *reason, "{}", cluster.helix(&["logs", id]).stdout);
+        let status = cluster.json(&["status", id]);
+        let log = cluster.helix(&["logs", id]).stdout;
+        assert_eq!(status["reason"], *reason, "{log}");
+        // What a build asked for itself is the same elsewhere.
+        assert_eq!(status["tasks"][0]["attempts"].as_array().unwrap().len(), 1, "{log}");
+    }
+    let log = cluster.helix(&["logs", "disk-hog"]).stdout;
+    assert!(log.contains("all of the disk that it may fill"), "{log}");
+    if limits.contains("disk watched") {
+        skip(test, "no wall can be put around a workdir here");
+    } else {
+        assert!(log.contains("No space left on device") || log.contains("quota exceeded"), "{limits}: {log}");
     }
     let builds: Vec<String> = expected.iter().map(|(id, _)| (*id).to_owned()).collect();
     let data_dir = data_dir(&cluster);
@@ -284,6 +295,19 @@ fn the_look_for_traces_notices_each_kind() {
     assert!(noticed.iter().any(|line| line.starts_with("mount")), "{noticed:?}");
     fs::remove_dir(root.join("planted.0.1")).unwrap();
 
+    fs::write(root.join("planted"), vec![0; 1 << 20]).unwrap();
+    let attached = Command::new("losetup").args(["--find", "--show"]).arg(root.join("planted")).output().unwrap();
+    let device = String::from_utf8(attached.stdout).unwrap();
+    if attached.status.success() {
+        let noticed = look();
+        assert!(Command::new("losetup").args(["--detach", device.trim()]).status().unwrap().success());
+        assert!(noticed.iter().any(|line| line.starts_with("loop device")), "{noticed:?}");
+    } else {
+        skip("the look for loop devices", "there are none here");
+    }
+    fs::remove_file(root.join("planted")).unwrap();
+    wait_for("the loop device to be gone", PATIENCE, || look().is_empty().then_some(()));
+
     let file = PathBuf::from(format!("/dev/shm/helix-planted-{}", std::process::id()));
     fs::write(&file, "").unwrap();
     chown(&file, Some(user_of("planted.0.1")), None).unwrap();
@@ -311,7 +335,7 @@ fn an_isolated_build_outlives_its_agent_and_its_runners_death_is_proof() {
     let Some(cluster) = isolating("an isolated build and its agent's death", "namespaces") else { return };
     assert_eq!(cluster.json(&["workers", "show", "agent-1"])["isolation"], "namespaces");
     let line = "touch started; i=0; until [ -e go ]; do i=$((i+1)); echo line $i; sleep 0.02; done; echo end $i";
-    submit(&cluster, "outlives", &["--no-output"], line);
+    submit(&cluster, "outlives", &["--no-output", "--disk", "32MiB"], line);
     let work = workdir(&cluster, "outlives");
     let agent = cluster.member("agent", "agent-1");
     cluster.kill(&agent);
@@ -322,7 +346,12 @@ fn an_isolated_build_outlives_its_agent_and_its_runners_death_is_proof() {
     let numbers: Vec<usize> = log.lines().filter_map(|line| line.strip_prefix("line ")?.parse().ok()).collect();
     assert_eq!(numbers, (1..=numbers.len()).collect::<Vec<_>>());
 
-    submit(&cluster, "orphaned", &["--no-output"], "touch started; setsid sleep 1000 & exec sleep 1000");
+    submit(
+        &cluster,
+        "orphaned",
+        &["--no-output", "--disk", "32MiB"],
+        "touch started; setsid sleep 1000 & exec sleep 1000",
+    );
     workdir(&cluster, "orphaned");
     let runner = wait_for("the runner", PATIENCE, || {
         let line = traces::left(&data_dir(&cluster), &[]).into_iter().find(|line| line.starts_with("runner"))?;

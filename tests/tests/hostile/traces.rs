@@ -1,4 +1,4 @@
-//! Looking for what builds left on the host: processes, mounts, control groups, files, shared memory.
+//! Looking for what builds left on the host: processes, mounts, loop devices, control groups, files, shared memory.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,6 +17,7 @@ pub(crate) fn left(data_dir: &Path, builds: &[String]) -> Vec<String> {
         builds.iter().flat_map(|build| (1..=3).map(move |number| user_of(&format!("{build}.0.{number}")))).collect();
     let mut found = processes(data_dir, &users);
     found.extend(mounts(data_dir));
+    found.extend(loop_devices(data_dir));
     found.extend(control_groups(builds));
     found.extend(workdirs(data_dir));
     for shared in ["/tmp", "/var/tmp", "/dev/shm", "/run", "/dev/mqueue"] {
@@ -92,6 +93,17 @@ fn mounts(data_dir: &Path) -> Vec<String> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let data_dir = data_dir.display().to_string();
     table.lines().filter(|line| line.contains(&data_dir)).map(|line| format!("mount {line}")).collect()
+}
+
+fn loop_devices(data_dir: &Path) -> Vec<String> {
+    let data_dir = data_dir.display().to_string();
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let files = devices.filter_map(|device| {
+        let file = fs::read_to_string(device.path().join("loop/backing_file")).ok()?;
+        Some((device.file_name().to_string_lossy().into_owned(), file))
+    });
+    let ours = files.filter(|(_, file)| file.contains(&data_dir));
+    ours.map(|(name, file)| format!("loop device {name} of {}", file.trim())).collect()
 }
 
 fn control_groups(builds: &[String]) -> Vec<String> {

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use helix_model::Reason;
+use helix_model::{Reason, Room};
 use helix_runner::cgroup::{Cgroup, Groups};
 use helix_runner::control::{Event, Request, Status};
 use helix_runner::disk::{DiskWatch, Usage};
@@ -70,6 +70,8 @@ pub(crate) struct Attempt {
     command: Option<u32>,
     end: Option<End>,
     stop: Option<Stop>,
+    /// Whose disk was full, if one was.
+    room: Room,
     /// When what the command left behind is killed.
     leftovers_until: Option<Instant>,
     leftovers_killed: u32,
@@ -113,6 +115,7 @@ impl Attempt {
             command: None,
             end: None,
             stop: None,
+            room: Room::Host,
             leftovers_until: None,
             leftovers_killed: 0,
             next_kill: None,
@@ -285,7 +288,8 @@ impl Attempt {
 
     /// Goes on counting what the build wrote, and stops it when that is too much.
     fn look_at_disk(&mut self) {
-        let Some(Usage::Over(what)) = self.disk.as_mut().map(DiskWatch::step) else { return };
+        let Some(Usage::Over(room, what)) = self.disk.as_mut().map(DiskWatch::step) else { return };
+        self.room = room;
         self.spool.append(self.clock.now_ms(), Stream::System, what.as_bytes());
         // At once: it fills the disk while it is asked nicely.
         self.stop(Reason::DiskFull, 0);
@@ -296,8 +300,9 @@ impl Attempt {
         let failed = !matches!(self.end, Some(End::Exited(0)) | None);
         if failed
             && self.stop.is_none()
-            && let Some(Usage::Over(what)) = self.disk.as_mut().map(DiskWatch::last_look)
+            && let Some(Usage::Over(room, what)) = self.disk.as_mut().map(DiskWatch::last_look)
         {
+            self.room = room;
             self.spool.append(self.clock.now_ms(), Stream::System, what.as_bytes());
             self.stop = Some(Stop { reason: Reason::DiskFull, kill_at: Instant::now() });
         }
@@ -398,6 +403,7 @@ impl Attempt {
             ended_at_ms,
             // A kernel that reports no child before it reported the command: not seen, but said rather than assumed.
             end: self.end.unwrap_or(End::NotStarted { errno: 0, error }),
+            room: if stopped == Some(Reason::DiskFull) { self.room } else { Room::Host },
             stopped,
             leftovers_killed: self.leftovers_killed,
             memory_kill,

@@ -1,9 +1,9 @@
 //! Limits of cgroups, of processes and of the disk, and what they leave behind: nothing.
 
-use helix_model::Reason;
+use helix_model::{Reason, Room};
 use helix_runner::cgroup::{Controller, Enforcement, Host, Wanted};
 use helix_runner::limits::{DiskLimit, Limits};
-use helix_runner::{End, MemoryKill, Stream, Sweep, sweep};
+use helix_runner::{End, MemoryKill, Order, Stream, Sweep, sweep};
 
 use crate::skip::skip;
 use crate::support::{Attempt, With, is_alive, text, until};
@@ -134,7 +134,7 @@ fn what_nobody_owns_is_put_away() {
 
 fn watched(script: &str, bytes: u64, files: u64) -> Attempt {
     Attempt::new(script).with(|order| {
-        order.limits.disk = Some(DiskLimit { root: order.workdir.clone(), bytes, files });
+        order.limits.disk = Some(DiskLimit { root: order.workdir.clone(), bytes, files, room: Room::Own, wall: None });
     })
 }
 
@@ -146,11 +146,20 @@ fn a_build_that_fills_its_disk_is_stopped_for_that() {
         let mut attempt = watched(script, bytes, files).start();
         let outcome = attempt.outcome();
         assert_eq!((outcome.end, outcome.stopped), (End::Signaled(9), Some(Reason::DiskFull)));
+        assert_eq!(outcome.room, Room::Own);
         assert!(text(&attempt.records(), Stream::System)[0].starts_with("the build "));
     }
     let mut within = watched("head -c 1000000 /dev/zero > f; sleep 1; exit 3", 4 << 20, 300).start();
     let outcome = within.outcome();
     assert_eq!((outcome.end, outcome.stopped), (End::Exited(3), None));
+}
+
+#[test]
+fn what_was_left_of_the_hosts_disk_is_no_limit_of_the_builds_own() {
+    let script = "i=0; while :; do head -c 65536 /dev/zero > f$i; i=$((i+1)); done";
+    let left = |order: &mut Order| order.limits.disk.as_mut().unwrap().room = Room::Host;
+    let outcome = watched(script, 4 << 20, u64::MAX).with(left).start().outcome();
+    assert_eq!((outcome.stopped, outcome.room), (Some(Reason::DiskFull), Room::Host));
 }
 
 #[test]
