@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use helix_model::{AttemptKey, Resources, Room};
 use helix_runner::cgroup::{Controller, Host, Wanted};
-use helix_runner::limits::{DiskLimit, Limits};
+use helix_runner::limits::{DiskLimit, Limits, is_at_wall, is_full};
 
 use crate::attempt::workdir::Workdir;
 use crate::config::LimitsConfig;
@@ -31,9 +31,6 @@ pub struct Slots {
     prefix: String,
     processes: u64,
 }
-
-/// With less a file system is full.
-const FULL_BYTES: u64 = 256 * 1024;
 
 /// The forker and a runner are in there with the build.
 const OURS_IN_A_SLOT: u64 = 2;
@@ -133,15 +130,9 @@ impl Limiter {
     /// Whose room it was that the agent itself found full while it prepared a workdir.
     #[must_use]
     pub fn full(&self, workdir: &Workdir) -> Room {
-        let own = self.walls.look_at(workdir).is_some_and(|path| match rustix::fs::statvfs(path) {
-            // A wall is another file system than the one around it, or says so of its size.
-            Ok(inside) => {
-                let around = rustix::fs::statvfs(workdir.root()).map_or(0, |around| around.f_bavail);
-                inside.f_bavail * inside.f_frsize < FULL_BYTES && around > inside.f_bavail
-            }
-            Err(_) => false,
-        });
-        if own { Room::Own } else { Room::Host }
+        let around = workdir.root().parent().is_some_and(is_full);
+        let inside = self.walls.look_at(workdir).is_some_and(|path| is_at_wall(&path));
+        if inside && !around { Room::Own } else { Room::Host }
     }
 
     /// What a build that asks for so much may use.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use helix_model::Room;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, SeekFrom, Stat, openat, seek, statat};
 
-use crate::limits::DiskLimit;
+use crate::limits::{DiskLimit, is_at_wall, is_full};
 
 /// Before the first look: most builds are over by then.
 const FIRST_LOOK: Duration = Duration::from_millis(300);
@@ -28,9 +28,6 @@ const STEP_MAX: Duration = Duration::from_millis(2);
 const FILES_A_LOOK: u32 = 32;
 /// The last look, after the end, takes no longer than this.
 const LAST_LOOK_MAX: Duration = Duration::from_secs(2);
-/// A disk with less than this is full: whoever failed on it failed for that.
-const FULL_BYTES: u64 = 256 * 1024;
-const FULL_FILES: u64 = 8;
 /// Room for directory entries; the longest name fits many times.
 const ENTRIES_BYTES: usize = 8 * 1024;
 
@@ -81,8 +78,8 @@ impl DiskWatch {
     /// Whether the wall was reached, and whether that is for the host's want of room.
     fn at_wall(&self) -> Usage {
         match &self.limit.wall {
-            Some(wall) if is_full(wall) && host_is_full(&self.limit) => Usage::Over(Room::Host, FULL.to_owned()),
-            Some(wall) if is_full(wall) => Usage::Over(
+            Some(wall) if is_at_wall(wall) && host_is_full(&self.limit) => Usage::Over(Room::Host, FULL.to_owned()),
+            Some(wall) if is_at_wall(wall) => Usage::Over(
                 Room::Own,
                 format!("the build filled all of the disk that it may fill: its limit is {} bytes", self.limit.bytes),
             ),
@@ -109,7 +106,7 @@ impl DiskWatch {
 
     fn count_for(&mut self, time: Duration) -> Usage {
         let started = Instant::now();
-        let mut walk = match self.walk.take().map_or_else(|| Walk::start(&self.limit), Ok) {
+        let mut walk = match self.walk.take().map_or_else(|| Walk::start(&self.limit.root), Ok) {
             Ok(walk) => walk,
             // The directory is gone or closed to us: whoever did that has to answer for it.
             Err(_) => {
@@ -149,8 +146,8 @@ impl DiskWatch {
 ///
 /// # Errors
 /// Those of the file system.
-pub fn measure(root: &std::path::Path, time: Duration) -> io::Result<(u64, u64)> {
-    let mut walk = Walk::start(&DiskLimit { root: root.to_owned(), bytes: u64::MAX, files: u64::MAX })?;
+pub fn measure(root: &Path, time: Duration) -> io::Result<(u64, u64)> {
+    let mut walk = Walk::start(root)?;
     while walk.started.elapsed() < time && walk.advance()? {}
     Ok((walk.bytes, walk.files))
 }
@@ -175,8 +172,8 @@ struct Walk {
 }
 
 impl Walk {
-    fn start(limit: &DiskLimit) -> io::Result<Self> {
-        let here = open(CWD, &limit.root)?;
+    fn start(root: &Path) -> io::Result<Self> {
+        let here = open(CWD, root)?;
         let stat = rustix::fs::fstat(&here)?;
         let at = Level { inode: stat.st_ino, cookie: 0 };
         Ok(Self { started: Instant::now(), device: stat.st_dev, here, at, above: Vec::new(), bytes: 0, files: 0 })
@@ -262,12 +259,6 @@ fn host_is_full(limit: &DiskLimit) -> bool {
     is_full(limit.root.parent().unwrap_or(&limit.root))
 }
 
-fn is_full(path: &Path) -> bool {
-    let Ok(stat) = rustix::fs::statvfs(path) else { return false };
-    let bytes = stat.f_bavail.saturating_mul(stat.f_frsize);
-    bytes < FULL_BYTES || (stat.f_files > 0 && stat.f_favail < FULL_FILES)
-}
-
 fn open(at: impl std::os::fd::AsFd, name: impl rustix::path::Arg) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(openat(at, name, flags, Mode::empty())?)
@@ -287,12 +278,12 @@ mod tests {
     use super::*;
     use std::fs;
 
-    fn limit(root: &std::path::Path) -> DiskLimit {
+    fn limit(root: &Path) -> DiskLimit {
         DiskLimit { root: root.to_owned(), bytes: u64::MAX, files: u64::MAX, room: Room::Own, wall: None }
     }
 
-    fn count(root: &std::path::Path) -> (u64, u64) {
-        let mut walk = Walk::start(&limit(root)).unwrap();
+    fn count(root: &Path) -> (u64, u64) {
+        let mut walk = Walk::start(root).unwrap();
         while walk.advance().unwrap() {}
         (walk.files, walk.bytes)
     }
@@ -323,7 +314,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("a/b/c")).unwrap();
         fs::create_dir(root.path().join("z")).unwrap();
-        let mut walk = Walk::start(&limit(root.path())).unwrap();
+        let mut walk = Walk::start(root.path()).unwrap();
         while walk.above.len() < 2 {
             walk.advance().unwrap();
         }

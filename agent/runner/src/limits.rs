@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use helix_model::Room;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -16,6 +16,32 @@ const GROUPS_MAX: u32 = 16;
 
 /// Settings of a cgroup, at most.
 const SETTINGS_MAX: u32 = 16;
+
+/// A disk with less than this is full: whoever failed on it failed for that. Of a small one it is a share.
+const FULL_BYTES: u64 = 256 * 1024;
+const FULL_SHARE: u64 = 64;
+const FULL_FILES: u64 = 8;
+
+/// Whether the file system at a path is full, as far as can be known.
+#[must_use]
+pub fn is_full(path: &Path) -> bool {
+    has_less(path, |total| FULL_BYTES.min(total / FULL_SHARE))
+}
+
+/// The same of one that ends at a wall. It refuses a large write while there is room for a small one, and has a little more
+/// room than the limit says, so that nobody is stopped before it.
+#[must_use]
+pub fn is_at_wall(path: &Path) -> bool {
+    has_less(path, |total| (total / 16).clamp(FULL_BYTES, 8 * FULL_BYTES))
+}
+
+fn has_less(path: &Path, few: impl FnOnce(u64) -> u64) -> bool {
+    let Ok(stat) = rustix::fs::statvfs(path) else { return false };
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    let few = few(bytes(stat.f_blocks));
+    // One that counts nothing is never full.
+    (stat.f_blocks > 0 && bytes(stat.f_bavail) < few) || (stat.f_files > 0 && stat.f_favail < FULL_FILES)
+}
 
 /// A cgroup that is made for an attempt, and removed with it.
 #[derive(Clone, PartialEq, Eq, Debug)]

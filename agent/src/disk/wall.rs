@@ -32,8 +32,11 @@ const PARTS: [&str; 3] = ["work", "home", "tmp"];
 const WHOLE: &str = ".room";
 /// Mounts on one directory, at most: an agent that was killed between two steps leaves one.
 const LAYERS_MAX: usize = 8;
+/// So much stands between a limit and its wall, and with no more left a wall is taken for reached: whoever keeps to the limit
+/// is not stopped.
+const BEYOND_BYTES: u64 = 2 << 20;
 /// What is walled in to find out whether that works.
-const TRIAL_BYTES: u64 = 16 << 20;
+const TRIAL_BYTES: u64 = 4 << 20;
 
 /// What walls are made of here.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -105,9 +108,10 @@ impl Walls {
     /// # Errors
     /// Those of the system; `StorageFull` when the host has not so much room.
     pub fn raise(&self, workdir: &Workdir, key: &AttemptKey, bytes: u64, files: Option<u64>) -> io::Result<()> {
+        let room = bytes.saturating_add(BEYOND_BYTES);
         match &self.0 {
             Means::None => Ok(()),
-            Means::Quota => quota::limit(&PARTS.map(|part| workdir.root().join(part)), key, bytes, files),
+            Means::Quota => quota::limit(&PARTS.map(|part| workdir.root().join(part)), key, room, files),
             Means::Image(formatter) => {
                 let image = image::File::make(workdir.root(), bytes, files)?;
                 formatter.format(&image)?;
@@ -115,7 +119,7 @@ impl Walls {
                 mount_parts(workdir, "ext4", &[("source", device.path())])
             }
             Means::Memory => {
-                let (size, files) = (bytes.to_string(), files.unwrap_or(bytes / 4096).max(64).to_string());
+                let (size, files) = (room.to_string(), files.unwrap_or(bytes / 4096).max(64).to_string());
                 mount_parts(workdir, "tmpfs", &[("size", &size), ("nr_inodes", &files), ("mode", "0700")])
             }
         }

@@ -24,7 +24,7 @@ impl Drop for Small {
 
 #[test]
 fn a_build_that_fills_one_hosts_disk_runs_on_another() {
-    let settings = vec!["disk.reserve_bytes=0".to_owned(), "disk.reserve_inodes=0".to_owned()];
+    let settings = ["disk.reserve_bytes=0", "disk.reserve_inodes=0", "limits.disk=watch"].map(str::to_owned).into();
     let cluster = Cluster::start(&Shape { coordinators: 1, agents: 2, capacity: 1, settings }).unwrap();
     let agent = cluster.member("agent", "agent-1");
     cluster.kill(&agent);

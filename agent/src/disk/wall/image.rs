@@ -22,9 +22,10 @@ const PROGRAMS: [&str; 3] = ["/usr/sbin/mke2fs", "/sbin/mke2fs", "/usr/bin/mke2f
 const INODE_BYTES: u64 = 256;
 /// A build's files have so many bytes on average, at least, where nothing limits their number.
 const BYTES_A_FILE: u64 = 8192;
-/// The file system's own needs: so much, and a share of the whole.
-const OWN_BYTES: u64 = 512 << 10;
-const OWN_SHARE: u64 = 32;
+/// The file system's own needs, and what it keeps back: so much, and a share of the whole.
+const OWN_BYTES: u64 = 1 << 20;
+const OWN_SHARE: u64 = 16;
+const OWN_SHARE_MAX: u64 = 64 << 20;
 const BLOCK_BYTES: u64 = 4096;
 
 /// Others may take the device that was found free.
@@ -100,7 +101,9 @@ impl File {
     pub(super) fn make(directory: &Path, bytes: u64, files: Option<u64>) -> io::Result<Self> {
         let most = bytes / BYTES_A_FILE + 256;
         let inodes = files.map_or(most, |files| most.min(files.saturating_add(64)));
-        let size = bytes.saturating_add(inodes * INODE_BYTES).saturating_add(bytes / OWN_SHARE + OWN_BYTES);
+        let size = bytes
+            .saturating_add(inodes * INODE_BYTES)
+            .saturating_add((bytes / OWN_SHARE).min(OWN_SHARE_MAX) + OWN_BYTES);
         let size = size.div_ceil(BLOCK_BYTES).saturating_mul(BLOCK_BYTES);
         let opened = openat(CWD, directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?;
         fallocate(&opened, FallocateFlags::empty(), 0, size)?;

@@ -74,11 +74,10 @@ fn what_is_written_ends_at_the_wall_and_nothing_is_left_of_it() {
         // The three have one room together.
         fs::write(workdir.home().join("some"), vec![1; 4 * MEBIBYTE]).unwrap();
         let (written, why) = fill(&workdir.work().join("much"));
-        assert!((18..=21).contains(&written), "{setting}: {written} MiB beside 4, of 24");
+        assert!((18..=22).contains(&written), "{setting}: {written} MiB beside 4, of 24");
         assert_eq!(why, io::ErrorKind::StorageFull);
         assert_eq!(walls.look_at(&workdir), Some(workdir.work()));
-        let left = rustix::fs::statvfs(workdir.tmp()).unwrap();
-        assert!(left.f_bavail * left.f_frsize < 256 << 10);
+        assert!(helix_runner::limits::is_at_wall(&workdir.tmp()), "{setting}");
         workdir.remove().unwrap();
         assert!(!workdir.root().exists());
         nothing_is_left(base.path());
