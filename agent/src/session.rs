@@ -96,7 +96,7 @@ pub async fn keep(
             }
         };
         offer.forget();
-        let ended = hold(session, channel, &agent, &settings, &mut offer).await;
+        let ended = hold(session, channel, &endpoints, &agent, &settings, &mut offer).await;
         if ended.was_open {
             tracing::info!(%endpoint, "the session ended");
             hints = 0;
@@ -150,10 +150,20 @@ enum Why {
     Broken(Status),
 }
 
+/// Takes in what the leader says of the cluster; above all who its coordinators are, or an agent that outlives those it was
+/// configured with would find nobody.
+fn note_settings(newer: Option<Arc<Settings>>, endpoints: &Endpoints, settings: &watch::Sender<Option<Arc<Settings>>>) {
+    if let Some(newer) = &newer {
+        endpoints.learn(newer.coordinators.iter().map(|(_, endpoint)| endpoint.clone()));
+    }
+    settings.send_replace(newer);
+}
+
 /// One session, from its Hello to its end.
 async fn hold(
     session: SessionNumber,
     channel: Channel,
+    endpoints: &Endpoints,
     agent: &mpsc::Sender<SessionEvent>,
     settings: &watch::Sender<Option<Arc<Settings>>>,
     offer: &mut OfferChanges,
@@ -165,12 +175,12 @@ async fn hold(
         Ok(opened) => opened,
         Err(why) => return Ended { was_open: false, why },
     };
-    settings.send_replace(welcomed.map(Arc::new));
+    note_settings(welcomed.map(Arc::new), endpoints, settings);
     if agent.send(SessionEvent::Opened(session, outbox)).await.is_err() {
         return Ended { was_open: false, why: Why::Broken(Status::cancelled("the agent is ending")) };
     }
     let why = tokio::select! {
-        why = listen(session, &mut messages, agent, settings) => why,
+        why = listen(session, &mut messages, endpoints, agent, settings) => why,
         () = offer.changed() => Why::Renewed,
     };
     Ended { was_open: true, why }
@@ -203,6 +213,7 @@ async fn open(
 async fn listen(
     session: SessionNumber,
     messages: &mut Streaming<helix_proto::agent::CoordinatorMessage>,
+    endpoints: &Endpoints,
     agent: &mpsc::Sender<SessionEvent>,
     settings: &watch::Sender<Option<Arc<Settings>>>,
 ) -> Why {
@@ -214,7 +225,7 @@ async fn listen(
         };
         match message {
             Some(FromLeader::Settings(newer)) => {
-                settings.send_replace(Some(Arc::new(newer.into())));
+                note_settings(Some(Arc::new(newer.into())), endpoints, settings);
             }
             Some(FromLeader::Moved(moved)) => return Why::Moved(moved.leader),
             Some(FromLeader::Refused(refused)) => return Why::Refused(refused),

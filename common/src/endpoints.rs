@@ -117,8 +117,13 @@ struct Shared {
     state: Mutex<State>,
 }
 
+/// Endpoints learnt beside those configured, at most: a cluster has fewer coordinators.
+const LEARNT_MAX: usize = 16;
+
 struct State {
-    /// An index into the list, unless a leader that is not on it is being followed.
+    /// Those configured, and behind them those learnt from the cluster.
+    known: Vec<String>,
+    /// An index into these, unless a leader that is not among them is being followed.
     current: usize,
     leader: Option<String>,
     channels: HashMap<(String, Traffic), Channel>,
@@ -134,7 +139,8 @@ impl Endpoints {
         if list.is_empty() {
             return Err(ChannelError::Endpoint(String::new()));
         }
-        let state = State { current: rand::random_range(0..list.len()), leader: None, channels: HashMap::new() };
+        let current = rand::random_range(0..list.len());
+        let state = State { known: list.clone(), current, leader: None, channels: HashMap::new() };
         let expect = tls.expect_any();
         Ok(Self { shared: Arc::new(Shared { list, tls, expect, attempt_timeout: None, state: Mutex::new(state) }) })
     }
@@ -145,7 +151,12 @@ impl Endpoints {
     pub fn with_attempt_timeout(&self, limit: Duration) -> Self {
         let shared = &self.shared;
         let state = shared.lock();
-        let copy = State { current: state.current, leader: state.leader.clone(), channels: state.channels.clone() };
+        let copy = State {
+            known: state.known.clone(),
+            current: state.current,
+            leader: state.leader.clone(),
+            channels: state.channels.clone(),
+        };
         Self {
             shared: Arc::new(Shared {
                 list: shared.list.clone(),
@@ -163,10 +174,29 @@ impl Endpoints {
         &self.shared.list
     }
 
+    /// Takes in where the cluster's coordinators are now, beside those configured: whoever runs for long sees members
+    /// come and go. What was learnt before and is not named is forgotten.
+    pub fn learn(&self, endpoints: impl IntoIterator<Item = String>) {
+        let mut state = self.shared.lock();
+        let chosen = state.chosen();
+        let mut known = self.shared.list.clone();
+        for endpoint in endpoints.into_iter().filter_map(|endpoint| canonical_endpoint(&endpoint).ok()) {
+            if known.len() < self.shared.list.len() + LEARNT_MAX && !known.contains(&endpoint) {
+                known.push(endpoint);
+            }
+        }
+        // Whatever is being asked goes on being asked.
+        (state.current, state.leader) = match known.iter().position(|endpoint| *endpoint == chosen) {
+            Some(place) => (place, None),
+            None => (0, Some(chosen)),
+        };
+        state.known = known;
+    }
+
     /// The endpoint that would be asked next.
     #[must_use]
     pub fn current(&self) -> String {
-        self.shared.lock().chosen(&self.shared.list)
+        self.shared.lock().chosen()
     }
 
     /// The channel to the current endpoint.
@@ -191,7 +221,7 @@ impl Endpoints {
         let channel = channel::lazy(&endpoint, &self.shared.tls, self.shared.expect.clone(), traffic)?;
         // Hints bring endpoints that are not on the list; those of former leaders are not kept for ever.
         let leader = state.leader.clone();
-        let list = &self.shared.list;
+        let list = state.known.clone();
         state.channels.retain(|(known, _), _| list.contains(known) || leader.as_ref() == Some(known));
         state.channels.insert((endpoint, traffic), channel.clone());
         Ok(channel)
@@ -203,7 +233,7 @@ impl Endpoints {
         let verdict = judge(status);
         match &verdict {
             Verdict::Leader(hint) => match canonical_endpoint(hint) {
-                Ok(leader) => self.shared.lock().follow(leader, &self.shared.list),
+                Ok(leader) => self.shared.lock().follow(leader),
                 // A hint that is no endpoint is as good as none.
                 Err(_) => {
                     self.rotate(endpoint);
@@ -220,12 +250,12 @@ impl Endpoints {
     pub fn rotate(&self, from: &str) {
         let mut state = self.shared.lock();
         // Another caller may have moved on already.
-        if state.chosen(&self.shared.list) == from {
+        if state.chosen() == from {
             state.leader = None;
-            let list = &self.shared.list;
-            state.current = (state.current + 1) % list.len();
-            if list[state.current] == from {
-                state.current = (state.current + 1) % list.len();
+            let count = state.known.len();
+            state.current = (state.current + 1) % count;
+            if state.known[state.current] == from {
+                state.current = (state.current + 1) % count;
             }
         }
     }
@@ -311,12 +341,12 @@ impl Shared {
 }
 
 impl State {
-    fn chosen(&self, list: &[String]) -> String {
-        self.leader.clone().unwrap_or_else(|| list[self.current].clone())
+    fn chosen(&self) -> String {
+        self.leader.clone().unwrap_or_else(|| self.known[self.current].clone())
     }
 
-    fn follow(&mut self, leader: String, list: &[String]) {
-        match list.iter().position(|endpoint| *endpoint == leader) {
+    fn follow(&mut self, leader: String) {
+        match self.known.iter().position(|endpoint| *endpoint == leader) {
             Some(index) => (self.current, self.leader) = (index, None),
             None => self.leader = Some(leader),
         }

@@ -167,3 +167,17 @@ async fn streams_with_a_loop_of_their_own_move_on_once() {
     assert_eq!(endpoints.current(), second);
     assert_eq!(endpoints.observe(&second, &Status::not_found("x")), Verdict::Final);
 }
+
+#[tokio::test]
+async fn endpoints_learnt_from_the_cluster_are_asked_when_those_configured_are_gone() {
+    let cluster = Cluster::new();
+    let newcomer = server(&cluster, "4").await;
+    let endpoints = endpoints(&cluster, &[dead().await, dead().await]);
+    endpoints.learn(["no endpoint".to_owned(), newcomer.url(), newcomer.url()]);
+    endpoints.call(PATIENCE, check).await.unwrap();
+    assert_eq!(endpoints.current(), newcomer.url());
+    // What is asked goes on being asked, also when nobody names it any more.
+    endpoints.learn([]);
+    assert_eq!(endpoints.current(), newcomer.url());
+    endpoints.call(PATIENCE, check).await.unwrap();
+}
