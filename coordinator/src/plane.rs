@@ -22,6 +22,9 @@ pub trait Plane: Send + Sync + 'static {
     /// All coordinators, this one among them.
     fn nodes(&self) -> Vec<NodeId>;
 
+    /// Those whose copies of bytes count.
+    fn voters(&self) -> Vec<NodeId>;
+
     /// A channel for bulk data to a peer: its `BlobService` and `LogPeerService`. `None` for a node that is not known.
     /// Connects when used; a peer that is down is an error of the call.
     fn bulk(&self, node: NodeId) -> Option<Channel>;
@@ -99,6 +102,12 @@ impl Plane for ClusterPlane {
 
     fn nodes(&self) -> Vec<NodeId> {
         self.peers.ids().into_iter().collect()
+    }
+
+    fn voters(&self) -> Vec<NodeId> {
+        let voters = self.registry.voters();
+        // Before any membership is known, whoever holds bytes counts.
+        if voters.is_empty() { self.nodes() } else { voters.into_iter().collect() }
     }
 
     fn bulk(&self, node: NodeId) -> Option<Channel> {

@@ -117,6 +117,12 @@ impl Collection {
 }
 
 impl Blobs {
+    /// As [`Self::fetch`], and leases it; how large it is.
+    pub(crate) async fn obtain(self: &Arc<Self>, digest: Digest) -> Result<u64, BlobError> {
+        self.fetch(digest).await?;
+        self.store.lease(&digest).ok_or(BlobError::Absent(digest))
+    }
+
     /// Fetches a blob from a peer into the own store, unless it is there.
     async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<(), BlobError> {
         if self.store.size(&digest).is_some() {

@@ -47,6 +47,13 @@ impl Leases {
         }
     }
 
+    /// What is leased.
+    pub(super) fn all(&self) -> Vec<Digest> {
+        let now = Instant::now();
+        let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        given.until.iter().filter(|(_, until)| **until > now).map(|(digest, _)| *digest).collect()
+    }
+
     /// Whether a blob is leased.
     pub(super) fn holds(&self, digest: &Digest) -> bool {
         let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);

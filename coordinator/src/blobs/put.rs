@@ -146,9 +146,13 @@ impl Blobs {
     /// Who should hold the blob beside this node.
     fn targets(&self, digest: &Digest, copies: u32) -> Targets {
         let copies = if copies == 0 { self.plane.policy().copies } else { copies };
-        let order = rendezvous(&digest.0, self.others());
+        // Who joins has not the log yet, and who leaves takes its bytes along: only what voters hold counts.
+        let (own, mut voters) = (self.plane.node(), self.plane.voters());
+        let votes = voters.contains(&own);
+        voters.retain(|node| *node != own);
+        let order = rendezvous(&digest.0, voters);
         Targets {
-            wanted: usize::try_from(copies).unwrap_or(usize::MAX).max(1),
+            wanted: usize::try_from(copies).unwrap_or(usize::MAX).max(1).saturating_add(usize::from(!votes)),
             next: order.into_iter(),
             asked: 0,
             found: BTreeSet::from([self.plane.node()]),

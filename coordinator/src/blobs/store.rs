@@ -82,6 +82,15 @@ impl BlobStore {
         self.size(digest)
     }
 
+    /// Blobs that are here and leased, in order from behind `after` on, at most `max`.
+    #[must_use]
+    pub fn leased(&self, after: Option<Digest>, max: usize) -> Vec<Digest> {
+        let mut found = self.leases.all();
+        found.retain(|digest| after.is_none_or(|after| *digest > after));
+        found.sort_unstable();
+        found.into_iter().filter(|digest| self.size(digest).is_some()).take(max).collect()
+    }
+
     /// How long a lease lasts.
     #[must_use]
     pub fn lease_duration(&self) -> Duration {

@@ -19,6 +19,8 @@ pub(crate) struct Ledger {
     pub(crate) named: Mutex<BTreeSet<Digest>>,
     pub(crate) attempts: Mutex<HashMap<AttemptKey, AttemptFacts>>,
     pub(crate) addresses: Mutex<BTreeMap<NodeId, SocketAddr>>,
+    /// Nodes whose copies do not count.
+    pub(crate) learners: Mutex<BTreeSet<NodeId>>,
     pub(crate) reachable: AtomicBool,
     effects: broadcast::Sender<Arc<[Effect]>>,
 }
@@ -30,6 +32,7 @@ impl Ledger {
             named: Mutex::default(),
             attempts: Mutex::default(),
             addresses: Mutex::default(),
+            learners: Mutex::default(),
             reachable: AtomicBool::new(true),
             effects: broadcast::Sender::new(64),
         })
@@ -73,6 +76,11 @@ impl Plane for Recorded {
 
     fn nodes(&self) -> Vec<NodeId> {
         self.ledger.addresses.lock().unwrap().keys().copied().collect()
+    }
+
+    fn voters(&self) -> Vec<NodeId> {
+        let learners = self.ledger.learners.lock().unwrap();
+        self.nodes().into_iter().filter(|node| !learners.contains(node)).collect()
     }
 
     fn bulk(&self, node: NodeId) -> Option<Channel> {

@@ -96,6 +96,22 @@ async fn a_blob_is_stored_here_and_on_the_first_peers_in_its_order() {
 }
 
 #[tokio::test]
+async fn copies_on_nodes_without_a_vote_do_not_count() {
+    let cluster = cluster(4, LEASE).await;
+    cluster.ledger.learners.lock().unwrap().extend([NodeId(1), NodeId(2)]);
+    for len in [10, 100_000] {
+        let data = bytes_of(900 + len as u64, len);
+        let holders = cluster.nodes[0].blobs.put(announce(&data, 2), chunks(&data)).await.unwrap();
+        assert_eq!(holders, BTreeSet::from([1, 3, 4].map(NodeId)), "it was put where nothing counts, and {len} bytes");
+        // Read and copied from there all the same.
+        let digest = digest_of(&data);
+        assert_eq!(cluster.nodes[1].blobs.obtain(digest).await.unwrap(), len as u64);
+        assert!(cluster.nodes[1].blobs.store().leased(None, 9).contains(&digest));
+        assert_eq!(cluster.nodes[1].blobs.store().leased(Some(Digest([0xff; 32])), 9), []);
+    }
+}
+
+#[tokio::test]
 async fn a_peer_that_is_down_is_replaced_by_the_next() {
     let mut cluster = cluster(4, LEASE).await;
     for len in [10, 2_000_000] {
