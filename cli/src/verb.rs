@@ -9,6 +9,7 @@ pub(crate) mod doctor;
 pub(crate) mod explain;
 pub(crate) mod list;
 pub(crate) mod logs;
+pub(crate) mod members;
 pub(crate) mod pki;
 pub(crate) mod policy;
 pub(crate) mod purge;

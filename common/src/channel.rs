@@ -147,6 +147,22 @@ fn causes(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Whether a call failed because one side did not take the other's certificate; why, in words.
+#[must_use]
+pub fn certificate_refused(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        match tls.or_else(|| error.downcast_ref::<rustls::Error>()) {
+            Some(rustls::Error::InvalidCertificate(why)) => return Some(format!("its certificate: {why}")),
+            Some(rustls::Error::AlertReceived(why)) => return Some(format!("it refused ours: {why:?}")),
+            Some(_) | None => cause = error.source(),
+        }
+    }
+    None
+}
+
 #[derive(Clone)]
 struct Connector {
     tls: Arc<TlsStore>,

@@ -105,13 +105,22 @@ pub fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::PolicyChanged
         | ErrorCode::StaleAttempt
         | ErrorCode::VersionSkew
+        | ErrorCode::MemberUnreachable
+        | ErrorCode::NodeRemoved
+        | ErrorCode::QuorumUnsafe
+        | ErrorCode::LastMember
+        | ErrorCode::LastCopy
+        | ErrorCode::MembershipBusy
         | ErrorCode::WrongCluster => Code::FailedPrecondition,
         ErrorCode::BuildUnknown
         | ErrorCode::BuildPurged
         | ErrorCode::WorkerUnknown
         | ErrorCode::ArtifactUnknown
+        | ErrorCode::MemberUnknown
         | ErrorCode::LogUnknown => Code::NotFound,
-        ErrorCode::IdTaken | ErrorCode::WorkerNameTaken => Code::AlreadyExists,
+        ErrorCode::IdTaken | ErrorCode::WorkerNameTaken | ErrorCode::MemberExists | ErrorCode::NodeIdUsed => {
+            Code::AlreadyExists
+        }
         ErrorCode::QueueFull | ErrorCode::DiskReserve | ErrorCode::BlobTooLarge => Code::ResourceExhausted,
         ErrorCode::NoLeader | ErrorCode::NotLeader | ErrorCode::PeerUnreachable | ErrorCode::ShuttingDown => {
             Code::Unavailable

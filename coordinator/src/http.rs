@@ -42,7 +42,11 @@ async fn ready(State(services): State<Services>) -> Response {
     if services.stopping.is_cancelled() {
         return not_ready("stopping");
     }
-    let barrier = services.registry.barrier(Consistency::Linearizable);
+    let registry = &services.registry;
+    if registry.members().is_empty() {
+        return not_ready(&format!("waits to be added: `helix cluster add {} HOST:7421`", registry.node()));
+    }
+    let barrier = registry.barrier(Consistency::Linearizable);
     match tokio::time::timeout(READY_TIMEOUT, barrier).await {
         Ok(Ok(())) => "ready\n".into_response(),
         Ok(Err(error)) => not_ready(&error.to_string()),

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use helix_common::config::set;
+use helix_common::tls::TlsStore;
 use helix_coordinator::config::Config;
 use helix_coordinator::{node_dir, program};
 use helix_model::NodeId;
@@ -45,18 +46,30 @@ enum ConfigCommand {
 
 #[derive(Args, Debug)]
 struct Init {
-    /// The cluster's name, as in its certificates.
-    #[arg(long, value_name = "NAME")]
-    cluster: String,
-    /// This node's number, at least 1, never used before in this cluster.
-    #[arg(long, value_name = "N")]
-    id: u64,
+    /// The cluster's name, as in its certificates; with --config the certificate's by default.
+    #[arg(long, value_name = "NAME", required_unless_present = "config")]
+    cluster: Option<String>,
+    /// This node's number, at least 1, never used before in this cluster; with --config the certificate's by default.
+    #[arg(long, value_name = "N", required_unless_present = "config")]
+    id: Option<u64>,
     /// All first members, this one included, and where coordinators dial each (port 7421).
-    #[arg(long, value_name = "ID=HOST:PORT,...", value_delimiter = ',', required = true, value_parser = member)]
+    #[arg(
+        long,
+        value_name = "ID=HOST:PORT,...",
+        value_delimiter = ',',
+        required_unless_present = "join",
+        value_parser = member
+    )]
     members: Vec<(NodeId, String)>,
-    /// The directory; made if it does not exist.
-    #[arg(long, value_name = "DIR")]
-    data_dir: PathBuf,
+    /// Joins a cluster that runs: the node waits until `helix cluster add` names it.
+    #[arg(long, conflicts_with = "members")]
+    join: bool,
+    /// The directory, made if it does not exist; with --config the one that it names by default.
+    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    data_dir: Option<PathBuf>,
+    /// The configuration that the node will run with.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 /// Flags win over `HELIX_...` variables, these over the file.
@@ -134,9 +147,34 @@ fn init(arguments: Init) -> anyhow::Result<()> {
             bail!("--members names node {id} twice");
         }
     }
-    helix_common::identity::Name::new("cluster", &arguments.cluster)?;
-    let made = node_dir::init(&arguments.data_dir, &arguments.cluster, NodeId(arguments.id), &members)?;
-    say(&format!("node {} of cluster {} made in {}", made.node, made.cluster, arguments.data_dir.display()))
+    let configured = match &arguments.config {
+        Some(file) => {
+            let config = Config::load(Some(file), Table::new())?;
+            let identity = TlsStore::load(config.tls)?.own_identity().clone();
+            let id = identity.node().with_context(|| format!("the certificate is {identity}, and no coordinator's"))?;
+            Some((identity.cluster.as_str().to_owned(), id, config.data_dir))
+        }
+        None => None,
+    };
+    let (cluster, id, data_dir) = match configured {
+        Some((cluster, id, data_dir)) => (
+            arguments.cluster.unwrap_or(cluster),
+            arguments.id.map_or(id, NodeId),
+            arguments.data_dir.unwrap_or(data_dir),
+        ),
+        None => (
+            arguments.cluster.context("--cluster is missing")?,
+            NodeId(arguments.id.context("--id is missing")?),
+            arguments.data_dir.context("--data-dir is missing")?,
+        ),
+    };
+    helix_common::identity::Name::new("cluster", &cluster)?;
+    let made = node_dir::init(&data_dir, &cluster, id, &members)?;
+    say(&format!("node {} of cluster {} made in {}", made.node, made.cluster, data_dir.display()))?;
+    if arguments.join {
+        say(&format!("start it, and then: helix cluster add {} HOST:7421", made.node))?;
+    }
+    Ok(())
 }
 
 fn check(arguments: &Run) -> anyhow::Result<()> {

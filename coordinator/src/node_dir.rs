@@ -23,6 +23,7 @@ pub const FORMAT: u32 = 1;
 
 const IDENTITY: &str = "node.json";
 const EPOCHS: &str = "peers.json";
+const REMOVED: &str = "removed.json";
 const LOCK: &str = "lock";
 
 /// How long another process's lock is waited for: one that was killed may hold it until the last of its threads is gone.
@@ -39,7 +40,8 @@ pub enum NodeDirError {
     NotEmpty(PathBuf),
     /// There is no node in it.
     #[error(
-        "{0} holds no node: make one with `helix-coordinator init`, or, to join a cluster that runs, with `helix cluster add`"
+        "{0} holds no node: make one with `helix-coordinator init`; one that is to join a cluster that runs with \
+         `init --join`, and then `helix cluster add`"
     )]
     Empty(PathBuf),
     /// Another process uses it.
@@ -62,6 +64,19 @@ pub enum NodeDirError {
         path: PathBuf,
         /// What is wrong with it.
         why: String,
+    },
+    /// The node was removed from its cluster.
+    #[error(
+        "{path} was node {node} of cluster {cluster}, which removed it: its id is never used again; remove the directory, \
+         and to join anew make a node under a new id with `helix-coordinator init --join`"
+    )]
+    Removed {
+        /// The directory.
+        path: PathBuf,
+        /// Its number.
+        node: u64,
+        /// Its cluster.
+        cluster: String,
     },
     /// A peer is known under another epoch.
     #[error(
@@ -175,6 +190,10 @@ impl NodeDir {
         }
         let lock = lock(path)?;
         let identity: NodeIdentity = read_sealed(&file)?;
+        if path.join(REMOVED).exists() {
+            let NodeIdentity { cluster, node, .. } = identity;
+            return Err(NodeDirError::Removed { path: path.to_owned(), node, cluster });
+        }
         let epochs_file = path.join(EPOCHS);
         let epochs = if epochs_file.exists() { read_sealed(&epochs_file)? } else { BTreeMap::new() };
         Ok(Self { path: path.to_owned(), identity, epochs: Mutex::new(epochs), lock: Mutex::new(Some(lock)) })
@@ -185,6 +204,14 @@ impl NodeDir {
         // The order matters: whoever writes holds this lock.
         let _epochs = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
         self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Notes for ever that the cluster removed this node: it is not opened again. Blocks for one small write.
+    ///
+    /// # Errors
+    /// The failing write: then nothing is noted.
+    pub fn mark_removed(&self) -> Result<(), NodeDirError> {
+        write_sealed(&self.path.join(REMOVED), &self.identity)
     }
 
     /// Who this node is.
@@ -313,6 +340,15 @@ mod tests {
         assert!(matches!(NodeDir::open(&path), Err(NodeDirError::Damaged { .. })));
         std::fs::write(&file, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
         assert!(matches!(NodeDir::open(&path), Err(NodeDirError::Newer { found: 2, .. })));
+    }
+
+    #[test]
+    fn a_node_that_was_removed_is_not_opened_again() {
+        let (_root, path) = made();
+        NodeDir::open(&path).unwrap().mark_removed().unwrap();
+        let error = NodeDir::open(&path).unwrap_err();
+        assert!(matches!(error, NodeDirError::Removed { node: 1, .. }), "{error}");
+        assert!(error.to_string().contains("new id"), "{error}");
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub const WIRE_VERSION: u32 = 1;
 /// The key under which a refusal names the node whose epoch changed.
 const EPOCH_OF: &str = "epoch_of";
 
+/// The key under which a refusal names the node that was removed.
+const REMOVED: &str = "removed";
+
 /// Why there is no channel to a peer.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PeerError {
@@ -66,6 +69,8 @@ struct Inner {
     dir: Arc<NodeDir>,
     tls: Arc<TlsStore>,
     addresses: RwLock<BTreeMap<NodeId, String>>,
+    /// Nodes that were members, and are never again.
+    removed: RwLock<BTreeSet<NodeId>>,
     // The address is part of the key: a node that moved gets a new channel.
     channels: Mutex<HashMap<(NodeId, Purpose), (String, Channel)>>,
     failure: watch::Sender<Option<String>>,
@@ -80,6 +85,7 @@ impl Peers {
             dir,
             tls,
             addresses: RwLock::new(members),
+            removed: RwLock::default(),
             channels: Mutex::new(HashMap::new()),
             failure: watch::Sender::new(None),
         };
@@ -87,7 +93,7 @@ impl Peers {
     }
 
     /// Who this node is, and whom it trusts.
-    pub(crate) fn tls(&self) -> &TlsStore {
+    pub(crate) fn tls(&self) -> &Arc<TlsStore> {
         &self.inner.tls
     }
 
@@ -129,6 +135,10 @@ impl Peers {
         let mut channels = self.inner.channels.lock().unwrap_or_else(PoisonError::into_inner);
         channels.retain(|(node, _), (address, _)| members.get(node) == Some(address));
         *self.inner.addresses.write().unwrap_or_else(PoisonError::into_inner) = members;
+    }
+
+    pub(crate) fn set_removed(&self, removed: BTreeSet<NodeId>) {
+        *self.inner.removed.write().unwrap_or_else(PoisonError::into_inner) = removed;
     }
 
     pub(crate) fn channel(&self, node: NodeId, purpose: Purpose) -> Result<Channel, PeerError> {
@@ -187,7 +197,13 @@ impl Peers {
             let message = format!("{} speaks as coordinator {}", info.identity, envelope.from);
             return Err(status(ErrorCode::RoleNotAllowed, message));
         }
-        self.check(envelope)
+        let from = self.check(envelope)?;
+        if self.inner.removed.read().unwrap_or_else(PoisonError::into_inner).contains(&from) {
+            // A former voter that does not know it must not even be heard: it would stand for election.
+            let message = format!("node {from} was removed from the cluster");
+            return Err(with_metadata(ErrorCode::NodeRemoved, message, [(REMOVED, from.to_string())]));
+        }
+        Ok(from)
     }
 
     /// The same for [`peer`] calls.
@@ -249,9 +265,14 @@ impl Peers {
         }
     }
 
-    /// Looks into a peer's refusal: when it says that our own epoch changed, this node must stop.
+    /// Looks into a peer's refusal: when it says that our own epoch changed, or that we were removed, this node must stop.
     pub(crate) fn heed(&self, from: NodeId, refusal: &Status) {
         let own = self.own().to_string();
+        if helix_common::status::error_code(refusal) == Some(ErrorCode::NodeRemoved)
+            && metadata(refusal, REMOVED).is_some_and(|node| node == own)
+        {
+            self.fail_as_removed();
+        }
         let about_us = metadata(refusal, EPOCH_OF).is_some_and(|node| node == own);
         if about_us && helix_common::status::error_code(refusal) == Some(ErrorCode::WrongCluster) {
             self.fail_as_changed(from.0);
@@ -262,8 +283,20 @@ impl Peers {
         let identity = self.inner.dir.identity();
         self.fail(format!(
             "node {by} knows node {} under another epoch than {:016x}: this data directory was made after the node had \
-             joined, and may lack what it acknowledged. Wipe it and add the host under a new id with `helix cluster add`",
+             joined, and may lack what it acknowledged. Wipe it, `init --join` it under a new id, and `helix cluster add` that",
             identity.node, identity.epoch
+        ));
+    }
+
+    /// Notes that the cluster removed this node, and says that it cannot go on. Blocks for one small write.
+    pub(crate) fn fail_as_removed(&self) {
+        if let Err(error) = self.inner.dir.mark_removed() {
+            tracing::error!(%error, "it cannot be noted that this node was removed; it is told again at its next start");
+        }
+        let identity = self.inner.dir.identity();
+        self.fail(format!(
+            "node {} was removed from cluster {}: its id is never used again, and its data directory can be removed",
+            identity.node, identity.cluster
         ));
     }
 

@@ -47,6 +47,13 @@ pub async fn run(
         version = env!("CARGO_PKG_VERSION"),
         "serving"
     );
+    if node.registry().members().is_empty() {
+        tracing::info!(
+            "this node is no member yet and waits to be added: `helix cluster add {} HOST:{}`",
+            identity.node,
+            node.peer_address().port()
+        );
+    }
     let outcome = watch_over(&node, &shutdown, &logging, reread).await;
     let ended = async {
         tokio::select! {

@@ -27,8 +27,8 @@ pub use shared::{Applied, Shared};
 
 /// The highest command format this program understands. 2: reports may say that a death is unproven,
 /// and workers are probed. 3: a policy takes another's place only if that is still in force,
-/// workers say which secrets they have, builds have images, and reports may say that an attempt outgrew a disk limit
-/// of its own.
+/// workers say which secrets they have, builds have images, reports may say that an attempt outgrew a disk limit
+/// of its own, and nodes are retired.
 pub const COMMAND_FORMAT: u32 = 3;
 
 /// Bytes of commands in one log entry: above this nothing more is added.
@@ -36,6 +36,9 @@ pub(crate) const ENTRY_BYTES: usize = 256 << 10;
 
 /// Ids in one [`Registry::finished_page`] call, at most; more are cut.
 pub const PAGE_IDS_MAX: usize = 256;
+
+/// Blobs in one answer of [`Registry::named_blobs`].
+pub const NAMED_BLOBS_MAX: usize = 256;
 
 /// A handle on the registry; clones share everything.
 #[derive(Clone)]
@@ -75,14 +78,33 @@ pub(crate) type BarrierRequest = oneshot::Sender<Result<(), ReadError>>;
 /// A question to the store's reading thread.
 pub(crate) enum Lookup {
     Records { ids: Vec<BuildId>, reply: oneshot::Sender<Result<Vec<Arc<BuildRecord>>, StoreError>> },
+    NamedBlobs { after: Option<Digest>, reply: oneshot::Sender<Result<Vec<Digest>, StoreError>> },
 }
 
 /// Rare requests to the task that owns consensus.
 pub(crate) enum Control {
-    AddMember { node: NodeId, address: String, reply: oneshot::Sender<Result<(), MembershipError>> },
-    RemoveMember { node: NodeId, reply: oneshot::Sender<Result<(), MembershipError>> },
+    Member { step: MemberStep, reply: oneshot::Sender<Result<(), MembershipError>> },
+    Transfer { to: NodeId, reply: oneshot::Sender<Result<(), MembershipError>> },
     Snapshot { reply: oneshot::Sender<Result<(), StoreError>> },
     Stop { deadline: Duration, reply: oneshot::Sender<()> },
+}
+
+/// One step of a change of the members. Each may be repeated: what is so already stays so.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum MemberStep {
+    /// The node gets the log, without a vote.
+    Admit {
+        /// Who.
+        node: NodeId,
+        /// HOST:PORT of its coordinators' port.
+        address: String,
+    },
+    /// A member gets a vote.
+    Promote(NodeId),
+    /// A voter loses its vote and still gets the log.
+    Demote(NodeId),
+    /// A member without a vote is one no more.
+    Drop(NodeId),
 }
 
 /// How new a read must be.
@@ -196,6 +218,12 @@ pub enum MembershipError {
     /// It was refused, and nothing changed.
     #[error("{0}")]
     Refused(String),
+    /// The change before it is not committed yet.
+    #[error("another change of the members is under way")]
+    Busy,
+    /// It may happen yet, or not.
+    #[error("whether the members change is unknown")]
+    OutcomeUnknown,
     /// This node is stopping.
     #[error("this node is stopping")]
     ShuttingDown,
@@ -252,7 +280,15 @@ impl Registry {
         self.enqueue(commands, true).await
     }
 
+    /// A node that waits to be added has nobody to ask, however long it waits.
+    fn is_alone(&self) -> bool {
+        self.inner.identity.members.is_empty() && self.inner.shared.members().is_empty()
+    }
+
     async fn enqueue(&self, commands: Vec<Command>, forwarded: bool) -> Result<Vec<Reply>, ProposeError> {
+        if self.is_alone() {
+            return Err(ProposeError::NoLeader { hint: None });
+        }
         let mut answers = Vec::new();
         for (proposal, answer) in proposals(commands, forwarded) {
             if self.inner.proposals.send(proposal).await.is_err() {
@@ -283,6 +319,9 @@ impl Registry {
     pub async fn barrier(&self, consistency: Consistency) -> Result<(), ReadError> {
         if consistency == Consistency::Stale {
             return Ok(());
+        }
+        if self.is_alone() {
+            return Err(ReadError::NoLeader { hint: None });
         }
         let (reply, answer) = oneshot::channel();
         self.inner.barriers.send(reply).await.map_err(|_| ReadError::ShuttingDown)?;
@@ -407,24 +446,37 @@ impl Registry {
         self.inner.failure.clone()
     }
 
-    /// Adds a voter: first as a learner, until it has caught up. Leader only.
+    /// Carries out one step of a change of the members, and returns when it is committed. Leader only. Whether it is
+    /// safe is the caller's to know: see `crate::membership`.
     ///
     /// # Errors
     /// [`MembershipError`].
-    pub async fn add_member(&self, node: NodeId, address: String) -> Result<(), MembershipError> {
+    pub async fn change_member(&self, step: MemberStep) -> Result<(), MembershipError> {
         let (reply, answer) = oneshot::channel();
-        self.control(Control::AddMember { node, address, reply }).await.map_err(|()| MembershipError::ShuttingDown)?;
+        self.control(Control::Member { step, reply }).await.map_err(|()| MembershipError::ShuttingDown)?;
         answer.await.unwrap_or(Err(MembershipError::ShuttingDown))
     }
 
-    /// Removes a voter or learner for ever. Leader only.
+    /// Asks a voter to lead. Leader only. Returns when it was asked; whether it does is seen in [`Self::leadership`].
     ///
     /// # Errors
     /// [`MembershipError`].
-    pub async fn remove_member(&self, node: NodeId) -> Result<(), MembershipError> {
+    pub async fn ask_to_lead(&self, to: NodeId) -> Result<(), MembershipError> {
         let (reply, answer) = oneshot::channel();
-        self.control(Control::RemoveMember { node, reply }).await.map_err(|()| MembershipError::ShuttingDown)?;
+        self.control(Control::Transfer { to, reply }).await.map_err(|()| MembershipError::ShuttingDown)?;
         answer.await.unwrap_or(Err(MembershipError::ShuttingDown))
+    }
+
+    /// Blobs that builds name, in their order from behind `after` on, at most [`NAMED_BLOBS_MAX`]; none at the end. For
+    /// all of them as of now, call [`Self::barrier`] first.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn named_blobs(&self, after: Option<Digest>) -> Result<Vec<Digest>, StoreError> {
+        let stopped = || StoreError("this node is stopping".to_owned());
+        let (reply, answer) = oneshot::channel();
+        self.inner.lookups.send(Lookup::NamedBlobs { after, reply }).await.map_err(|_| stopped())?;
+        answer.await.map_err(|_| stopped())?
     }
 
     /// Writes a snapshot now and removes from the log what two snapshots cover.

@@ -8,6 +8,7 @@ pub mod blob;
 pub mod build;
 pub mod changes;
 pub mod cluster;
+pub mod members;
 mod policy;
 pub mod ports;
 pub mod roles;

@@ -73,6 +73,8 @@ pub struct Cluster {
     keep: Option<tempfile::TempDir>,
     /// Processes started again by [`Cluster::start_again`]: role, id, child.
     again: Mutex<Vec<(String, String, Child)>>,
+    /// Members that `helix dev` knows nothing of.
+    adopted: Mutex<Vec<Member>>,
 }
 
 /// Where the programs are; builds them first, once in a process, so that tests never run old ones.
@@ -186,7 +188,8 @@ impl Cluster {
                 let _ = line_tx.send(line);
             }
         });
-        let cluster = Self { dev, root: root.to_owned(), keep: None, again: Mutex::new(Vec::new()) };
+        let cluster =
+            Self { dev, root: root.to_owned(), keep: None, again: Mutex::new(Vec::new()), adopted: Mutex::default() };
         match line_rx.recv_timeout(PATIENCE) {
             Ok(line) if line.starts_with("ready context=") => Ok(cluster),
             other => {
@@ -227,6 +230,7 @@ impl Cluster {
     pub fn members(&self) -> Vec<Member> {
         let text = fs::read_to_string(self.root.join("cluster.json")).expect("cluster.json is readable");
         let mut members: Vec<Member> = serde_json::from_str(&text).expect("cluster.json is JSON");
+        members.extend(self.adopted.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned());
         let again = self.again.lock().unwrap_or_else(PoisonError::into_inner);
         for member in &mut members {
             let latest = again.iter().rev().find(|(role, id, _)| *role == member.role && *id == member.id);
@@ -235,6 +239,11 @@ impl Cluster {
             }
         }
         members
+    }
+
+    /// Takes in a member that [`Self::start_again`] is to start for the first time.
+    pub fn adopt(&self, member: Member) {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).push(member);
     }
 
     /// One process.

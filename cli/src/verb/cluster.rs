@@ -1,4 +1,4 @@
-//! `helix cluster`: `status` is here, the others are in their own files.
+//! `helix cluster`: `status` is here, policy and members are in their own files.
 
 use std::fmt::Write;
 
@@ -11,6 +11,7 @@ use crate::context::ContextOptions;
 use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Item, Output};
+use crate::verb::members::{self, Change};
 use crate::verb::policy::PolicyArguments;
 
 /// `helix cluster`.
@@ -28,6 +29,26 @@ enum ClusterVerb {
         #[arg(long)]
         stale: bool,
     },
+    /// Make a coordinator that waits to be added (`helix-coordinator init --join`) a voter
+    Add {
+        /// Its node id, never used before
+        id: u64,
+        /// HOST:PORT where the others dial it (port 7421)
+        address: String,
+    },
+    /// Remove a coordinator for ever, after what it alone holds was copied to others
+    Remove {
+        /// Its node id, which is never used again
+        id: u64,
+        /// Also when it alone holds something, which is then lost
+        #[arg(long)]
+        lose_last_copies: bool,
+    },
+    /// Ask another voter to lead
+    TransferLeader {
+        /// Its node id; the most advanced one by default
+        id: Option<u64>,
+    },
     /// The limits and times that hold for the whole cluster
     Policy(PolicyArguments),
 }
@@ -37,11 +58,22 @@ pub(crate) async fn run(
     context: &ContextOptions,
     output: &Output,
 ) -> Result<Code, Failure> {
-    let stale = match arguments.verb {
-        ClusterVerb::Status { stale } => stale,
+    let verb = match arguments.verb {
         ClusterVerb::Policy(policy) => return super::policy::run(policy, context, output).await,
+        verb => verb,
     };
     let connection = Connection::open(context)?;
+    let stale = match verb {
+        ClusterVerb::Status { stale } => stale,
+        ClusterVerb::Policy(_) => false,
+        ClusterVerb::Add { id, address } => {
+            return members::change(&Change::Add { id, address }, &connection, output).await;
+        }
+        ClusterVerb::Remove { id, lose_last_copies } => {
+            return members::change(&Change::Remove { id, lose_last_copies }, &connection, output).await;
+        }
+        ClusterVerb::TransferLeader { id } => return members::transfer(id, &connection, output).await,
+    };
     let call =
         |channel| async move { cluster(channel).get_cluster_status(v1::GetClusterStatusRequest { stale }).await };
     let status = connection.call(call).await?.into_inner();
@@ -77,6 +109,13 @@ fn item(status: &v1::ClusterStatus) -> Item {
             "term": status.term,
             "node": status.node,
             "members": members,
+            "change": status.change.as_ref().map(|change| json!({
+                "kind": change.kind,
+                "id": change.id,
+                "step": change.step,
+                "done": change.done,
+                "total": change.total,
+            })),
             "workers": totals.workers,
             "capacity": totals.capacity,
             "load": totals.load,
@@ -104,6 +143,9 @@ fn text(status: &v1::ClusterStatus) -> String {
         "workers {}, capacity {}, load {}, queued {}, running {}",
         totals.workers, totals.capacity, totals.load, totals.queued, totals.running
     );
+    if let Some(change) = &status.change {
+        let _ = writeln!(out, "{}", members::text(change));
+    }
     for warning in &status.warnings {
         let _ = writeln!(out, "warning: {warning}");
     }

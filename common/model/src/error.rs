@@ -101,6 +101,24 @@ codes! {
     VersionSkew = "version_skew";
     /// Another cluster's, or another node's under this id. FAILED_PRECONDITION.
     WrongCluster = "wrong_cluster";
+    /// The node is a member already, or has another member's address. ALREADY_EXISTS.
+    MemberExists = "member_exists";
+    /// No such member. NOT_FOUND.
+    MemberUnknown = "member_unknown";
+    /// The member, or who is to become one, does not answer. FAILED_PRECONDITION.
+    MemberUnreachable = "member_unreachable";
+    /// The node id was used before. ALREADY_EXISTS.
+    NodeIdUsed = "node_id_used";
+    /// The node was removed from the cluster. FAILED_PRECONDITION.
+    NodeRemoved = "node_removed";
+    /// Too few voters would be left that answer. FAILED_PRECONDITION.
+    QuorumUnsafe = "quorum_unsafe";
+    /// It is the only voter. FAILED_PRECONDITION.
+    LastMember = "last_member";
+    /// The node holds the last copy of something. FAILED_PRECONDITION.
+    LastCopy = "last_copy";
+    /// Another change of the members is under way. FAILED_PRECONDITION.
+    MembershipBusy = "membership_busy";
     /// The node is stopping. UNAVAILABLE.
     ShuttingDown = "shutting_down";
     /// A fault of ours. INTERNAL.

@@ -63,6 +63,7 @@ impl State {
             Command::PinBuild(c) => pin::pin_build(self, c, out),
             Command::SetPolicy(c) => policy::set_policy(self, c, out),
             Command::RegisterNode(c) => node::register_node(self, c, out),
+            Command::RetireNode(c) => node::retire_node(self, at, c, out),
         };
         outcome.unwrap_or_else(Reply::Rejected)
     }

@@ -61,6 +61,8 @@ pub enum Command {
     SetPolicy(SetPolicy),
     /// A coordinator makes itself known: its epoch, its address, its version.
     RegisterNode(RegisterNode),
+    /// A coordinator leaves the cluster for ever: its id is never used again.
+    RetireNode(RetireNode),
 }
 
 /// See [`Command::SubmitBuild`].
@@ -386,4 +388,11 @@ pub struct RegisterNode {
     pub version: String,
     /// The highest command format it understands.
     pub format: u32,
+}
+
+/// See [`Command::RetireNode`].
+#[derive(Clone, PartialEq, Debug)]
+pub struct RetireNode {
+    /// The coordinator's number. It has no vote any more.
+    pub node: NodeId,
 }

@@ -298,6 +298,8 @@ pub struct NodeRecord {
     pub version: String,
     /// The highest command format it understands.
     pub format: u32,
+    /// When it was removed from the cluster, for ever.
+    pub removed_at: Option<LogTime>,
 }
 
 /// What is left of a purged build, so that a late retry of its submit starts nothing.

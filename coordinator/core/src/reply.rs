@@ -95,6 +95,16 @@ pub enum Rejection {
         /// The id.
         node: NodeId,
     },
+    /// The node was removed from the cluster, for ever.
+    NodeRemoved {
+        /// The id.
+        node: NodeId,
+    },
+    /// The node has a vote; only one without leaves.
+    NodeVotes {
+        /// The id.
+        node: NodeId,
+    },
     /// More ids than one command may touch.
     TooManyRows {
         /// How many were given.
@@ -209,6 +219,8 @@ impl Rejection {
             Self::WorkerUnfit { .. } => ErrorCode::Unsatisfiable,
             Self::NodeEpochTaken { .. } => ErrorCode::WrongCluster,
             Self::PolicyChanged => ErrorCode::PolicyChanged,
+            Self::NodeRemoved { .. } => ErrorCode::NodeIdUsed,
+            Self::NodeVotes { .. } => ErrorCode::MemberExists,
             Self::OfferInvalid(_)
             | Self::TooFewHolders { .. }
             | Self::ReportInvalid(_)

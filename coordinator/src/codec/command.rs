@@ -4,7 +4,7 @@ use helix_core::Command;
 use helix_core::command::{
     AssignTask, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones, FinishAttempt,
     LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage, RegisterArtifact, RegisterNode,
-    RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
+    RegisterWorker, ReleaseHold, RemoveWorker, RetireNode, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
 };
 use helix_core::record::{DrainedBy, Pinned};
 use helix_model::{Death, LogTime, NodeId, Room};
@@ -95,7 +95,9 @@ fn kind(command: &Command) -> Kind {
             grpc: it.grpc.clone(),
             version: it.version.clone(),
             format: it.format,
+            removed_at_ms: None,
         }),
+        Command::RetireNode(it) => Kind::RetireNode(it.node.0),
         Command::ReleaseHold(_)
         | Command::RegisterWorker(_)
         | Command::DetachWorker(_)
@@ -176,7 +178,7 @@ pub(super) fn format_of(command: &store::Command) -> u32 {
         // A reader of format 1 would pass over the flag and take the attempt for dead.
         Some(Kind::FinishAttempt(it)) if it.unproven => 2,
         Some(Kind::ProbeWorker(_)) => 2,
-        Some(Kind::ChangePolicy(_) | Kind::RecordImage(_)) => 3,
+        Some(Kind::ChangePolicy(_) | Kind::RecordImage(_) | Kind::RetireNode(_)) => 3,
         // A reader of format 2 would give such a worker what it cannot take.
         Some(Kind::RegisterWorker(it)) if it.offer.as_ref().is_some_and(|offer| offer.secrets.is_some()) => 3,
         _ => 1,
@@ -250,6 +252,7 @@ pub fn command_from_wire(wire: store::Command) -> Result<Command, CodecError> {
             version: it.version,
             format: it.format,
         }),
+        Kind::RetireNode(node) => Command::RetireNode(RetireNode { node: NodeId(node) }),
         other => return worker_command(other),
     })
 }

@@ -19,7 +19,7 @@ use super::parts::{
 use super::{CodecError, check_format};
 
 /// The highest form of rows this program understands. 2: a worker's row may say that it is not trusted. 3: a
-/// build's may have images.
+/// build's may have images, a node's may say that it was removed.
 pub const ROW_FORMAT: u32 = 3;
 
 /// A row's bytes.
@@ -38,6 +38,7 @@ pub fn encode_row(row: &Row) -> Vec<u8> {
             grpc: it.grpc.clone(),
             version: it.version.clone(),
             format: it.format,
+            removed_at_ms: it.removed_at.map(|at| at.0),
         }),
         Row::Worker(it) => row::Kind::Worker(worker_wire(it)),
         Row::Build(it) => row::Kind::Build(build_wire(it)),
@@ -61,6 +62,7 @@ pub fn encode_row(row: &Row) -> Vec<u8> {
         row::Kind::Worker(it) if it.trust.is_some() => 2,
         // Only attempts that have an image push an index.
         row::Kind::Build(it) if it.tasks.iter().flat_map(|task| &task.attempts).any(|it| it.image.is_some()) => 3,
+        row::Kind::Node(it) if it.removed_at_ms.is_some() => 3,
         _ => 1,
     };
     store::Row { format, kind: Some(kind) }.encode_to_vec()
@@ -86,6 +88,7 @@ pub fn decode_row(bytes: &[u8]) -> Result<Row, CodecError> {
             grpc: it.grpc,
             version: it.version,
             format: it.format,
+            removed_at: it.removed_at_ms.map(LogTime),
         }),
         row::Kind::Worker(it) => Row::Worker(Arc::new(worker_record(it)?)),
         row::Kind::Build(it) => Row::Build(Arc::new(build_record(it)?)),

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use helix_core::command::{
     AssignTask, Authority, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones,
     FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage, RegisterArtifact,
-    RegisterNode, RegisterWorker, ReleaseHold, RemoveWorker, SealLog, SecretFor, SetPolicy, SubmitBuild, UndrainWorker,
-    WorkerOffer,
+    RegisterNode, RegisterWorker, ReleaseHold, RemoveWorker, RetireNode, SealLog, SecretFor, SetPolicy, SubmitBuild,
+    UndrainWorker, WorkerOffer,
 };
 use helix_core::record::{
     Addendum, Artifact, AttemptEnd, AttemptRecord, BlobRef, BuildRecord, CancelRequest, Counters, Drain, DrainedBy,
@@ -194,6 +194,7 @@ fn commands() -> Vec<Command> {
             version: "0.1.0".to_owned(),
             format: 1,
         }),
+        Command::RetireNode(RetireNode { node: NodeId(2) }),
     ]
 }
 
@@ -269,6 +270,10 @@ fn with_images() -> BuildRecord {
     record
 }
 
+fn node(removed_at: Option<LogTime>) -> NodeRecord {
+    NodeRecord { id: NodeId(1), epoch: 2, grpc: "g".to_owned(), version: "v".to_owned(), format: 1, removed_at }
+}
+
 fn rows() -> Vec<Row> {
     let worker = |standing, drain| {
         Row::Worker(Arc::new(WorkerRecord {
@@ -289,7 +294,7 @@ fn rows() -> Vec<Row> {
     vec![
         Row::Counters(Counters { next_sequence: 4, last_at: LogTime(5), voters: BTreeSet::from([NodeId(1)]) }),
         Row::Policy(Policy::default()),
-        Row::Node(NodeRecord { id: NodeId(1), epoch: 2, grpc: "g".to_owned(), version: "v".to_owned(), format: 1 }),
+        Row::Node(node(None)),
         worker(Standing::Present, None),
         worker(Standing::Detached { until: LogTime(0) }, Some(Drain { deadline: None, by: DrainedBy::Agent })),
         worker(Standing::Lost, Some(Drain { deadline: Some(LogTime(0)), by: DrainedBy::Operator })),
@@ -307,6 +312,7 @@ fn rows() -> Vec<Row> {
         trusted(Trust::Quarantined { until: LogTime(8), round: 0 }),
         trusted(Trust::Probing { since: LogTime(8), round: 2 }),
         Row::Build(Arc::new(with_images())),
+        Row::Node(node(Some(LogTime(9)))),
     ]
 }
 
@@ -350,6 +356,8 @@ fn rejections() -> Vec<Rejection> {
         Rejection::ReportInvalid("no log"),
         Rejection::CommitInvalid,
         Rejection::NodeEpochTaken { node: NodeId(4) },
+        Rejection::NodeRemoved { node: NodeId(5) },
+        Rejection::NodeVotes { node: NodeId(6) },
         Rejection::TooManyRows { given: 300 },
         Rejection::PolicyInvalid("copies".to_owned()),
         Rejection::PolicyChanged,
@@ -364,7 +372,7 @@ fn rejections() -> Vec<Rejection> {
 fn every_command_reads_back() {
     let commands = commands();
     let kinds: BTreeSet<_> = commands.iter().map(|c| format!("{:?}", std::mem::discriminant(c))).collect();
-    assert_eq!(kinds.len(), 23, "a kind of command is not tested");
+    assert_eq!(kinds.len(), 24, "a kind of command is not tested");
     let wire = commands.iter().map(command_to_wire).collect();
     let bytes = encode_batch(LogTime(99), wire);
     assert_eq!(decode_batch(&bytes).unwrap(), (LogTime(99), commands));

@@ -19,6 +19,7 @@ use crate::disk::DiskRoom;
 use crate::http;
 use crate::leader::{Leader, LeaderLoop, LivenessHandle};
 use crate::logs::LogHub;
+use crate::membership::{Membership, belong};
 use crate::metrics::Metrics;
 use crate::node_dir::{NodeDir, NodeIdentity};
 use crate::plane::ClusterPlane;
@@ -26,6 +27,7 @@ use crate::raft::{self, Options, Started, Timing};
 use crate::registry::Registry;
 use crate::rpc::changes::Changes;
 use crate::rpc::cluster::ClusterRpc;
+use crate::rpc::members::MemberRpc;
 use crate::rpc::services::Services;
 use crate::rpc::{Port, ports, roles};
 
@@ -84,7 +86,7 @@ impl Node {
         let disk = DiskRoom::of(dir.path())
             .with_context(|| format!("the file system of {} does not answer", dir.path().display()))?;
         let started = raft::start(Arc::clone(&dir), Arc::clone(&tls), options(config)).await?;
-        Self::assemble(dir, tls, sockets, disk, started).await
+        Self::assemble(dir, tls, sockets, disk, started, &config.advertise).await
     }
 
     async fn assemble(
@@ -93,6 +95,7 @@ impl Node {
         sockets: Sockets,
         disk: DiskRoom,
         started: Started,
+        grpc: &str,
     ) -> anyhow::Result<Self> {
         let Started { registry, peers: others, raft, peer, task: consensus } = started;
         let addresses = sockets.addresses()?;
@@ -119,7 +122,11 @@ impl Node {
         clients.spawn(services.changes.clone().listen(registry.effects(), clients_stop.clone()));
         clients.spawn(services.disk.clone().watch(clients_stop.clone()));
 
-        let cluster = ClusterRpc::new(services.clone(), others);
+        let membership = Membership::new(registry.clone(), others.clone());
+        clients.spawn(membership.repair().keep(clients_stop.clone()));
+        clients.spawn(belong(registry, others.clone(), clients_stop.clone()));
+        let members = MemberRpc::new(services.clone(), others.clone(), grpc);
+        let cluster = ClusterRpc::new(services.clone(), others, membership);
         let (ended_tx, ended) = watch::channel(None);
         let client_port = Port {
             listener: sockets.grpc,
@@ -129,7 +136,7 @@ impl Node {
         let peer_port = Port {
             listener: sockets.peer,
             table: roles::peer_port,
-            routes: ports::peers(&services, &cluster, raft, peer),
+            routes: ports::peers(&services, &cluster, members, raft, peer),
         };
         serve(client_port, "client", &tls, &clients, &clients_stop, ended_tx.clone());
         serve(peer_port, "coordinator", &tls, &peers, &peers_stop, ended_tx.clone());

@@ -14,7 +14,7 @@ use helix_core::command::RegisterNode;
 use helix_core::{Command, Reply};
 use openraft::{Config, SnapshotPolicy};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::log_store::{LogLimits, LogStore};
@@ -29,9 +29,12 @@ use super::types::{Member, Raft};
 use super::writer::Writer;
 use crate::node_dir::NodeDir;
 use crate::peers::Peers;
-use crate::registry::{COMMAND_FORMAT, Counters, Leadership, Lookup, Ports, RaftStatus, Registry, Shared, StoreError};
+use crate::registry::{
+    COMMAND_FORMAT, Counters, Leadership, Lookup, NAMED_BLOBS_MAX, Ports, RaftStatus, Registry, Shared, StoreError,
+};
 
 mod control;
+mod members;
 mod open;
 
 use control::Controller;
@@ -253,17 +256,26 @@ async fn look_up(mut queue: mpsc::Receiver<Lookup>, writer: Writer, stop: Cancel
             () = stop.cancelled() => return,
             lookup = queue.recv() => lookup,
         };
-        let Some(Lookup::Records { ids, reply }) = lookup else { return };
         let writer = writer.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let mut records = Vec::with_capacity(ids.len());
-            for id in &ids {
-                records.extend(writer.record(id)?);
-            }
-            Ok(records)
-        });
+        let broken = |error: JoinError| StoreError(error.to_string());
         // Whoever went away does not want to know.
-        drop(reply.send(read.await.unwrap_or_else(|error| Err(StoreError(error.to_string())))));
+        match lookup {
+            None => return,
+            Some(Lookup::Records { ids, reply }) => {
+                let read = tokio::task::spawn_blocking(move || {
+                    let mut records = Vec::with_capacity(ids.len());
+                    for id in &ids {
+                        records.extend(writer.record(id)?);
+                    }
+                    Ok(records)
+                });
+                drop(reply.send(read.await.unwrap_or_else(|error| Err(broken(error)))));
+            }
+            Some(Lookup::NamedBlobs { after, reply }) => {
+                let read = tokio::task::spawn_blocking(move || writer.named_blobs(after, NAMED_BLOBS_MAX));
+                drop(reply.send(read.await.unwrap_or_else(|error| Err(broken(error)))));
+            }
+        }
     }
 }
 

@@ -68,6 +68,25 @@ pub(super) fn index_prefix(digest: &Digest) -> Vec<u8> {
     out
 }
 
+/// What no index key is smaller than.
+pub(super) fn index_begin() -> Vec<u8> {
+    vec![INDEX]
+}
+
+/// Greater than all index keys of a blob, and than those of no blob behind it: ids of builds are letters, digits and few
+/// signs.
+pub(super) fn index_end(digest: &Digest) -> Vec<u8> {
+    let mut out = index_prefix(digest);
+    out.push(0xff);
+    out
+}
+
+/// The blob of an index key; `None` for other keys.
+pub(super) fn index_digest(key: &[u8]) -> Option<Digest> {
+    let (kind, rest) = key.split_first()?;
+    if *kind == INDEX { rest.first_chunk().map(|digest| Digest(*digest)) } else { None }
+}
+
 /// "This build names this blob."
 pub(super) fn index_key(digest: &Digest, build: &BuildId) -> Vec<u8> {
     let mut out = index_prefix(digest);

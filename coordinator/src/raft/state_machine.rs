@@ -41,7 +41,15 @@ impl StateMachine {
     pub(crate) fn new(shared: Arc<Shared>, writer: Writer, peers: Option<Peers>, meta: SnapshotMeta) -> Self {
         let machine = Self { shared, writer, peers, meta };
         machine.publish_members();
+        machine.publish_removed();
         machine
+    }
+
+    fn publish_removed(&self) {
+        if let Some(peers) = &self.peers {
+            let state = self.shared.state();
+            peers.set_removed(state.nodes().filter(|node| node.removed_at.is_some()).map(|node| node.id).collect());
+        }
     }
 
     fn publish_members(&self) {
@@ -71,6 +79,9 @@ impl StateMachine {
                 })
             }
         };
+        if effects.contains(&Effect::NodeChanged) {
+            self.publish_removed();
+        }
         self.shared.announce(applied_of(self.meta.last_log_id.as_ref()), effects);
         if let Some(responder) = responder {
             responder.send(replies);
@@ -124,6 +135,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         *self.shared.state_mut() = state;
         self.meta = meta;
         self.publish_members();
+        self.publish_removed();
         self.shared.announce_everything(applied_of(self.meta.last_log_id.as_ref()));
         Ok(())
     }

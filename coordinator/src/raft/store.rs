@@ -20,8 +20,8 @@ use helix_proto::raft;
 use prost::Message;
 
 use super::rows::{
-    META_KEY, ROWS_END, addenda_prefix, base_key, base_of, blobs_of, first_part, index_key, index_prefix, part_key,
-    parts_of, split, sum_of,
+    META_KEY, ROWS_END, addenda_prefix, base_key, base_of, blobs_of, first_part, index_begin, index_digest, index_end,
+    index_key, index_prefix, part_key, parts_of, split, sum_of,
 };
 use super::snapshot;
 use super::types::SnapshotMeta;
@@ -150,6 +150,20 @@ impl Store {
     /// Whether some stored build names the blob.
     pub(super) fn names_blob(&self, digest: &Digest) -> io::Result<bool> {
         self.tree().scan_prefix(index_prefix(digest)).next().transpose().map(|found| found.is_some()).map_err(io_error)
+    }
+
+    /// Blobs that some stored build names, in order from behind `after` on, at most `max`.
+    pub(super) fn named_blobs(&self, after: Option<Digest>, max: usize) -> io::Result<Vec<Digest>> {
+        let tree = self.tree();
+        let mut found = Vec::new();
+        let mut from = after.map_or_else(index_begin, |digest| index_end(&digest));
+        while found.len() < max {
+            let next = tree.range::<&[u8], _>(&from[..]..).keys().next().transpose().map_err(io_error)?;
+            let Some(digest) = next.and_then(|key| index_digest(&key)) else { break };
+            from = index_end(&digest);
+            found.push(digest);
+        }
+        Ok(found)
     }
 
     /// Applies changes and how far they go, in one step. Not synced.

@@ -276,6 +276,20 @@ impl Writer {
         })
     }
 
+    /// Blobs that stored builds and those that wait to be stored name, in order from behind `after` on, at most `max`. Blocks.
+    pub(crate) fn named_blobs(&self, after: Option<Digest>, max: usize) -> Result<Vec<Digest>, StoreError> {
+        let behind = |digest: &&Digest| after.is_none_or(|after| **digest > after);
+        // The order matters: what leaves here is in the store by then.
+        let mut found: BTreeSet<Digest> = {
+            let pending = self.inner.pending();
+            let writing = pending.writing.iter().flat_map(|rows| &rows.blobs);
+            writing.chain(&pending.rows.blobs).filter(behind).copied().collect()
+        };
+        let stored = self.inner.store.named_blobs(after, max).map_err(|error| StoreError(error.to_string()))?;
+        found.extend(stored);
+        Ok(found.into_iter().take(max).collect())
+    }
+
     fn request(&self, request: Request) -> io::Result<()> {
         let mut pending = self.inner.pending();
         if pending.stopped {

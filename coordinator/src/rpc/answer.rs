@@ -54,6 +54,10 @@ pub(crate) fn rejection_text(rejection: &Rejection) -> String {
         Rejection::NodeEpochTaken { node } => {
             format!("another data directory was made for node {node}: node ids are never used again")
         }
+        Rejection::NodeRemoved { node } => {
+            format!("node {node} was removed from the cluster: node ids are never used again, choose another")
+        }
+        Rejection::NodeVotes { node } => format!("node {node} has a vote"),
         Rejection::TooManyRows { given } => format!("{given} ids are more than one command may touch"),
         Rejection::PolicyInvalid(why) => format!("such a policy would break the cluster: {why}"),
         Rejection::PolicyChanged => {

@@ -2,22 +2,30 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use helix_common::auth::peer;
 use helix_model::NodeId;
 use helix_proto::v1;
 use helix_proto::v1::cluster_service_client::ClusterServiceClient;
 use helix_proto::v1::cluster_service_server::ClusterService;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::services::{Services, consistency};
-use super::{policy, totals_of};
+use super::{answer, policy, totals_of};
+use crate::membership::{Asked, LastCopies, Listener, Membership};
 use crate::peers::Peers;
+
+type ProgressStream = BoxStream<'static, Result<v1::MemberProgress, Status>>;
 
 /// The service. Cheap to clone.
 #[derive(Clone)]
 pub struct ClusterRpc {
     services: Services,
     peers: Peers,
+    membership: Membership,
 }
 
 /// How long the leader may take to tell of the members.
@@ -26,8 +34,31 @@ const LEADER_ANSWER: Duration = Duration::from_secs(2);
 impl ClusterRpc {
     /// The service on these handles.
     #[must_use]
-    pub fn new(services: Services, peers: Peers) -> Self {
-        Self { services, peers }
+    pub fn new(services: Services, peers: Peers, membership: Membership) -> Self {
+        Self { services, peers, membership }
+    }
+
+    /// Runs a change of the members beside the call, which tells of it.
+    fn run<C, F>(&self, change: C) -> Response<ProgressStream>
+    where
+        C: FnOnce(Membership, Listener) -> F,
+        F: Future<Output = Result<(), Status>> + Send + 'static,
+    {
+        let (tx, rx) = mpsc::channel(16);
+        let (change, stopping) = (change(self.membership.clone(), tx.clone()), self.services.stopping.clone());
+        // Ends with the change, with whoever asked for it, or with this node.
+        self.services.tasks.spawn(async move {
+            let outcome = tokio::select! {
+                outcome = change => outcome,
+                () = stopping.cancelled() => Err(answer::shutting_down()),
+            };
+            if let Err(refusal) = outcome {
+                tracing::info!(%refusal, "a change of the members ended early");
+                // Whoever went away does not want to know.
+                let _ = tx.send(Err(refusal)).await;
+            }
+        });
+        Response::new(ReceiverStream::new(rx).boxed())
     }
 
     fn status(&self) -> v1::ClusterStatus {
@@ -36,20 +67,24 @@ impl ClusterRpc {
         let leadership = *registry.leadership().borrow();
         let raft = registry.status();
         let nodes = registry.nodes();
-        let members = raft.members.iter().map(|member| {
-            let row = nodes.iter().find(|node| node.id == member.id);
-            let role = match member.role {
-                _ if leadership.leader == Some(member.id) => "leader",
-                "leader" => "follower",
+        let voters = registry.voters();
+        // Who is a member is as new as what is applied; how far each is, is not.
+        let members = registry.members().into_iter().map(|(id, address)| {
+            let row = nodes.iter().find(|node| node.id == id);
+            let seen = raft.members.iter().find(|member| member.id == id);
+            let role = match seen.map_or("follower", |member| member.role) {
+                _ if leadership.leader == Some(id) => "leader",
+                _ if !voters.contains(&id) => "learner",
+                "leader" | "learner" => "follower",
                 role => role,
             };
             v1::Member {
-                id: member.id.0,
-                address: member.address.clone(),
+                id: id.0,
+                address,
                 role: role.to_owned(),
-                last_log_index: member.last_log_index,
-                applied_index: member.applied_index,
-                healthy: member.healthy,
+                last_log_index: seen.map_or(0, |member| member.last_log_index),
+                applied_index: seen.map_or(0, |member| member.applied_index),
+                healthy: seen.is_some_and(|member| member.healthy),
                 grpc: row.map_or_else(String::new, |row| row.grpc.clone()),
                 version: row.map_or_else(String::new, |row| row.version.clone()),
             }
@@ -66,6 +101,7 @@ impl ClusterRpc {
             certificate_not_after_ms: unix_ms(self.peers.tls().not_after()),
             free_bytes: self.services.disk.free_bytes(),
             reserve_bytes: registry.with_state(|state| state.policy().disk_reserve_bytes),
+            change: self.membership.change(),
         }
     }
 
@@ -84,7 +120,7 @@ impl ClusterRpc {
                 warnings.extend(seen.warnings);
                 warnings.sort();
                 warnings.dedup();
-                v1::ClusterStatus { members: seen.members, warnings, ..own }
+                v1::ClusterStatus { members: seen.members, warnings, change: seen.change, ..own }
             }
             Ok(Err(error)) => {
                 tracing::debug!(%error, "the leader does not tell of the members");
@@ -138,4 +174,39 @@ impl ClusterService for ClusterRpc {
         let by = peer(&request)?.identity.principal();
         policy::set(&self.services, &request.into_inner(), &by).await.map(Response::new)
     }
+
+    type AddMemberStream = ProgressStream;
+
+    async fn add_member(&self, request: Request<v1::AddMemberRequest>) -> Result<Response<ProgressStream>, Status> {
+        let v1::AddMemberRequest { id, address, again } = request.into_inner();
+        Ok(self.run(move |membership, listener| async move {
+            membership.add(NodeId(id), &address, asked(again), &listener).await
+        }))
+    }
+
+    type RemoveMemberStream = ProgressStream;
+
+    async fn remove_member(
+        &self,
+        request: Request<v1::RemoveMemberRequest>,
+    ) -> Result<Response<ProgressStream>, Status> {
+        let v1::RemoveMemberRequest { id, again, lose_last_copies } = request.into_inner();
+        let last = if lose_last_copies { LastCopies::Lose } else { LastCopies::Keep };
+        Ok(self.run(move |membership, listener| async move {
+            membership.remove(NodeId(id), asked(again), last, &listener).await
+        }))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<v1::TransferLeaderRequest>,
+    ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
+        let to = request.into_inner().to;
+        let leader = self.membership.transfer((to != 0).then_some(NodeId(to))).await?;
+        Ok(Response::new(v1::TransferLeaderResponse { leader: leader.0 }))
+    }
+}
+
+fn asked(again: bool) -> Asked {
+    if again { Asked::Again } else { Asked::Once }
 }

@@ -6,6 +6,7 @@ use futures::StreamExt;
 use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_proto::DESCRIPTORS;
 use helix_proto::peer::log_peer_service_server::LogPeerServiceServer;
+use helix_proto::peer::member_service_server::MemberServiceServer;
 use helix_proto::v1::blob_service_server::BlobServiceServer;
 use helix_proto::v1::build_service_server::BuildServiceServer;
 use helix_proto::v1::cluster_service_server::ClusterServiceServer;
@@ -21,6 +22,7 @@ use super::agent::{AgentRpc, PushLogs};
 use super::blob::BlobRpc;
 use super::build::BuildRpc;
 use super::cluster::ClusterRpc;
+use super::members::MemberRpc;
 use super::services::Services;
 use super::worker::WorkerRpc;
 use crate::leader::Leader;
@@ -69,9 +71,16 @@ pub fn clients(
 
 /// Port 7421: consensus, what coordinators ask each other, and bytes.
 #[must_use]
-pub fn peers(services: &Services, cluster: &ClusterRpc, raft: RaftHandler, peer: PeerHandler) -> Routes {
+pub fn peers(
+    services: &Services,
+    cluster: &ClusterRpc,
+    members: MemberRpc,
+    raft: RaftHandler,
+    peer: PeerHandler,
+) -> Routes {
     Routes::new(raft.service())
         .add_service(peer.service())
+        .add_service(MemberServiceServer::new(members))
         .add_service(blob_service(services))
         .add_service(ClusterServiceServer::new(cluster.clone()))
         .add_service(LogPeerServiceServer::new(services.logs.clone()))

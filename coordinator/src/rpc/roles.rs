@@ -48,7 +48,17 @@ const CLIENT_PORT: Rows = &[
             ("GetTotals", PEOPLE),
         ],
     ),
-    ("helix.v1.ClusterService", &[("GetClusterStatus", PEOPLE), ("GetPolicy", PEOPLE), ("SetPolicy", OPERATORS)]),
+    (
+        "helix.v1.ClusterService",
+        &[
+            ("GetClusterStatus", PEOPLE),
+            ("GetPolicy", PEOPLE),
+            ("SetPolicy", OPERATORS),
+            ("AddMember", OPERATORS),
+            ("RemoveMember", OPERATORS),
+            ("TransferLeader", OPERATORS),
+        ],
+    ),
     (
         "helix.v1.BlobService",
         &[
@@ -82,6 +92,16 @@ const PEER_PORT: Rows = &[
         &[("Propose", COORDINATORS), ("ReadIndex", COORDINATORS), ("Liveness", COORDINATORS)],
     ),
     ("helix.v1.ClusterService", &[("GetClusterStatus", COORDINATORS)]),
+    (
+        "helix.peer.v1.MemberService",
+        &[
+            ("Introduce", COORDINATORS),
+            ("Dismiss", COORDINATORS),
+            ("HoldBlobs", COORDINATORS),
+            ("LeasedBlobs", COORDINATORS),
+            ("FetchBlobs", COORDINATORS),
+        ],
+    ),
     ("helix.peer.v1.LogPeerService", &[("LogHead", COORDINATORS), ("ReadLiveLog", COORDINATORS)]),
     (
         "helix.v1.BlobService",

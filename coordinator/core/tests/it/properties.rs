@@ -119,6 +119,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => (build_id(), any::<bool>()).prop_map(|(id, yes)| pin(&id, if yes { Pinned::Yes } else { Pinned::No })),
         1 => (any_key(), any_worker()).prop_map(|(key, worker)| pin_source(&key, &worker, &"a".repeat(40))),
         1 => (1..4u64, 1..3u64).prop_map(|(node, epoch)| register_node(node, epoch)),
+        1 => (1..4u64).prop_map(retire_node),
         1 => (1..10u64, 0..3u32, 0..3u32).prop_map(|(queue_max, infra_retries, quarantine_after)| {
             let policy =
                 Policy { queue_max, infra_retries, quarantine_after, tombstone_ms: 1_000, ..Policy::default() };

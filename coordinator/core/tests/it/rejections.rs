@@ -292,6 +292,12 @@ fn artifacts_pins_purges_policies_nodes() {
     expect(purge(&ids, 0), Rejection::TooManyRows { given: 201 });
     story.apply(register_node(1, 11));
     assert_eq!(rejected(&mut story, register_node(1, 12)), Rejection::NodeEpochTaken { node: NodeId(1) });
+    assert_eq!(story.apply(retire_node(1)), Reply::Done);
+    assert_eq!(story.apply(retire_node(1)), Reply::Unchanged);
+    assert_eq!(rejected(&mut story, register_node(1, 11)), Rejection::NodeRemoved { node: NodeId(1) });
+    // One that never made itself known, too.
+    assert_eq!(story.apply(retire_node(7)), Reply::Done);
+    assert_eq!(rejected(&mut story, register_node(7, 1)), Rejection::NodeRemoved { node: NodeId(7) });
     assert!(matches!(rejected(&mut story, register_artifact("q", "", 1)), Rejection::ReportInvalid(_)));
     for number in 0..256 {
         story.apply(register_artifact("q", &format!("a{number}"), 1));
@@ -319,4 +325,6 @@ fn artifacts_pins_purges_policies_nodes() {
     // What was done already is done, whatever was expected.
     story.apply(Command::SetPolicy(cmd::SetPolicy { policy, expected: None }));
     assert_eq!(story.apply(change), Reply::Unchanged);
+    story.state.apply_membership([NodeId(8)].into(), &mut Applied::default());
+    assert_eq!(rejected(&mut story, retire_node(8)), Rejection::NodeVotes { node: NodeId(8) });
 }

@@ -400,6 +400,10 @@ pub fn register_node(node: u64, epoch: u64) -> Command {
     })
 }
 
+pub fn retire_node(node: u64) -> Command {
+    Command::RetireNode(cmd::RetireNode { node: NodeId(node) })
+}
+
 pub fn success() -> Outcome {
     Outcome::Succeeded { digest: Some(digest(7)), size: 3, image_tag: "helix/x".to_owned() }
 }

@@ -1,20 +1,17 @@
 //! The task that owns consensus: membership, snapshots, the log's tail, and the orderly end.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use helix_model::NodeId;
-use openraft::ChangeMembers;
 use openraft::async_runtime::WatchReceiver;
-use openraft::errors::{ClientWriteError, RaftError};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::voters;
+use super::{members, voters};
 use crate::node_dir::NodeDir;
-use crate::raft::types::{Member, Raft, TypeConfig};
+use crate::raft::types::Raft;
 use crate::raft::writer::Writer;
 use crate::registry::{Control, Leadership, MembershipError, Shared, StoreError};
 
@@ -22,7 +19,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// A leader that cannot purge hands over when its log has grown by so many times the bytes of a snapshot's trigger.
 const STUCK_SNAPSHOTS: u64 = 4;
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
-const MEMBERSHIP_WAIT: Duration = Duration::from_secs(120);
+/// A change of the members needs a majority to answer, and no more.
+const MEMBERSHIP_WAIT: Duration = Duration::from_secs(30);
+/// A change that a former leader left half done is completed after so long.
+const JOINT_PATIENCE: Duration = Duration::from_secs(3);
 
 /// See the module.
 pub(super) struct Controller {
@@ -55,12 +55,12 @@ impl Controller {
         });
         while let Some(request) = self.queue.recv().await {
             match request {
-                Control::AddMember { node, address, reply } => {
-                    let change = add_member(self.raft.clone(), node, address);
+                Control::Member { step, reply } => {
+                    let change = members::carry_out(self.raft.clone(), step);
                     self.change_membership(change, reply);
                 }
-                Control::RemoveMember { node, reply } => {
-                    let change = remove_member(self.raft.clone(), node);
+                Control::Transfer { to, reply } => {
+                    let change = members::ask_to_lead(self.raft.clone(), to);
                     self.change_membership(change, reply);
                 }
                 Control::Snapshot { reply } => {
@@ -92,10 +92,11 @@ impl Controller {
     ) {
         let (shared, stop) = (Arc::clone(&self.shared), self.stop.clone());
         self.tasks.spawn(async move {
-            let late = || MembershipError::Refused("membership did not change in time; look at its state".to_owned());
             let result = tokio::select! {
-                result = tokio::time::timeout(MEMBERSHIP_WAIT, change) => result.unwrap_or_else(|_| Err(late())),
-                // The end of this node does not wait for one that may never catch up.
+                result = tokio::time::timeout(MEMBERSHIP_WAIT, change) => {
+                    result.unwrap_or(Err(MembershipError::OutcomeUnknown))
+                }
+                // The end of this node does not wait for voters that do not answer.
                 () = stop.cancelled() => Err(MembershipError::ShuttingDown),
             };
             let result = result.map_err(|error| match error {
@@ -148,50 +149,11 @@ impl Controller {
 }
 
 /// The other voter that has most of the log.
-fn successor(raft: &Raft, own: u64) -> Option<u64> {
+pub(super) fn successor(raft: &Raft, own: u64) -> Option<u64> {
     let metrics = raft.metrics().borrow_watched().clone();
     let matched = metrics.replication.unwrap_or_default();
     let others = voters(raft).into_iter().filter(|voter| *voter != own);
     others.max_by_key(|voter| matched.get(voter).cloned().flatten())
-}
-
-type WriteError = RaftError<TypeConfig, ClientWriteError<TypeConfig>>;
-
-fn refused(error: WriteError) -> MembershipError {
-    match error {
-        RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
-            MembershipError::NotLeader { hint: to.leader_id.map(|leader| leader.to_string()) }
-        }
-        RaftError::APIError(error) => MembershipError::Refused(error.to_string()),
-        RaftError::Fatal(_) => MembershipError::ShuttingDown,
-    }
-}
-
-async fn add_member(raft: Raft, node: NodeId, address: String) -> Result<(), MembershipError> {
-    let known = raft.metrics().borrow_watched().membership_config.membership().get_node(&node.0).cloned();
-    let member = Member { address };
-    if known.as_ref().is_some_and(|known| *known != member) {
-        return Err(MembershipError::Refused(format!("node {node} is a member under another address")));
-    }
-    // First without a vote, until it has caught up: a voter that is behind would only weaken the majority.
-    raft.add_learner(node.0, member, true).await.map_err(refused)?;
-    let change = ChangeMembers::AddVoterIds(BTreeSet::from([node.0]));
-    raft.change_membership(change, true).await.map_err(refused)?;
-    Ok(())
-}
-
-async fn remove_member(raft: Raft, node: NodeId) -> Result<(), MembershipError> {
-    let all = voters(&raft);
-    if all.contains(&node.0) {
-        if all.len() == 1 {
-            return Err(MembershipError::Refused("the last voter stays".to_owned()));
-        }
-        let change = ChangeMembers::RemoveVoters(BTreeSet::from([node.0]));
-        raft.change_membership(change, false).await.map_err(refused)?;
-    } else {
-        raft.change_membership(ChangeMembers::RemoveNodes(BTreeSet::from([node.0])), false).await.map_err(refused)?;
-    }
-    Ok(())
 }
 
 async fn snapshot_now(raft: &Raft, shared: &Shared, writer: &Writer) -> Result<(), StoreError> {
@@ -243,6 +205,7 @@ struct Keeper {
 impl Keeper {
     async fn run(self) {
         let mut stuck = None;
+        let mut joint = None;
         let mut mark = self.shared.counters.log_appended_bytes.get();
         // What former lives of this node appended since their last snapshot, or one that is often restarted would
         // never write any. Up to the threshold is kept behind a snapshot anyway.
@@ -260,6 +223,28 @@ impl Keeper {
             }
             purge(&self.raft, &self.writer).await;
             self.unstick(&mut stuck, appended).await;
+            self.complete_joint(&mut joint).await;
+        }
+    }
+
+    /// A leader that dies between the two entries of a change leaves two sets of voters in force. Its successor goes on to
+    /// the second, or what was asked for would weigh on every decision until the next change.
+    async fn complete_joint(&self, since: &mut Option<Instant>) {
+        let (leads, joint) = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let sets = metrics.membership_config.membership().get_joint_config().len();
+            (metrics.current_leader == Some(metrics.id), sets > 1)
+        };
+        if !leads || !joint {
+            *since = None;
+        } else if since.get_or_insert_with(Instant::now).elapsed() >= JOINT_PATIENCE {
+            *since = None;
+            match tokio::time::timeout(MEMBERSHIP_WAIT, members::complete(self.raft.clone())).await {
+                Ok(Ok(())) => tracing::info!("a change of the members that was left half done is complete"),
+                Ok(Err(error)) => tracing::debug!(%error, "a change of the members is not completed"),
+                Err(_) => tracing::warn!("a change of the members is not completed: no majority answers"),
+            }
         }
     }
 

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::node_dir::{NodeDir, init};
+use crate::node_dir::{NodeDir, NodeDirError, init};
 use crate::raft::{Options, Started, Timing, start};
 use crate::registry::{Consistency, ProposeError, Registry};
 
@@ -102,6 +102,18 @@ impl Cluster {
     pub(crate) fn init(&self, node: NodeId) {
         let members = self.addresses.iter().map(|(id, address)| (*id, address.to_string())).collect();
         init(&self.path(node), "demo", node, &members).unwrap();
+    }
+
+    /// Makes a node that waits to be added, and starts it.
+    pub(crate) async fn join(&mut self, node: NodeId) {
+        self.addresses.insert(node, SocketAddr::from(([127, 0, 0, 1], ports::free(1).unwrap())));
+        init(&self.path(node), "demo", node, &BTreeMap::new()).unwrap();
+        self.start(node).await;
+    }
+
+    /// Opens a node's directory, which nobody uses.
+    pub(crate) fn open(&self, node: NodeId) -> Result<NodeDir, NodeDirError> {
+        NodeDir::open(&self.path(node))
     }
 
     fn tls(&self, node: NodeId) -> Arc<TlsStore> {
