@@ -19,6 +19,9 @@ use crate::limits::Slots;
 /// Runners that wait to be started.
 const WAITING_MAX: usize = 256;
 
+/// How often a slot is made when others remove it meanwhile.
+const TRIES: usize = 4;
+
 /// Slots, at most: more than any agent's capacity, so that builds that are still dying do not use them up.
 const SLOTS_MAX: usize = 2 * helix_model::limits::WORKER_CAPACITY_MAX as usize;
 
@@ -115,15 +118,16 @@ impl Pool {
                 self.forkers.push(None);
             }
             let path = self.slots.path(index);
-            let usable = match self.take(index, &path) {
-                // Another agent that started just now took it for one of a dead agent.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    self.forkers[index] = None;
-                    self.take(index, &path)?
+            let mut taken = self.take(index, &path);
+            for _ in 1..TRIES {
+                if !taken.as_ref().is_err_and(is_gone) {
+                    break;
                 }
-                usable => usable?,
-            };
-            if usable {
+                // Another agent that started just now took it for one of a dead agent.
+                self.forkers[index] = None;
+                taken = self.take(index, &path);
+            }
+            if taken? {
                 return self.forkers[index].as_mut().ok_or_else(|| io::ErrorKind::NotFound.into());
             }
         }
@@ -157,6 +161,12 @@ impl Drop for Pool {
             let _ = fs::remove_dir(self.slots.path(index));
         }
     }
+}
+
+/// Whether a slot was removed: before its file was opened, or after, which the kernel tells by another word.
+fn is_gone(error: &io::Error) -> bool {
+    let removed = rustix::io::Errno::NODEV.raw_os_error();
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(removed)
 }
 
 /// Whether anybody but the forker is in a slot.
