@@ -1,3 +1,5 @@
+//! Walls as they stand, and as they go.
+
 use super::*;
 use std::fs;
 use std::io::Write as _;
