@@ -23,17 +23,20 @@ static NEXT: Mutex<Option<u16>> = Mutex::new(None);
 /// # Errors
 /// When there are no such ports.
 pub fn free(count: u16) -> io::Result<u16> {
-    let end = ephemeral_begin();
+    let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
+    search(count, ephemeral_begin(), &mut next)
+}
+
+fn search(count: u16, end: u16, next: &mut Option<u16>) -> io::Result<u16> {
     let none = || io::Error::new(io::ErrorKind::AddrInUse, format!("no {count} free ports in a row in {FIRST}..{end}"));
     let span = end.checked_sub(FIRST).filter(|span| *span >= count).ok_or_else(none)?;
-    let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
     let mut begin = next.unwrap_or_else(|| FIRST + rand::random_range(0..span));
     for _ in 0..span {
-        if begin + count > end {
+        if begin.checked_add(count).is_none_or(|last| last > end) {
             begin = FIRST;
         }
         match (begin..begin + count).find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_err()) {
-            Some(taken) => begin = taken + 1,
+            Some(taken) => begin = taken.saturating_add(1),
             None => {
                 *next = Some(begin + count);
                 return Ok(begin);
@@ -69,9 +72,7 @@ mod tests {
     fn a_port_that_somebody_has_is_passed_over() {
         let held = TcpListener::bind((Ipv4Addr::LOCALHOST, free(1).unwrap())).unwrap();
         let taken = held.local_addr().unwrap().port();
-        let mut next = NEXT.lock().unwrap();
-        *next = Some(taken);
-        drop(next);
-        assert!(free(2).unwrap() > taken);
+        let found = search(2, u16::MAX, &mut Some(taken)).unwrap();
+        assert!(found > taken, "{found}");
     }
 }

@@ -11,6 +11,7 @@ mod image;
 mod quota;
 
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -148,7 +149,17 @@ impl Walls {
 /// Mounts a file system of its own for the parts of a workdir.
 fn mount_parts(workdir: &Workdir, kind: &str, options: &[(&str, &str)]) -> io::Result<()> {
     let whole = workdir.root().join(WHOLE);
-    make_private(&whole)?;
+    // Nothing above it is made: who removed the workdir meanwhile wants no mount there.
+    std::fs::DirBuilder::new().mode(0o700).create(&whole)?;
+    let done = mount_at(&whole, workdir, kind, options);
+    // Also of a mount that was half made nothing stays.
+    let gone = unmount(&whole, UnmountFlags::DETACH);
+    done?;
+    gone?;
+    std::fs::remove_dir(&whole)
+}
+
+fn mount_at(whole: &Path, workdir: &Workdir, kind: &str, options: &[(&str, &str)]) -> io::Result<()> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (name, value) in options {
         fsconfig_set_string(&context, *name, *value)?;
@@ -156,7 +167,7 @@ fn mount_parts(workdir: &Workdir, kind: &str, options: &[(&str, &str)]) -> io::R
     fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     let made = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    move_mount(&made, "", CWD, &whole, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    move_mount(&made, "", CWD, whole, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     for part in PARTS {
         let inside = whole.join(part);
         make_private(&inside)?;
@@ -164,8 +175,7 @@ fn mount_parts(workdir: &Workdir, kind: &str, options: &[(&str, &str)]) -> io::R
         let bound = open_tree(CWD, &inside, flags)?;
         move_mount(&bound, "", CWD, workdir.root().join(part), MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     }
-    unmount(&whole, UnmountFlags::DETACH)?;
-    std::fs::remove_dir(&whole)
+    Ok(())
 }
 
 /// Takes down what walls in a workdir, before it is removed. Gives what is to be released after that. Blocks.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::Context as _;
-use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, fallocate, open, openat};
+use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, fallocate, open, openat, statvfs};
 
 const PROGRAMS: [&str; 3] = ["/usr/sbin/mke2fs", "/sbin/mke2fs", "/usr/bin/mke2fs"];
 
@@ -105,6 +105,11 @@ impl File {
             .saturating_add(inodes * INODE_BYTES)
             .saturating_add((bytes / OWN_SHARE).min(OWN_SHARE_MAX) + OWN_BYTES);
         let size = size.div_ceil(BLOCK_BYTES).saturating_mul(BLOCK_BYTES);
+        // Refused beforehand: allocating takes all there is before it fails, and others write there, too.
+        let room = statvfs(directory)?;
+        if room.f_bavail.saturating_mul(room.f_frsize) < size {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, format!("there are no {size} bytes for it")));
+        }
         let opened = openat(CWD, directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?;
         fallocate(&opened, FallocateFlags::empty(), 0, size)?;
         Ok(Self { opened, inodes })
