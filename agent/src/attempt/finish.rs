@@ -27,10 +27,16 @@ impl Attempt {
     /// Makes the report, clears up, says it, and sees to the log.
     pub(super) async fn finish(&mut self, assignment: &Assignment, ending: Ending) {
         let podman = image::is_podman(assignment);
-        let why = match &ending {
-            Ending::Ran(outcome) if podman => self.why_podman_failed(outcome).await,
-            _ => None,
-        };
+        let (mut ending, mut why) = (ending, None);
+        if let Ending::Ran(outcome) = &mut ending
+            && podman
+        {
+            why = self.why_podman_failed(outcome).await;
+            let mark = image::own_limit_mark(&self.dir);
+            if outcome.stopped == Some(Reason::DiskFull) && blocking(move || mark.try_exists()).await.unwrap_or(false) {
+                outcome.room = Room::Own;
+            }
+        }
         let (mut report, ran_well) = self.judge(ending);
         if let Verdict::Failed { reason, message } = &mut report.verdict {
             message.push_str(&limit_text(*reason, &assignment.spec));

@@ -7,12 +7,13 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use helix_agent_core::{Artifact, Assignment, Image, SealedLog, Verdict};
 use helix_model::{Digest, Executor, Outputs, Reason};
-use helix_runner::{End, Order, Outcome};
+use helix_runner::{AttemptDir, End, Order, Outcome};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde::Deserialize;
 use tokio_util::task::AbortOnDropHandle;
@@ -145,6 +146,11 @@ impl Attempt {
                 pause = STORE_LOOK.max(began.elapsed() * STORE_LOOK_FACTOR);
                 if amounts.disk_bytes.is_some_and(|most| used.bytes > most) || used.files > files_max {
                     tracing::info!(attempt = %key, ?used, "a build takes more of the store than it may");
+                    // Told first: whoever judges the end may be another agent than this one.
+                    let mark = own_limit_mark(&dir);
+                    if let Err(error) = blocking(move || std::fs::write(mark, "")).await {
+                        tracing::warn!(attempt = %key, %error, "that it was its own limit cannot be noted");
+                    }
                     if let Err(error) = super::follow::stop_and_wait(&dir, Reason::DiskFull, 0).await {
                         tracing::warn!(attempt = %key, %error, "a build cannot be stopped; trying again");
                     }
@@ -292,6 +298,11 @@ impl Attempt {
             self.log_line(said).await;
         }
     }
+}
+
+/// There when a build was stopped for what it took of podman's store, and not for the host's want of room.
+pub(super) fn own_limit_mark(dir: &AttemptDir) -> PathBuf {
+    dir.root().join("beyond-own-limit")
 }
 
 pub(super) fn digest(text: &str) -> Result<Digest, Failure> {
