@@ -8,7 +8,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,32 @@ const ID_LENGTH: usize = 64;
 
 /// File systems that the runtime makes anew for a container.
 const MADE_ANEW: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+
+/// Options of an overlay that name directories.
+const LAYERS: [&str; 3] = ["lowerdir", "upperdir", "workdir"];
+
+/// Options of an overlay that name none.
+const PLAIN: [&str; 19] = [
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "shared",
+    "rshared",
+    "ro",
+    "rw",
+    "nodev",
+    "nosuid",
+    "noexec",
+    "noatime",
+    "relatime",
+    "volatile",
+    "userxattr",
+    "index=off",
+    "index=on",
+    "metacopy=off",
+    "metacopy=on",
+];
 
 /// The rules, if this process is to be a guard.
 pub(crate) fn asked() -> Option<OsString> {
@@ -39,7 +65,7 @@ pub(crate) fn serve(rules: &OsStr, arguments: Vec<OsString>) -> ExitCode {
         if let Some(bundle) = bundle(&arguments) {
             let checked = check_bundle(&rules, &bundle);
             // Where the agent looks for it: what podman makes of our words is podman's affair.
-            checked.inspect_err(|why| drop(fs::write(&rules.refusal, why)))?;
+            checked.inspect_err(|why| drop(note(&rules.refusal, why)))?;
         }
         Ok(rules.runtime)
     });
@@ -51,6 +77,12 @@ pub(crate) fn serve(rules: &OsStr, arguments: Vec<OsString>) -> ExitCode {
         Err(why) => eprintln!("{why}"),
     }
     ExitCode::FAILURE
+}
+
+/// Writes a refusal down; the first counts, and whatever else is there is left alone.
+fn note(file: &Path, why: &str) -> io::Result<()> {
+    // Follows no link.
+    fs::OpenOptions::new().write(true).create_new(true).open(file)?.write_all(why.as_bytes())
 }
 
 /// The directory of the container that is to be made; `None` when this is another request.
@@ -107,21 +139,34 @@ fn check(config: &Value, rules: &Rules, from_host: impl Fn(&Path) -> Result<(), 
         if kind == "bind" || options.iter().any(|option| ["bind", "rbind"].contains(option)) {
             from_host(Path::new(source))?;
         } else if kind == "overlay" {
-            let layers = options.iter().filter_map(|option| option.split_once('='));
-            for paths in layers.filter(|(name, _)| name.ends_with("dir")).map(|(_, paths)| paths) {
-                paths.split(':').try_for_each(|path| from_host(Path::new(path)))?;
-            }
+            check_overlay(&options, &from_host)?;
         } else if !MADE_ANEW.contains(&kind) {
             return Err(format!("the step would see a mount of type {kind:?} at {}", text(&mount["destination"])));
         }
     }
-    let own = list(&config["linux"]["namespaces"]).map(|namespace| text(&namespace["type"])).collect::<Vec<_>>();
+    // One with a path is somebody's already.
+    let new = list(&config["linux"]["namespaces"]).filter(|namespace| text(&namespace["path"]).is_empty());
+    let own: Vec<&str> = new.map(|namespace| text(&namespace["type"])).collect();
     let mut wanted = vec!["pid", "mount", "ipc"];
     wanted.extend((rules.network == Network::Own).then_some("network"));
     match wanted.iter().find(|kind| !own.contains(kind)) {
         Some(kind) => Err(format!("the step would share the host's {kind} namespace")),
         None => Ok(()),
     }
+}
+
+/// Checks the options of an overlay. The kernel takes them in one string, where commas part and backslashes hide.
+fn check_overlay(options: &[&str], from_host: impl Fn(&Path) -> Result<(), String>) -> Result<(), String> {
+    for option in options {
+        match option.split_once('=') {
+            Some((name, paths)) if LAYERS.contains(&name) && !paths.contains(['\\', ',']) => {
+                paths.split(':').try_for_each(|path| from_host(Path::new(path)))?;
+            }
+            _ if PLAIN.contains(option) => {}
+            _ => return Err(format!("the step would see an overlay with the option {option:?}")),
+        }
+    }
+    Ok(())
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
@@ -169,7 +214,7 @@ impl Host<'_> {
         })?;
         let own = self.rules.places.iter().filter_map(|place| self.origin(place).ok());
         let own = own.into_iter().any(|place| origin.device == place.device && origin.path.starts_with(&place.path));
-        if own || self.is_of_image(&origin) || self.is_of_container(&origin) {
+        if own || self.is_of_scratch(&origin) || self.is_of_image(&origin) || self.is_of_container(&origin) {
             return Ok(());
         }
         Err(format!("the step would see {} of this host, which is not its build's", origin.path.display()))
@@ -184,6 +229,19 @@ impl Host<'_> {
         let below = real.strip_prefix(&mount.point).map_err(io::Error::other)?;
         let path = if below.as_os_str().is_empty() { mount.root.clone() } else { mount.root.join(below) };
         Ok(Origin { device: mount.device.clone(), path })
+    }
+
+    /// Whether it is one cache, or a file that podman makes for every step. All else beside them is podman's own.
+    fn is_of_scratch(&self, origin: &Origin) -> bool {
+        let scratch = self.origin(&self.rules.scratch).ok().filter(|scratch| scratch.device == origin.device);
+        let below = scratch.and_then(|scratch| origin.path.strip_prefix(scratch.path).ok());
+        let names: Vec<&[u8]> = below.into_iter().flatten().map(OsStr::as_bytes).collect();
+        let begins = |prefix: &[u8]| names.first().is_some_and(|name| name.starts_with(prefix));
+        match names[..] {
+            [_, _, ..] if begins(b"buildah-cache") => true,
+            [_, b"hostname" | b"hosts" | b"resolv.conf"] | [_, b"run", b".containerenv"] => begins(b"buildah"),
+            _ => false,
+        }
     }
 
     /// Whether it is in the file system that an image's layers make together: there every path is the image's.
@@ -245,6 +303,7 @@ mod tests {
             store: store.to_owned(),
             run_store: store.join("run"),
             refusal: "/nowhere/refused".into(),
+            scratch: store.join("../scratch"),
             network: Network::Own,
             places: places.iter().map(|&place| place.to_owned()).collect(),
         }
@@ -285,15 +344,35 @@ mod tests {
             json!({"type": "none", "source": "/etc", "options": ["ro", "rbind"]}),
             json!({"type": "tmpfs", "source": "/etc", "options": ["bind"]}),
             json!({"type": "overlay", "options": ["lowerdir=/fine:/etc"]}),
+            json!({"type": "overlay", "options": ["lowerdir=/fine,lowerdir=/etc"]}),
+            json!({"type": "overlay", "options": [r"lowerdir=/fine\:/fine"]}),
+            json!({"type": "overlay", "options": ["lowerdir+=/fine"]}),
+            json!({"type": "overlay", "options": ["private,lowerdir=/etc"]}),
             json!({"type": "ext4", "source": "/dev/sda1"}),
         ] {
             assert!(check(&with(json!([mount]), namespaces.clone()), &rules, host).is_err(), "{mount}");
         }
         let shared = with(json!([]), json!([{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}]));
         assert!(check(&shared, &rules, host).unwrap_err().contains("network"));
+        for kind in ["pid", "mount", "ipc", "network"] {
+            let mut joined = namespaces.clone();
+            let entry = joined.as_array_mut().unwrap().iter_mut().find(|namespace| namespace["type"] == kind);
+            entry.unwrap()["path"] = "/proc/1/ns/x".into();
+            assert!(check(&with(json!([]), joined), &rules, host).unwrap_err().contains(kind));
+        }
         rules.network = Network::OfHost;
         assert_eq!(check(&shared, &rules, host), Ok(()));
         assert!(check(&with(json!([]), json!([{"type": "network"}])), &rules, host).is_err());
+    }
+
+    #[test]
+    fn the_first_refusal_counts_and_no_link_is_followed() {
+        let base = tempfile::tempdir().unwrap();
+        let (file, link) = (base.path().join("refused"), base.path().join("link"));
+        note(&file, "first").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(note(&file, "second").is_err() && note(&link, "third").is_err());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "first");
     }
 
     #[test]
@@ -317,11 +396,14 @@ mod tests {
         let id = "0123456789abcdef".repeat(4);
         let base = tempfile::tempdir().unwrap();
         let base = base.path().canonicalize().unwrap();
-        let (own, store) = (base.join("own"), base.join("store"));
+        let (own, store, scratch) = (base.join("own"), base.join("store"), base.join("scratch"));
         let container = store.join("overlay-containers").join(&id).join("userdata");
         let running = store.join("run/overlay-containers").join(&id).join("userdata");
         for path in [
             own.join("tmp"),
+            scratch.join("buildah-cache/one/below"),
+            scratch.join("runtime"),
+            scratch.join("buildah123/run"),
             container.clone(),
             running.clone(),
             store.join("vfs/dir").join(&id),
@@ -349,6 +431,20 @@ mod tests {
                 && fine(&host, &running)
                 && fine(&host, &store.join("vfs/dir").join(&id))
         );
+        fs::write(scratch.join("buildah123/hostname"), "").unwrap();
+        for (path, expected) in [
+            ("buildah-cache/one", true),
+            ("buildah-cache/one/below", true),
+            ("buildah123/hostname", true),
+            ("", false),
+            ("buildah-cache", false),
+            ("buildah-cache/one/../..", false),
+            ("runtime", false),
+            ("buildah123", false),
+            ("buildah123/run", false),
+        ] {
+            assert_eq!(fine(&host, &scratch.join(path)), expected, "{path}");
+        }
         for path in ["/etc".into(), own.join("tmp/link"), store.clone(), store.join("overlay"), store.join("vfs/dir")] {
             assert!(!fine(&host, &path), "{}", path.display());
         }

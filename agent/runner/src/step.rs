@@ -26,8 +26,10 @@ pub struct Rules {
     pub store: PathBuf,
     /// What of it lasts until the next boot.
     pub run_store: PathBuf,
-    /// Where a refusal is written.
+    /// Where a refusal is written: no place of these rules holds it.
     pub refusal: PathBuf,
+    /// podman's directory for temporary files: of it steps may see single caches, and files that podman makes for each step.
+    pub scratch: PathBuf,
     /// Whose network steps have.
     pub network: Network,
     /// Directories of the host of which steps may see anything.
@@ -40,7 +42,8 @@ impl Rules {
     pub fn encode(&self) -> OsString {
         let network: &[u8] = if self.network == Network::Own { b"own" } else { b"host" };
         let mut text = network.to_vec();
-        for path in [&self.runtime, &self.store, &self.run_store, &self.refusal].into_iter().chain(&self.places) {
+        let fixed = [&self.runtime, &self.store, &self.run_store, &self.refusal, &self.scratch];
+        for path in fixed.into_iter().chain(&self.places) {
             text.push(b'\n');
             text.extend_from_slice(path.as_os_str().as_bytes());
         }
@@ -57,8 +60,9 @@ impl Rules {
             _ => return None,
         };
         let mut paths = lines.map(|line| PathBuf::from(OsStr::from_bytes(line)));
-        let (runtime, store, run_store, refusal) = (paths.next()?, paths.next()?, paths.next()?, paths.next()?);
-        Some(Self { runtime, store, run_store, refusal, network, places: paths.collect() })
+        let (runtime, store, run_store) = (paths.next()?, paths.next()?, paths.next()?);
+        let (refusal, scratch) = (paths.next()?, paths.next()?);
+        Some(Self { runtime, store, run_store, refusal, scratch, network, places: paths.collect() })
     }
 }
 
@@ -75,13 +79,14 @@ mod tests {
                     store: "/s".into(),
                     run_store: "/s/run".into(),
                     refusal: "/r".into(),
+                    scratch: "/t".into(),
                     network,
                     places: places.clone(),
                 };
                 assert_eq!(Rules::decode(&rules.encode()), Some(rules));
             }
         }
-        for wrong in ["", "own", "own\nrunc\n/s\n/run", "else\nrunc\n/s\n/run\n/r"] {
+        for wrong in ["", "own", "own\nrunc\n/s\n/run\n/r", "else\nrunc\n/s\n/run\n/r\n/t"] {
             assert_eq!(Rules::decode(OsStr::new(wrong)), None, "{wrong:?}");
         }
     }

@@ -112,8 +112,8 @@ impl Attempt {
     /// What a failed `podman build` failed of.
     pub(super) async fn why_podman_failed(&self, outcome: &Outcome) -> Option<Verdict> {
         let End::Exited(code @ 1..) = outcome.end else { return None };
-        let (dir, tmp) = (self.dir.clone(), self.workdir.tmp());
-        match blocking(move || guard::refusal(&tmp)).await {
+        let (dir, spool) = (self.dir.clone(), self.dir.clone());
+        match blocking(move || guard::refusal(&spool)).await {
             Ok(Some(message)) => return Some(Verdict::Failed { reason: Reason::Policy, message }),
             Ok(None) => {}
             Err(error) => tracing::warn!(attempt = %self.key, %error, "what was refused cannot be read"),

@@ -17,7 +17,7 @@ use super::Attempt;
 use super::finish::Failure;
 use super::image::{digest, internal};
 use crate::blocking::blocking;
-use crate::executor::podman::{build, platform_suffix};
+use crate::executor::podman::{build, guard, platform_suffix};
 
 /// What is pushed.
 #[derive(Clone, Copy)]
@@ -99,7 +99,7 @@ impl Attempt {
         reference: &str,
         deadline: Instant,
     ) -> Result<Result<Digest, Complaint>, Failure> {
-        let digest_file = self.workdir.tmp().join("push-digest");
+        let digest_file = self.dir.root().join("push-digest");
         let arguments = vec![
             "push".into(),
             self.services.podman.tls_verify(),
@@ -125,7 +125,7 @@ impl Attempt {
             return Err(no_tag(reference));
         };
         let (list, verify) = (build::list_name(&self.key), self.services.podman.tls_verify());
-        let digest_file = self.workdir.tmp().join("index-digest");
+        let digest_file = self.dir.root().join("index-digest");
         let _ = self.step(words(["manifest", "rm", &list]), left(deadline)).await;
         let mut steps = vec![words(["manifest", "create", &list])];
         for image in images {
@@ -179,7 +179,7 @@ fn destination(reference: &str) -> OsString {
 }
 
 async fn pushed_digest(file: PathBuf) -> Result<Digest, Failure> {
-    let text = blocking(move || std::fs::read_to_string(file)).await;
+    let text = blocking(move || guard::read_small(&file)).await;
     digest(&text.map_err(|error| internal("read what was pushed", &error))?)
 }
 

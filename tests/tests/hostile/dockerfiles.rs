@@ -121,6 +121,8 @@ fn images() -> Vec<Case> {
 fn mounts() -> Vec<Case> {
     let seen = "ls /m/shadow /m/etc/shadow /m/data && echo BRE''ACH; true\n";
     let refused = |name, text: &str| saying(ends(name, &[], &format!("{text} {seen}"), "policy"), "of this host");
+    let unasked =
+        |name, text: &str| saying(ends(name, &[], &format!("{text} {seen}"), "policy"), "not allowed on this agent");
     vec![
         refused("mount-a-link-of-an-image", "RUN ln -s /etc /out\nFROM base\nRUN --mount=from=0,source=/out,target=/m"),
         refused(
@@ -129,7 +131,12 @@ fn mounts() -> Vec<Case> {
         ),
         refused("mount-a-link-of-the-source", "RUN --mount=type=bind,source=root,target=/m"),
         refused("mount-behind-a-link-of-the-source", "RUN --mount=type=bind,source=root/etc,target=/m"),
-        refused("mount-a-cache-from-above", "RUN --mount=type=cache,id=../../../../../../../../../../etc,target=/m"),
+        unasked("mount-a-cache-from-above", "RUN --mount=type=cache,id=../../../../../../../../../../etc,target=/m"),
+        unasked("mount-what-holds-the-caches", "RUN --mount=type=cache,id=..,target=/m"),
+        unasked("mount-the-runtimes-state", "RUN --mount=type=cache,id=../runtime,target=/m"),
+        refused("mount-all-caches", "RUN --mount=type=cache,id=.,target=/m"),
+        unasked("mount-and-own", "RUN --mount=type=bind,source=root,target=/m,U"),
+        unasked("mount-and-label", "RUN --mount=type=bind,source=root,target=/m,\"z\""),
         refused("mount-in-pieces", "RUN --mo\\\n# comment\n\nunt=type=bind,source=root,target=/m"),
         refused(
             "mount-the-store",
@@ -277,6 +284,7 @@ fn processes() -> Vec<Case> {
         ),
         ends("dies-by-a-signal", &[], "RUN sh -c 'kill -9 $$'; exit $?\n", "exit"),
         ends("podmans-own-code", &[], "RUN exit 125\n", "exit"),
+        ends("blames-the-disk", &[], "RUN echo \"x\": no space left on device; exit 125\n", "exit"),
         ends("no-such-program", &[], "RUN /no/such/program\n", "exit"),
     ]
 }

@@ -201,7 +201,14 @@ fn hostile_podman_builds_end_as_they_must_and_leave_nothing() {
     let mut builds: Vec<String> = cases.iter().map(|case| case.name.to_owned()).collect();
     builds.push("victim".to_owned());
     builds.push(cancel_what_heeds_nothing(&site));
-    builds.push(refuse_instructions_of_a_base_image(&site));
+    for (name, id) in [
+        ("onbuild-of-a-base", "../../../../../../../../../etc"),
+        ("onbuild-above-caches", ".."),
+        ("onbuild-runtimes-state", "../runtime"),
+        ("onbuild-runtimes-real-state", "../../runtime"),
+    ] {
+        builds.push(refuse_instructions_of_a_base_image(&site, name, id));
+    }
     refuse_tricks(&site);
     site.wait_clean(&builds);
     site.assert_nothing_but_the_cache();
@@ -253,20 +260,16 @@ fn refuse_tricks(site: &Site) {
 }
 
 /// What a base image orders is in no Dockerfile that anybody reads beforehand.
-fn refuse_instructions_of_a_base_image(site: &Site) -> String {
+fn refuse_instructions_of_a_base_image(site: &Site, name: &'static str, id: &str) -> String {
     let file = site.source.path().join("bringing");
-    fs::write(
-        &file,
-        format!("{BASE}ONBUILD RUN --mount=type=cache,id=../../../../../../../../../etc,target=/m ls /m\n"),
-    )
-    .unwrap();
+    fs::write(&file, format!("{BASE}ONBUILD RUN --mount=type=cache,id={id},target=/m touch /m/refused\n")).unwrap();
     // In the store already, as if it had been pulled.
     let (file, source) = (file.to_str().unwrap(), site.source.path().to_str().unwrap());
     let runtime = site.runtime();
     let build = ["build", "--format=docker", "--network=none", "--tag=localhost/bringing", "--runtime", &runtime];
     site.said(&[&build[..], &["--file", file, source]].concat());
     let text = "FROM localhost/bringing\nRUN true\n".to_owned();
-    let case = Case { name: "onbuild-of-a-base", flags: &[], script: text, ends: "policy", says: "of this host" };
+    let case = Case { name, flags: &[], script: text, ends: "policy", says: "of this host" };
     site.submit(&case, &case.script);
     site.cluster.helix(&["wait", case.name]);
     assert_all(site, std::slice::from_ref(&case));

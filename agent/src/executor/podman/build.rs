@@ -8,6 +8,7 @@ use helix_model::{AttemptKey, BuildId};
 use helix_runner::{AttemptDir, Order, Privileges};
 use sha2::{Digest as _, Sha256};
 
+use super::guard::refusal_file;
 use super::{Cgroups, Facts, Podman, platform_suffix};
 use crate::attempt::workdir::Workdir;
 
@@ -51,7 +52,8 @@ impl Podman {
         environment.push(("HELIX_BUILD_ID".into(), assignment.key.build.as_str().into()));
         environment.push(("HELIX_ATTEMPT".into(), assignment.key.attempt.to_string().into()));
         let tmp = place.workdir.tmp();
-        environment.push(self.guard_variable(&place.facts.runtime, &[&place.workdir.work(), &tmp], &tmp));
+        let refusal = refusal_file(place.dir);
+        environment.push(self.guard_variable(&place.facts.runtime, &place.workdir.work(), &tmp, refusal));
         Order {
             argv: self.argv(assignment, dockerfile, place),
             environment,
@@ -110,10 +112,11 @@ impl Podman {
                 option(name, value.into());
             }
         }
-        // The runtime's state goes with the workdir, however the build ends.
+        // The runtime's state goes with the workdir, however the build ends. Whoever can write there has the host: it is in no
+        // directory of which a step may see anything.
         option(
             "--runtime-flag",
-            OsString::from_iter(["root=".into(), place.workdir.tmp().join("runtime").into_os_string()]),
+            OsString::from_iter(["root=".into(), place.workdir.root().join("runtime").into_os_string()]),
         );
         // Not the runtime itself: see `guard`.
         option("--runtime", self.config.runner_path.clone().into());
@@ -296,7 +299,7 @@ mod tests {
             "--label=helix.cluster=c",
             "--label=helix.build=b",
             "--label=helix.attempt=b.0.1",
-            "--runtime-flag=root=/base/b.0.1/tmp/runtime",
+            "--runtime-flag=root=/base/b.0.1/runtime",
             &format!("--runtime={}", config.runner_path.display()),
             &format!("--signature-policy={}", data.path().join("podman/policy.json").display()),
             "--cgroup-parent=/helix-x-b.0.1/build",

@@ -88,8 +88,12 @@ const TRANSPORTS: [&str; 9] = [
     "tarball:",
 ];
 
-/// Flags of `RUN` that widen what a step may do, which podman of today does not know and a later one may; and images that
-/// are no registry's, where they can be told: podman has a policy against the others.
+/// Options of `RUN --mount` by which podman changes files of this host, or how they are mounted, before its guard is asked.
+const MOUNT_OPTIONS: [&str; 6] = ["U", "chown", "z", "Z", "relabel", "bind-propagation"];
+
+/// Flags of `RUN` that widen what a step may do: some that podman of today does not know and a later one may, some that have
+/// podman itself touch the host; and images that are no registry's, where they can be told: podman has a policy against the
+/// others.
 fn check(text: &str, network: &str) -> Result<(), String> {
     // Which of the two escapes counts, a directive says; a flag that only one of them shows is one.
     for escape in ['\\', '`'] {
@@ -101,13 +105,16 @@ fn check(text: &str, network: &str) -> Result<(), String> {
                 words.next();
             }
             let verb = words.next().unwrap_or_default().to_ascii_uppercase();
-            let flags: Vec<&str> = std::iter::from_fn(|| words.next_if(|word| word.starts_with("--"))).collect();
-            let image = match verb.as_str() {
-                "FROM" => words.next(),
-                "COPY" => flags.iter().find_map(|flag| flag.strip_prefix("--from=")),
-                _ => None,
+            let mut flags: Vec<&str> = std::iter::from_fn(|| words.next_if(|word| word.starts_with("--"))).collect();
+            let whole = whole_flags(&line);
+            flags.extend(whole.iter().map(String::as_str));
+            let mut images: Vec<&str> = match verb.as_str() {
+                "FROM" => words.next().into_iter().collect(),
+                "COPY" => flags.iter().filter_map(|flag| flag.strip_prefix("--from=")).collect(),
+                _ => Vec::new(),
             };
-            if let Some(image) = image.filter(|image| TRANSPORTS.iter().any(|place| image.starts_with(place))) {
+            images.retain(|image| TRANSPORTS.iter().any(|place| image.starts_with(place)));
+            if let Some(image) = images.first() {
                 return Err(format!("the image {image} is no registry's, and not allowed on this agent"));
             }
             if verb != "RUN" {
@@ -117,6 +124,9 @@ fn check(text: &str, network: &str) -> Result<(), String> {
                 if flag.starts_with("--security") {
                     return Err(format!("RUN {flag} is not allowed on this agent"));
                 }
+                if flag.starts_with("--mount") {
+                    check_mount(flag)?;
+                }
                 if flag.starts_with("--network") && !flag.ends_with("=none") && network != "host" {
                     return Err(format!("RUN {flag} is not allowed on this agent (podman.network)"));
                 }
@@ -124,6 +134,51 @@ fn check(text: &str, network: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Options that have podman change what is mounted, and caches whose directory would be another than their own: podman makes that,
+/// and gives it away, before its guard is asked.
+fn check_mount(flag: &str) -> Result<(), String> {
+    for option in flag.split_once('=').map_or("", |(_, options)| options).split(',') {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        let (name, value) = (name.trim(), value.trim());
+        let leads_out = match name {
+            "id" => value.starts_with('/') || value.split('/').any(|part| part == ".."),
+            "target" | "dst" | "destination" => value.split('/').any(|part| part == ".."),
+            _ => false,
+        };
+        if leads_out || MOUNT_OPTIONS.contains(&name) {
+            return Err(format!("RUN --mount with {option:?} is not allowed on this agent"));
+        }
+    }
+    Ok(())
+}
+
+/// The flags of an instruction, as podman takes them apart: blanks between quotation marks are part of a flag.
+fn whole_flags(line: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut letters = line.chars().peekable();
+    loop {
+        while letters.next_if(|letter| letter.is_whitespace()).is_some() {}
+        let (mut word, mut quotation) = (String::new(), None);
+        while let Some(letter) = letters.next_if(|letter| quotation.is_some() || !letter.is_whitespace()) {
+            match letter {
+                '\\' => word.extend(letters.next()),
+                '"' | '\'' if quotation.is_none() => quotation = Some(letter),
+                end if quotation == Some(end) => quotation = None,
+                other => word.push(other),
+            }
+        }
+        // The instruction's own name comes first, behind ONBUILD perhaps.
+        if word.starts_with("--") {
+            found.push(word);
+        } else if word.is_empty()
+            || !(found.is_empty()
+                && ["ONBUILD", "RUN", "COPY", "ADD", "FROM"].iter().any(|verb| word.eq_ignore_ascii_case(verb)))
+        {
+            return found;
+        }
+    }
 }
 
 /// The instructions of a Dockerfile, as podman puts them together: a line that ends with the escape goes on in the next, without
@@ -223,6 +278,22 @@ mod tests {
             ("from oci-archive:x AS y\nRUN true", "host", false),
             ("FROM a\nCOPY --from=oci:x /x /y", "", false),
             ("FROM docker://h/a:1\nCOPY --from=h:5000/x dir:x /y", "", true),
+            ("FROM a\nRUN --mount=type=bind,target=/m,U ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,target=/m,U=true ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,target=/m,chown=true ls", "", false),
+            ("FROM a\nRUN --network=none --mount=type=bind,Z,target=/m ls", "", false),
+            ("FROM a\nRUN --mount=z,type=bind,target=/m ls", "", false),
+            ("FROM a\nRUN --mount=type=bind,target=/m,bind-propagation=x ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,id=..,target=/m ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,id=a/../../b,target=/m ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,\\\"id=/etc\\\",target=/m ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,target=../../x ls", "", false),
+            ("FROM a\nRUN --mount=\"type=cache,id=a b,U\",target=/m ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,id=a\\ b,U,target=/m ls", "", false),
+            ("FROM a\nONBUILD RUN --mount=type=cache,'id'=..,target=/m ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,target=/m,i\\\nd=.. ls", "", false),
+            ("FROM a\nRUN --mount=type=cache,id=a..b,target=/m,uid=1,sharing=locked ls", "", true),
+            ("FROM a\nRUN --mount=type=bind,from=b,source=/x,target=/m,rw ls --mount=U", "", true),
             ("FROM a\nRUN --network=none id", "", true),
             ("FROM a\nRUN --network=host id", "host", true),
             ("FROM a\nRUN curl --network=host", "", true),

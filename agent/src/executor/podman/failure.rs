@@ -50,12 +50,7 @@ pub fn classify(code: i32, complaint: Option<&str>) -> (Reason, String) {
     let Some(complaint) = complaint else {
         return (Reason::Exit, format!("podman build ended with exit code {code}"));
     };
-    let told = told_of(complaint);
-    let reason = if code == PODMAN_FAILED {
-        WORDS.iter().find(|(words, _)| told.contains(words)).map_or(Reason::Exit, |(_, reason)| *reason)
-    } else {
-        Reason::Exit
-    };
+    let reason = if code == PODMAN_FAILED && !ends_as_a_step(complaint) { told_of(complaint) } else { Reason::Exit };
     let message = match reason {
         Reason::ImagePull => format!("a base image cannot be had: {complaint}"),
         _ => format!("podman build ended with exit code {code}: {complaint}"),
@@ -63,10 +58,25 @@ pub fn classify(code: i32, complaint: Option<&str>) -> (Reason, String) {
     (reason, shortened(&message))
 }
 
-/// What podman says of a step, without the step, which is the build's own text.
-fn told_of(complaint: &str) -> &str {
+/// Whether it is what podman says when a step's own program failed: the step's text stands before that, and counts for nothing.
+fn ends_as_a_step(complaint: &str) -> bool {
+    let code = complaint.trim_end().rsplit_once("while running runtime: exit status ").map(|(_, code)| code);
+    code.is_some_and(|code| !code.is_empty() && code.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// The reason that podman's words give. A step's text in them is the build's own, and nothing marks its end: what would be a fault
+/// of ours is only told by what follows its last possible end, else a step could have us blamed.
+fn told_of(complaint: &str) -> Reason {
     let step = complaint.strip_prefix("building at STEP \"");
-    step.and_then(|rest| rest.split_once("\": ")).map_or(complaint, |(_, told)| told)
+    let (said, certain) = match step.and_then(|rest| Some((rest.split_once("\": ")?.1, rest.rsplit_once("\": ")?.1))) {
+        Some(parts) => parts,
+        None => (complaint, complaint),
+    };
+    let fits = |(words, reason): &&(&str, Reason)| {
+        let of_the_build = matches!(reason, Reason::Exit | Reason::Policy | Reason::Source);
+        (if of_the_build { said } else { certain }).contains(words)
+    };
+    WORDS.iter().find(fits).map_or(Reason::Exit, |(_, reason)| *reason)
 }
 
 /// One line of bounded length. What is left out is in the middle: causes stand at the end.
@@ -149,7 +159,19 @@ mod tests {
             ),
             (125, "building at STEP \"RUN x\": netavark: No such file or directory (os error 2)", Reason::Internal),
             (125, "building at STEP \"COPY a /\": copying: write /a: no space left on device", Reason::DiskFull),
+            (125, "building at STEP \"COPY a /\": copying: write \"/a\": no space left on device", Reason::DiskFull),
             // The build's own words decide nothing.
+            (
+                125,
+                "building at STEP \"RUN echo \"x\": no space left on device; exit 125\": while running runtime: exit status 125",
+                Reason::Exit,
+            ),
+            (125, "building at STEP \"COPY \"x\": netavark: /y\": some new failure", Reason::Exit),
+            (
+                125,
+                "building at STEP \"COPY \"x\": mounting new container /y\": checking on sources under \"/w\": no such file",
+                Reason::Source,
+            ),
             (125, "building at STEP \"RUN creating build container:\": some new failure", Reason::Exit),
             (3, "creating build container: echoed by the build", Reason::Exit),
             (125, "some new failure", Reason::Exit),

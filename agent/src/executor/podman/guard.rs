@@ -2,10 +2,12 @@
 //! `guard.rs`), and a policy by which base images come from registries and nowhere else.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
+use helix_runner::AttemptDir;
 use helix_runner::step::{GUARD_VARIABLE, Network, Rules};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use serde_json::{Value, json};
 
 use super::Podman;
@@ -13,17 +15,36 @@ use super::Podman;
 /// The owner's own policy on images.
 const POLICY_OF_HOST: &str = "/etc/containers/policy.json";
 
-/// What the guard says when it refuses, in a directory for temporary files that is the build's alone.
-pub(super) fn refusal_file(tmp: &Path) -> PathBuf {
-    tmp.join("refused")
+/// Bytes of a small file that are read.
+const SMALL_BYTES_MAX: u64 = 64 << 10;
+
+/// What the guard says when it refuses: in the spool, of which no step sees anything.
+pub(super) fn refusal_file(dir: &AttemptDir) -> PathBuf {
+    dir.root().join("refused")
+}
+
+/// The beginning of a small file that podman or its guard wrote. No link is followed, and nothing but a file is read.
+///
+/// # Errors
+/// Those of the file system.
+pub fn read_small(path: &Path) -> io::Result<String> {
+    // Not to wait for a FIFO's other end.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = openat(CWD, path, flags, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is no regular file", path.display())));
+    }
+    let mut bytes = Vec::new();
+    std::fs::File::from(file).take(SMALL_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// What the guard refused, if it did.
 ///
 /// # Errors
 /// Those of the file system.
-pub fn refusal(tmp: &Path) -> io::Result<Option<String>> {
-    match std::fs::read_to_string(refusal_file(tmp)) {
+pub fn refusal(dir: &AttemptDir) -> io::Result<Option<String>> {
+    match read_small(&refusal_file(dir)) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -31,17 +52,25 @@ pub fn refusal(tmp: &Path) -> io::Result<Option<String>> {
 }
 
 impl Podman {
-    /// The variable that makes the runner's program a guard for a build that has these directories of the host.
-    pub(super) fn guard_variable(&self, runtime: &str, own: &[&Path], tmp: &Path) -> (OsString, OsString) {
+    /// The variable that makes the runner's program a guard for a build that has this directory of the host, and of podman's
+    /// temporary files in `scratch` what steps need.
+    pub(super) fn guard_variable(
+        &self,
+        runtime: &str,
+        own: &Path,
+        scratch: &Path,
+        refusal: PathBuf,
+    ) -> (OsString, OsString) {
         let config = &self.config.podman;
         let network = if config.network == "host" { Network::OfHost } else { Network::Own };
-        let mut places: Vec<PathBuf> = own.iter().map(|&place| place.to_owned()).collect();
+        let mut places = vec![own.to_owned()];
         places.extend(volumes(&config.build_arguments));
         let rules = Rules {
             runtime: runtime.into(),
             store: config.root.clone(),
             run_store: config.runroot.clone(),
-            refusal: refusal_file(tmp),
+            refusal,
+            scratch: scratch.to_owned(),
             network,
             places,
         };
@@ -111,6 +140,21 @@ mod tests {
         assert_eq!(policy["default"], reject);
         let host = json!({"default": anything, "transports": {"docker": {"": reject}}});
         assert_eq!(image_policy(Some(&host))["transports"]["docker"][""], reject);
+    }
+
+    #[test]
+    fn only_the_beginning_of_a_file_is_read() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = AttemptDir::new(base.path());
+        assert_eq!(refusal(&dir).unwrap(), None);
+        std::fs::write(refusal_file(&dir), "x".repeat(100_000)).unwrap();
+        assert_eq!(refusal(&dir).unwrap().unwrap().len(), 64 << 10);
+        std::fs::remove_file(refusal_file(&dir)).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", refusal_file(&dir)).unwrap();
+        assert!(refusal(&dir).is_err());
+        std::fs::remove_file(refusal_file(&dir)).unwrap();
+        rustix::fs::mknodat(CWD, refusal_file(&dir), FileType::Fifo, Mode::RWXU, 0).unwrap();
+        assert!(refusal(&dir).is_err());
     }
 
     #[test]

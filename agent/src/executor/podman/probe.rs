@@ -156,7 +156,7 @@ impl Podman {
             option("--network", self.config.podman.network.clone().into());
         }
         arguments.extend(["--".into(), context.into()]);
-        let guard = self.guard_variable(runtime, &[&self.dir], &self.dir);
+        let guard = self.guard_variable(runtime, &self.dir, &self.dir, self.dir.join("refused"));
         let built = self.run_with(tracker, arguments, &self.dir, BUILD_LIMIT, Some(guard)).await;
         let _ = blocking(move || super::sweep::remove_cgroups(&cgroup)).await;
         let built = built.map_err(|error| error.to_string())?;
