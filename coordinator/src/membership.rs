@@ -30,6 +30,9 @@ use crate::rpc::answer;
 const INTRODUCTION: Duration = Duration::from_secs(5);
 /// A call that repeats another waits so long for that one to notice that nobody listens.
 const AGAIN_PATIENCE: Duration = Duration::from_secs(15);
+/// Who began to lead knows by then who answers.
+const HEARING: Duration = Duration::from_secs(5);
+const HEARING_RETRY: Duration = Duration::from_millis(50);
 /// How long a successor may take to lead.
 const TRANSFER_PATIENCE: Duration = Duration::from_secs(10);
 /// It refuses while it lags; then it is asked again.
@@ -146,6 +149,25 @@ impl Inner {
         self.member_status(id).is_some_and(|member| member.healthy)
     }
 
+    fn was_heard(&self, id: NodeId) -> bool {
+        self.member_status(id).is_some_and(|member| member.heard)
+    }
+
+    /// Waits until this leader knows who answers: at first it has heard nobody, which says nothing about them.
+    async fn hear(&self) -> Result<(), Status> {
+        let deadline = Instant::now() + HEARING;
+        loop {
+            self.expect_leader()?;
+            let status = self.registry.status();
+            let known = status.leader == Some(self.registry.node());
+            if known && status.members.iter().all(|member| member.heard == member.healthy) || Instant::now() >= deadline
+            {
+                return Ok(());
+            }
+            tokio::time::sleep(HEARING_RETRY).await;
+        }
+    }
+
     /// Asks a node at an address who it is.
     async fn introduction(&self, id: NodeId, address: &str) -> Result<peer::IntroduceResponse, Status> {
         let channel = self.peers.channel_at(id, address, Purpose::Control);
@@ -157,6 +179,11 @@ impl Inner {
     }
 
     async fn commit(&self, step: MemberStep) -> Result<(), Status> {
+        let meaning = match &step {
+            MemberStep::Admit { .. } => ErrorCode::MemberExists,
+            MemberStep::Promote(_) | MemberStep::Drop(_) => ErrorCode::MemberUnknown,
+            MemberStep::Demote(_) => ErrorCode::LastMember,
+        };
         let refused = match self.registry.change_member(step).await {
             Ok(()) => return Ok(()),
             Err(refused) => refused,
@@ -164,7 +191,7 @@ impl Inner {
         Err(match refused {
             MembershipError::NotLeader { hint } => not_leader(hint.as_deref()),
             MembershipError::Busy => self.is_busy(),
-            MembershipError::Refused(why) => status(ErrorCode::MemberExists, why),
+            MembershipError::Refused(why) => status(meaning, why),
             MembershipError::OutcomeUnknown => {
                 let text =
                     "whether the members change is unknown: `helix cluster status` tells; the call can be repeated";

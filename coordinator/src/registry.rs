@@ -170,6 +170,8 @@ pub struct MemberStatus {
     pub applied_index: u64,
     /// It was heard in time. Only the leader knows that of others; elsewhere only the leader and we ourselves are.
     pub healthy: bool,
+    /// It was really heard: a leader takes everybody for healthy who had no time to answer yet.
+    pub heard: bool,
 }
 
 /// Why a proposal has no reply.

@@ -80,6 +80,8 @@ pub(crate) struct Tally {
     pub(crate) last_copies: u64,
     /// Some of these, and why they were not copied.
     pub(crate) examples: Vec<String>,
+    /// Why whoever leaves did not say what it promised to keep.
+    pub(crate) leases_unknown: Option<String>,
 }
 
 /// A pass under way.
@@ -105,7 +107,10 @@ impl Pass<'_> {
                 self.repair.registry.named_blobs(after).await.map_err(|error| answer::of_store(&error))?
             }
             Place::Leased(after) => match self.plan.leaving {
-                Some(leaving) => self.repair.leased(leaving, after).await,
+                Some(leaving) => self.repair.leased(leaving, after).await.unwrap_or_else(|error| {
+                    self.tally.leases_unknown = Some(error.message().to_owned());
+                    Vec::new()
+                }),
                 None => Vec::new(),
             },
             Place::End => return Ok(false),
@@ -271,7 +276,7 @@ impl Repair {
                     match fetched.get(&digests[*at]) {
                         Some(Ok(bytes)) => {
                             tally.copied += 1;
-                            tally.bytes += bytes;
+                            tally.bytes = tally.bytes.saturating_add(*bytes);
                             if let Some(held) = holders.get_mut(&node) {
                                 held[*at] = true;
                             }
@@ -292,18 +297,16 @@ impl Repair {
         Ok(answer.map_err(|_| Status::deadline_exceeded(format!("node {node} does not answer")))??.into_inner().held)
     }
 
-    /// Nothing where it does not answer: what it promised is gone with it.
-    async fn leased(&self, node: NodeId, after: Option<Digest>) -> Vec<Digest> {
+    async fn leased(&self, node: NodeId, after: Option<Digest>) -> Result<Vec<Digest>, Status> {
         let after = after.map_or_else(Vec::new, |digest| digest.0.to_vec());
         let request = peer::LeasedBlobsRequest { caller: Some(self.peers.caller(node)), after: after.into() };
         let asked = async {
             let answer = self.client(node)?.leased_blobs(request).await?;
             Ok::<_, Status>(answer.into_inner().sha256)
         };
-        match tokio::time::timeout(HOLD_ANSWER, asked).await {
-            Ok(Ok(page)) => page.iter().filter_map(|bytes| Digest::from_slice(bytes).ok()).collect(),
-            Ok(Err(_)) | Err(_) => Vec::new(),
-        }
+        let page = tokio::time::timeout(HOLD_ANSWER, asked).await;
+        let page = page.map_err(|_| Status::deadline_exceeded(format!("no answer within {HOLD_ANSWER:?}")))??;
+        Ok(page.iter().filter_map(|bytes| Digest::from_slice(bytes).ok()).collect())
     }
 
     /// Has a node fetch blobs. How many bytes each had, or why it is not there; what is missing was not tried.

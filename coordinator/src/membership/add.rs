@@ -37,11 +37,18 @@ impl Membership {
         }
         inner.expect_addable(id, &address)?;
         let there = inner.newcomer(id, &address).await?;
+        inner.hear().await?;
         inner.expect_quorum_with(id)?;
         inner.register(id, &there).await?;
         inner.commit(MemberStep::Admit { node: id, address }).await?;
         change.catch_up().await?;
         change.at("promoting", 0, 0).await?;
+        // It took a while: others may have died, or removed the node.
+        inner.hear().await?;
+        inner.expect_quorum_with(id)?;
+        if inner.is_removed(id) {
+            return Err(used(id));
+        }
         inner.commit(MemberStep::Promote(id)).await?;
         change.at("done", 0, 0).await
     }
@@ -76,8 +83,7 @@ impl Inner {
         if let Some((other, _)) = members.iter().find(|(other, known)| **other != id && *known == address) {
             return taken(format!("node {other} is a member at {address}: is the id wrong, or the address?"));
         }
-        let removed = self.registry.with_state(|state| state.node(id).is_some_and(|node| node.removed_at.is_some()));
-        if removed { Err(used(id)) } else { Ok(()) }
+        if self.is_removed(id) { Err(used(id)) } else { Ok(()) }
     }
 
     /// Asks the node who it is, and whether it can be reached by all who will have to.
@@ -123,7 +129,7 @@ impl Inner {
         let voters = self.registry.voters();
         let after = voters.len() + 1;
         let needed = after / 2 + 1;
-        let answer = 1 + voters.iter().filter(|voter| **voter != id && self.answers(**voter)).count();
+        let answer = 1 + voters.iter().filter(|voter| **voter != id && self.was_heard(**voter)).count();
         if answer >= needed {
             return Ok(());
         }

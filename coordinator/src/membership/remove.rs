@@ -52,6 +52,7 @@ impl Membership {
                 Err(inner.unknown(id))
             };
         };
+        inner.hear().await?;
         inner.expect_removable(id)?;
         if id == inner.registry.node() {
             let leader = inner.hand_over(None).await?;
@@ -63,12 +64,15 @@ impl Membership {
             change.note(format!("node {id} does not answer: only what others hold can be copied")).await?;
         }
         // While it votes: whatever is found now, nothing has changed.
-        change.copy(last_copies).await?;
+        change.copy(last_copies, reachable).await?;
         if inner.registry.voters().contains(&id) {
             change.at("demoting", 0, 0).await?;
+            // Copying took a while, and without a quorum of those that stay this could never be committed.
+            inner.hear().await?;
+            inner.expect_removable(id)?;
             inner.commit(MemberStep::Demote(id)).await?;
             // What was stored before its copies ceased to count.
-            change.copy(last_copies).await?;
+            change.copy(last_copies, reachable).await?;
         }
         change.at("removing", 0, 0).await?;
         let retire = inner.registry.propose(Command::RetireNode(RetireNode { node: id })).await;
@@ -83,7 +87,7 @@ impl Membership {
 
 #[allow(clippy::result_large_err)]
 impl Inner {
-    fn is_removed(&self, id: NodeId) -> bool {
+    pub(super) fn is_removed(&self, id: NodeId) -> bool {
         self.registry.with_state(|state| state.node(id).is_some_and(|node| node.removed_at.is_some()))
     }
 
@@ -103,7 +107,7 @@ impl Inner {
             let text = format!("node {id} is the only voter: add another with `helix cluster add` first");
             return Err(status(ErrorCode::LastMember, text));
         }
-        let (needed, answer) = (left.len() / 2 + 1, left.iter().filter(|voter| self.answers(**voter)).count());
+        let (needed, answer) = (left.len() / 2 + 1, left.iter().filter(|voter| self.was_heard(**voter)).count());
         if answer < needed {
             let text = format!(
                 "without node {id} there are {} voters, of which {needed} must answer, and {answer} do: bring the others \
@@ -139,7 +143,8 @@ impl Inner {
 }
 
 impl Change<'_> {
-    async fn copy(&self, last_copies: LastCopies) -> Result<(), Status> {
+    /// `answered`: whether the node that leaves did when the change began.
+    async fn copy(&self, last_copies: LastCopies, answered: bool) -> Result<(), Status> {
         let plan = self.inner.repair.plan(Some(self.id), Pace::Now);
         self.at("copying", 0, 0).await?;
         let mut pass = self.inner.repair.pass(&plan).await?;
@@ -148,6 +153,17 @@ impl Change<'_> {
             self.at("copying", pass.tally.checked, 0).await?;
         }
         let tally = pass.tally;
+        if let Some(why) = tally.leases_unknown.as_ref().filter(|_| answered) {
+            let text = format!(
+                "node {} stopped answering before it said which uploads it keeps for builds to come ({why}): repeat; \
+                 --lose-last-copies gives them up",
+                self.id
+            );
+            if last_copies == LastCopies::Keep {
+                return Err(status(ErrorCode::MemberUnreachable, text));
+            }
+            self.note(text).await?;
+        }
         tracing::info!(id = self.id.0, ?tally, "what a node that leaves held was looked after");
         if tally.last_copies > 0 && last_copies == LastCopies::Keep {
             let text = format!(

@@ -120,7 +120,15 @@ fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>, reign: Durat
     };
     if own {
         let (last_log_index, applied_index) = (seen.last_log_index.unwrap_or(0), index(seen.last_applied.as_ref()));
-        return MemberStatus { id: NodeId(id), address, role, last_log_index, applied_index, healthy: true };
+        return MemberStatus {
+            id: NodeId(id),
+            address,
+            role,
+            last_log_index,
+            applied_index,
+            healthy: true,
+            heard: true,
+        };
     }
     let matched = seen.replication.as_ref().and_then(|all| all.get(&id)).and_then(Option::as_ref);
     let heard = seen.heartbeat.as_ref().and_then(|all| all.get(&id)).and_then(Option::as_ref);
@@ -137,5 +145,6 @@ fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>, reign: Durat
         last_log_index,
         applied_index: last_log_index.min(index(seen.last_applied.as_ref())),
         healthy: leads || !silent,
+        heard: heard.is_some() && !silent,
     }
 }
