@@ -234,6 +234,47 @@ fn a_cancel_leaves_no_index() {
     assert!(attempts.into_iter().all(|it| it.image.is_none() && it.end.as_ref().unwrap().index.is_none()));
 }
 
+/// A success as agents reported it that knew of no index.
+fn finish_of_old(story: &mut Story, attempt: &str, worker: &str) -> Reply {
+    match finish_image(attempt, worker, LIFE, image(1), None) {
+        Command::FinishAttempt(c) => story.apply(Command::FinishAttempt(cmd::FinishAttempt { image: None, ..c })),
+        other => panic!("no report: {other:?}"),
+    }
+}
+
+/// What was committed before there were indexes means what it meant: whatever others of the build say of images.
+#[test]
+fn a_report_without_any_image_means_what_it_did_before_there_were_indexes() {
+    for (first, second) in [(None, None), (None, Some(2)), (Some(1), None)] {
+        let mut story = site(2);
+        story.assign("b.0.1", "w1");
+        story.assign("b.1.1", "w2");
+        for (attempt, worker, recorded) in [("b.0.1", "w1", first), ("b.1.1", "w2", second)] {
+            let reply = match recorded {
+                Some(byte) => {
+                    assert_eq!(
+                        record(&mut story, attempt, worker, byte),
+                        (Reply::Done, vec![format!("{attempt}@{worker}: ")])
+                    );
+                    finish_as(&mut story, attempt, worker, byte, None)
+                }
+                None => finish_of_old(&mut story, attempt, worker),
+            };
+            assert_eq!(reply, Reply::Done, "{attempt} of {first:?} {second:?}");
+        }
+        assert_eq!(story.show("b"), "succeeded: succeeded after 1, succeeded after 1");
+    }
+    // Who has recorded an image says so in its report; who waited for somebody that reports like this goes on.
+    let mut story = site(2);
+    story.assign("b.0.1", "w1");
+    story.assign("b.1.1", "w2");
+    record(&mut story, "b.0.1", "w1", 1);
+    let wrong = Rejection::ReportInvalid("a success whose image was not recorded");
+    assert_eq!(finish_of_old(&mut story, "b.0.1", "w1"), Reply::Rejected(wrong));
+    assert_eq!(finish_of_old(&mut story, "b.1.1", "w2"), Reply::Done);
+    assert_eq!(finish_as(&mut story, "b.0.1", "w1", 1, None), Reply::Done);
+}
+
 /// What an honest agent knows of its attempt.
 #[derive(Clone, PartialEq, Debug)]
 enum Stage {
