@@ -19,7 +19,7 @@ use super::parts::{
 use super::{CodecError, check_format};
 
 /// The highest form of rows this program understands. 2: a worker's row may say that it is not trusted. 3: a
-/// build's may have images, a node's may say that it was removed.
+/// build's may have images, a node's may say that it was removed, a worker's which secrets it has.
 pub const ROW_FORMAT: u32 = 3;
 
 /// A row's bytes.
@@ -59,6 +59,7 @@ pub fn encode_row(row: &Row) -> Vec<u8> {
     };
     // The lowest that will do, so that what older programs can read they do read.
     let format = match &kind {
+        row::Kind::Worker(it) if it.offer.as_ref().is_some_and(|offer| offer.secrets.is_some()) => 3,
         row::Kind::Worker(it) if it.trust.is_some() => 2,
         // Only attempts that have an image push an index.
         row::Kind::Build(it) if it.tasks.iter().flat_map(|task| &task.attempts).any(|it| it.image.is_some()) => 3,

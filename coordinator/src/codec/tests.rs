@@ -442,6 +442,15 @@ fn formats_are_the_lowest_that_will_do() {
         store::Row::decode(bytes.as_slice()).unwrap().format
     };
     assert_eq!((of_row(record()), of_row(with_images())), (1, 3));
+    let of_worker = |secrets, trust| {
+        let Row::Worker(it) = &rows()[3] else { panic!("no worker") };
+        let offer = WorkerOffer { secrets, ..it.offer.clone() };
+        let bytes = encode_row(&Row::Worker(Arc::new(WorkerRecord { offer, trust, ..(**it).clone() })));
+        store::Row::decode(bytes.as_slice()).unwrap().format
+    };
+    let quarantined = || Trust::Quarantined { until: LogTime(8), round: 0 };
+    assert_eq!((of_worker(None, Trust::default()), of_worker(None, quarantined())), (1, 2));
+    assert_eq!((of_worker(Some(BTreeMap::new()), Trust::default()), of_worker(offer().secrets, quarantined())), (3, 3));
 }
 
 /// The bytes as first written: a change of them is a change of everything on disk.
