@@ -19,7 +19,9 @@ pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
     let spec = &record.spec;
     let manifest = manifest_of(record);
     let several = manifest.as_deref().map(|text| index_of(record).unwrap_or(Digest(Sha256::digest(text).into())));
-    let sizes = record.tasks.iter().filter_map(|task| Some(task.attempts.last()?.end.as_ref()?.size)).sum();
+    let sizes = record.tasks.iter().filter_map(|task| Some(task.attempts.last()?.end.as_ref()?.size));
+    // Agents say them, and may say anything.
+    let sizes = sizes.fold(0, u64::saturating_add);
     v1::BuildStatus {
         build_id: record.id.to_string(),
         state: record.state.as_str().to_owned(),
