@@ -1,13 +1,14 @@
 //! Coordinators that join a cluster of tests after it began: with a certificate, a configuration, and `init --join`.
 
 use std::fs;
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use helix_common::ports;
 
-use crate::cluster::{Cluster, Member, programs};
+use crate::cluster::{Cluster, Member, PATIENCE, programs, wait_for};
 
 /// A node that waits to be added.
 #[derive(Clone, Debug)]
@@ -55,6 +56,8 @@ pub fn wait_to_be_added(cluster: &Cluster, id: u64, pki: &Path, init: &[&str]) -
     };
     cluster.adopt(member.clone());
     cluster.start_again(&member);
+    // Who listens can be asked who it is.
+    wait_for("the node to listen", PATIENCE, || TcpStream::connect(("127.0.0.1", port + 1)).ok());
     let member = cluster.member("coordinator", &id.to_string());
     Ok(Joining { member, peer: format!("127.0.0.1:{}", port + 1) })
 }
