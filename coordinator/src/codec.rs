@@ -91,4 +91,4 @@ fn check_format(what: &'static str, needed: u32, known: u32) -> Result<(), Codec
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

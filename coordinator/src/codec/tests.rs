@@ -258,7 +258,7 @@ fn record() -> BuildRecord {
 }
 
 /// A build with images, and an index to come.
-fn with_images() -> BuildRecord {
+pub(crate) fn with_images() -> BuildRecord {
     let mut record = record();
     record.indexing = Some(TaskIndex(1));
     for attempt in record.tasks.iter_mut().flat_map(|task| &mut task.attempts) {

@@ -186,3 +186,20 @@ pub(crate) fn passes(record: &BuildRecord, repo_url: &str, labels: &BTreeMap<Str
     (repo_url.is_empty() || record.spec.repo_url == repo_url)
         && labels.iter().all(|(key, value)| record.spec.labels.get(key) == Some(value))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::tests::with_images;
+
+    #[test]
+    fn sizes_beyond_all_measure_are_no_trouble() {
+        let mut record = with_images();
+        record.state = BuildState::Succeeded;
+        let end = record.tasks[0].attempts[0].end.clone();
+        for attempt in record.tasks.iter_mut().flat_map(|task| &mut task.attempts) {
+            attempt.end = end.clone().map(|end| AttemptEnd { size: u64::MAX, ..end });
+        }
+        assert_eq!(status_of(&record).size, u64::MAX);
+    }
+}
