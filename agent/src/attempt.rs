@@ -118,6 +118,15 @@ pub fn classify(dir: &AttemptDir) -> io::Result<Option<Found>> {
     Ok(Some(if journal.is_ordered() { Found::Started } else { Found::Unstarted }))
 }
 
+/// What there may be of an attempt whose task is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Left {
+    /// Its directory alone: its runner told how it ended, and the workdir was removed.
+    Directory,
+    /// Anything: the disk tells.
+    Unknown,
+}
+
 /// How the part of an attempt that needs processes came to its end.
 #[derive(Debug)]
 enum Ending {
@@ -149,23 +158,25 @@ struct Attempt {
 impl Attempt {
     async fn run(mut self, begin: Begin) {
         let mut wished = self.wished.clone();
-        tokio::select! {
-            () = self.live(begin) => {
+        let left = tokio::select! {
+            left = self.live(begin) => {
                 // Its report is repeated by the agent until nothing of it is wanted.
                 let _ = wished.wait_for(|wishes| wishes.remove).await;
+                left
             }
             removal = async { wished.wait_for(|wishes| wishes.remove).await.is_ok() } => {
                 if !removal {
                     return;
                 }
+                Left::Unknown
             }
-        }
+        };
         self.push = None;
-        let death = self.remove().await;
+        let death = self.remove(left).await;
         self.say(Event::AttemptRemoved(self.key.clone(), death)).await;
     }
 
-    async fn live(&mut self, begin: Begin) {
+    async fn live(&mut self, begin: Begin) -> Left {
         let (assignment, ordered) = match begin {
             Begin::Fresh(assignment) => match self.begin(&assignment).await {
                 Ok(()) => {
@@ -179,13 +190,17 @@ impl Attempt {
                     // Half a directory of an attempt that never began would be taken for one that did.
                     let root = self.dir.root().to_owned();
                     let _ = blocking(move || remove_tree(&root)).await;
-                    return self.end_without_spool(&error).await;
+                    self.end_without_spool(&error).await;
+                    return Left::Unknown;
                 }
             },
             Begin::Found => match self.read_back().await {
                 Ok(Some(found)) => found,
-                Ok(None) => return,
-                Err(error) => return self.end_without_spool(&error).await,
+                Ok(None) => return Left::Unknown,
+                Err(error) => {
+                    self.end_without_spool(&error).await;
+                    return Left::Unknown;
+                }
             },
         };
         let ending = match self.process(&assignment, ordered).await {
@@ -197,12 +212,16 @@ impl Attempt {
                 Ending::NotRun(Verdict::Failed { reason, message: format!("the agent cannot run it: {error}") }, death)
             }
         };
+        let left = if matches!(ending, Ending::Ran(_)) { Left::Directory } else { Left::Unknown };
         self.finish(&assignment, ending).await;
+        left
     }
 
     /// Goes as far as the end of all processes, from wherever the attempt stands.
     async fn process(&mut self, assignment: &Assignment, ordered: bool) -> io::Result<Ending> {
         if ordered {
+            // What an earlier agent saw of its log is not known.
+            self.progress.send_modify(|progress| progress.grown += 1);
             self.start_push();
         } else if let Err(verdict) = self.prepare(assignment).await {
             return Ok(Ending::NotRun(verdict, Death::Proven));
@@ -240,6 +259,7 @@ impl Attempt {
         let journal = blocking(move || Journal::read(&dir)).await?;
         if let Some(report) = record::report(&journal)? {
             self.remove_workdir().await;
+            self.progress.send_modify(|progress| progress.grown += 1);
             self.start_push();
             self.seal_behind(report).await;
             return Ok(None);
@@ -334,11 +354,17 @@ impl Attempt {
     }
 
     /// Kills what runs and removes all there is.
-    async fn remove(&self) -> Death {
+    async fn remove(&self, left: Left) -> Death {
         self.steps_are_dead().await;
-        let death = self.kill_until_dead().await;
-        self.sweep_podman().await;
-        self.remove_workdir().await;
+        let death = match left {
+            Left::Directory => Death::Proven,
+            Left::Unknown => {
+                let death = self.kill_until_dead().await;
+                self.sweep_podman().await;
+                self.remove_workdir().await;
+                death
+            }
+        };
         loop {
             let root: PathBuf = self.dir.root().to_owned();
             match blocking(move || remove_tree(&root)).await {

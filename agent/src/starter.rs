@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-use helix_runner::{AttemptDir, Forker};
+use helix_runner::{AttemptDir, Forker, Order};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::limits::Slots;
@@ -27,7 +27,18 @@ const SLOTS_MAX: usize = 2 * helix_model::limits::WORKER_CAPACITY_MAX as usize;
 
 struct Start {
     dir: AttemptDir,
-    done: oneshot::Sender<io::Result<(u32, UnixStream)>>,
+    /// What is written first; none, if that was done before.
+    order: Option<Box<Order>>,
+    done: oneshot::Sender<Result<UnixStream, NotStarted>>,
+}
+
+/// Why there is no runner.
+#[derive(Debug)]
+pub enum NotStarted {
+    /// The order could not be written: nobody can have taken it.
+    Unordered(io::Error),
+    /// The order is there.
+    Ordered(io::Error),
 }
 
 /// Starts runners by way of the forkers, which end with it.
@@ -54,9 +65,11 @@ impl Starter {
         };
         let (tx, mut rx) = mpsc::channel::<Start>(WAITING_MAX);
         let serve = move || {
-            while let Some(start) = rx.blocking_recv() {
+            while let Some(Start { dir, order, done }) = rx.blocking_recv() {
+                let ordered = order.map_or(Ok(()), |order| order.write(&dir)).map_err(NotStarted::Unordered);
+                let mut start = || forkers.start_runner(&dir).map_err(NotStarted::Ordered);
                 // Nobody waits for the answer when the attempt was dropped; what started is found by its directory.
-                let _ = start.done.send(forkers.start_runner(&start.dir));
+                let _ = done.send(ordered.and_then(|()| Ok(start()?.1)));
             }
         };
         let thread = std::thread::Builder::new().name("starter".to_owned()).spawn(serve)?;
@@ -68,11 +81,23 @@ impl Starter {
     /// # Errors
     /// When it cannot be started.
     pub async fn start(&self, dir: AttemptDir) -> io::Result<UnixStream> {
-        let gone = || io::Error::other("the agent is ending");
+        self.ask(dir, None).await.map_err(|(NotStarted::Unordered(error) | NotStarted::Ordered(error))| error)
+    }
+
+    /// Writes an order, starts a runner for it, and gives a connection to it.
+    ///
+    /// # Errors
+    /// How far it came.
+    pub async fn start_ordered(&self, dir: AttemptDir, order: Order) -> Result<UnixStream, NotStarted> {
+        self.ask(dir, Some(Box::new(order))).await
+    }
+
+    async fn ask(&self, dir: AttemptDir, order: Option<Box<Order>>) -> Result<UnixStream, NotStarted> {
+        let gone = || NotStarted::Ordered(io::Error::other("the agent is ending"));
         let (done, answer) = oneshot::channel();
         let tx = self.tx.as_ref().ok_or_else(gone)?;
-        tx.send(Start { dir, done }).await.map_err(|_| gone())?;
-        Ok(answer.await.map_err(|_| gone())??.1)
+        tx.send(Start { dir, order, done }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
     }
 }
 

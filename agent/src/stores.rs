@@ -5,10 +5,11 @@
 pub mod body;
 pub mod live;
 mod nodes;
+mod recent;
 mod small;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use helix_agent_core::Blob;
@@ -29,6 +30,7 @@ use tonic::{Status, Streaming};
 
 use self::body::{Body, Source};
 pub use self::nodes::Nodes;
+use self::recent::Recent;
 use self::small::SmallPuts;
 
 /// Chunks of an upload that wait to be sent.
@@ -59,6 +61,7 @@ pub enum StoreError {
 pub struct Stores {
     nodes: Nodes,
     small: Arc<SmallPuts>,
+    recent: Arc<Recent>,
 }
 
 impl Stores {
@@ -66,7 +69,7 @@ impl Stores {
     #[must_use]
     pub fn new(nodes: Nodes) -> Self {
         let small = Arc::new(SmallPuts::new(nodes.clone()));
-        Self { nodes, small }
+        Self { nodes, small, recent: Arc::default() }
     }
 
     /// The coordinators.
@@ -82,18 +85,28 @@ impl Stores {
     /// [`StoreError`], where trying again would not help.
     pub async fn put(&self, body: &Body) -> Result<Blob, StoreError> {
         let mut backoff = backoff();
+        let small = match &body.source {
+            Source::Memory(bytes) if body.size <= SMALL_BLOB_BYTES_MAX => Some(bytes),
+            _ => None,
+        };
         loop {
             let copies = self.nodes.settings().await.copies;
+            if small.is_some()
+                && let Some(holders) = self.recent.holders(&body.digest, copies, Instant::now())
+            {
+                return Ok(Blob { digest: body.digest, size: body.size, holders });
+            }
             for (node, channel) in self.nodes.ranked(&body.digest.0).await {
-                let stored = match &body.source {
-                    Source::Memory(bytes) if body.size <= SMALL_BLOB_BYTES_MAX => {
-                        self.small.put(node, channel, body.digest, bytes.clone()).await
-                    }
-                    _ => put_large(channel, body, copies).await,
+                let stored = match small {
+                    Some(bytes) => self.small.put(node, channel, body.digest, bytes.clone()).await,
+                    None => put_large(channel, body, copies).await,
                 };
                 match judge(stored)? {
                     Ok(holders) => {
                         self.nodes.note(node, true);
+                        if small.is_some() {
+                            self.recent.note(body.digest, copies, &holders, Instant::now());
+                        }
                         return Ok(Blob { digest: body.digest, size: body.size, holders });
                     }
                     Err(status) => {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// |---|---|---|
 /// | `journal` | agent, then runner, then agent | all that is known of it ([`crate::journal`]); locked as long as the runner lives |
 /// | `log.spool`, `log.tail`, `log.tail.old` | agent, then runner, then agent | the log ([`crate::SpoolWriter`]) |
-/// | `control` | runner | its socket |
+/// | `control` | runner | its socket, once nobody is connected who was from the start |
 ///
 /// The agent may keep files of its own beside these.
 #[derive(Clone, PartialEq, Eq, Debug)]

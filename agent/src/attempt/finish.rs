@@ -81,8 +81,14 @@ impl Attempt {
             self.sweep_podman().await;
         }
         self.progress.send_modify(|progress| progress.ended = true);
-        self.write_report(&report).await;
-        self.clear_workdir(keep_until_ms).await;
+        match keep_until_ms {
+            None => self.report_and_clear(&report).await,
+            Some(until_ms) => {
+                self.write_report(&report).await;
+                self.keep_workdir(until_ms).await;
+                self.remove_workdir().await;
+            }
+        }
         self.say(Event::AttemptEnded(self.key.clone(), Box::new(report.clone()))).await;
         self.seal_behind(report).await;
     }
@@ -188,9 +194,35 @@ impl Attempt {
 
     async fn write_report(&self, report: &Report) {
         let (dir, key, copy) = (self.dir.clone(), self.key.clone(), report.clone());
-        if let Err(error) = blocking(move || record::write_report(&dir, &key, &copy)).await {
+        self.note_written(blocking(move || record::write_report(&dir, &key, &copy)).await);
+    }
+
+    fn note_written(&self, written: io::Result<()>) {
+        if let Err(error) = written {
             // It is still said now; only an agent that starts again would judge anew, without the workdir.
             tracing::error!(attempt = %self.key, %error, "the report cannot be written to the spool");
+        }
+    }
+
+    /// Writes the report, and then removes the secrets and the workdir, in one go where nothing is in the way.
+    async fn report_and_clear(&self, report: &Report) {
+        let (dir, key, copy) = (self.dir.clone(), self.key.clone(), report.clone());
+        let (services, workdir) = (Arc::clone(&self.services), self.workdir.clone());
+        let done = blocking(move || {
+            let written = record::write_report(&dir, &key, &copy);
+            let cleared = services.secrets.remove(&key).and_then(|()| workdir.remove());
+            Ok((written, cleared))
+        });
+        match done.await {
+            Ok((written, Ok(()))) => self.note_written(written),
+            Ok((written, Err(_))) => {
+                self.note_written(written);
+                self.remove_workdir().await;
+            }
+            Err(error) => {
+                self.note_written(Err(error));
+                self.remove_workdir().await;
+            }
         }
     }
 
@@ -202,23 +234,20 @@ impl Attempt {
         wanted.then(|| unix_ms().saturating_add(keep_ms))
     }
 
-    async fn clear_workdir(&self, keep_until_ms: Option<u64>) {
-        if let Some(until_ms) = keep_until_ms {
-            let (workdir, root) = (self.workdir.clone(), self.services.work_root.clone());
-            let most = self.services.disks.config().kept_max;
-            let kept = blocking(move || {
-                let kept = workdir.keep(&root, until_ms)?;
-                crate::disk::kept::trim(&root, most)?;
-                Ok(kept)
-            });
-            match kept.await {
-                Ok(kept) => {
-                    tracing::info!(attempt = %self.key, path = %kept.display(), "the workdir is kept for a while")
-                }
-                Err(error) => tracing::warn!(attempt = %self.key, %error, "the workdir cannot be kept"),
+    async fn keep_workdir(&self, until_ms: u64) {
+        let (workdir, root) = (self.workdir.clone(), self.services.work_root.clone());
+        let most = self.services.disks.config().kept_max;
+        let kept = blocking(move || {
+            let kept = workdir.keep(&root, until_ms)?;
+            crate::disk::kept::trim(&root, most)?;
+            Ok(kept)
+        });
+        match kept.await {
+            Ok(kept) => {
+                tracing::info!(attempt = %self.key, path = %kept.display(), "the workdir is kept for a while")
             }
+            Err(error) => tracing::warn!(attempt = %self.key, %error, "the workdir cannot be kept"),
         }
-        self.remove_workdir().await;
     }
 
     /// Seals the log of an attempt whose report went without it, for as long as that takes.

@@ -21,9 +21,11 @@ use crate::config::{Config, ExecConfig};
 use crate::executor::podman::build;
 use crate::limits::Amounts;
 use crate::policy;
+use crate::services::Services;
 use crate::source::archive::{Limits, unpack};
 use crate::source::git::Resolved;
 use crate::source::{SourceError, reason_of};
+use crate::starter::NotStarted;
 
 /// How long processes may take to end after SIGTERM when a limit of the build's is reached.
 pub(super) const GRACE_MS: u64 = 5_000;
@@ -57,11 +59,8 @@ impl Attempt {
             cause = self.stop_wished() => return Err(stopped(cause)),
             made = self.make_source(assignment, amounts) => made,
         };
-        let commit = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
+        let (commit, left) = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
         self.start_push();
-        let (services, root) = (std::sync::Arc::clone(&self.services), self.services.work_root.clone());
-        // A disk that cannot be asked is not filled by this.
-        let left = blocking(move || services.disks.bytes_above_reserve(&root)).await.unwrap_or(u64::MAX);
         let limits = self.services.limiter.limits(&self.key, amounts, &self.workdir, left);
         let settings = self.services.stores.nodes().settings().await;
         let ms = |value: u64| (value > 0).then_some(value);
@@ -96,12 +95,11 @@ impl Attempt {
             let handed_over = blocking(move || services.isolated.hand_over(&workdir, &key)).await;
             handed_over.map_err(|error| host("cannot hand over the workdir", &error))?;
         }
-        blocking(move || order.write(&dir)).await.map_err(|error| host("cannot write the order", &error))?;
-        // From here on a runner may have it: whatever fails now, the directory tells.
-        match self.services.starter.start(self.dir.clone()).await {
+        match self.services.starter.start_ordered(self.dir.clone(), order).await {
             Ok(connection) => self.runner = Some(connection),
-            Err(error) => {
-                let dir = self.dir.clone();
+            Err(NotStarted::Unordered(error)) => return Err(host("cannot write the order", &error)),
+            // From the order on a runner may have it: whatever failed, the directory tells.
+            Err(NotStarted::Ordered(error)) => {
                 if blocking(move || journal::withdraw(&dir)).await.unwrap_or(false) {
                     return Err(host("cannot start a runner", &error));
                 }
@@ -130,15 +128,30 @@ impl Attempt {
         })
     }
 
-    /// Makes the workdir with the source in it. Gives the commit, if there is one.
-    async fn make_source(&self, assignment: &Assignment, amounts: Amounts) -> Result<Option<Resolved>, SourceError> {
+    /// Makes the workdir with the source in it. Gives the commit, if there is one, and the bytes that are left there.
+    async fn make_source(
+        &self,
+        assignment: &Assignment,
+        amounts: Amounts,
+    ) -> Result<(Option<Resolved>, u64), SourceError> {
         let (services, workdir, key) = (Arc::clone(&self.services), self.workdir.clone(), self.key.clone());
         let made = blocking(move || {
             workdir.create()?;
-            services.limiter.wall(&workdir, &key, amounts)
+            services.limiter.wall(&workdir, &key, amounts)?;
+            Ok(bytes_left(&services))
         });
-        let made = made.await;
-        made.map_err(|error| SourceError::host("cannot make the workdir", &error))?;
+        let left = made.await.map_err(|error| SourceError::host("cannot make the workdir", &error))?;
+        let spec = &assignment.spec;
+        if spec.repo_url.is_empty() && spec.source.is_none() {
+            return Ok((None, left));
+        }
+        let commit = self.fetch_source(assignment).await?;
+        let services = Arc::clone(&self.services);
+        Ok((commit, blocking(move || Ok(bytes_left(&services))).await.unwrap_or(u64::MAX)))
+    }
+
+    /// Puts the source into the workdir. Gives the commit, if there is one.
+    async fn fetch_source(&self, assignment: &Assignment) -> Result<Option<Resolved>, SourceError> {
         let spec = &assignment.spec;
         if !spec.repo_url.is_empty() {
             let _in_use = self.services.mirrors.lease(&spec.repo_url);
@@ -187,6 +200,11 @@ impl Attempt {
         let limit = || SourceError::source(format!("fetching the uploaded source took longer than {FETCH_LIMIT:?}"));
         tokio::time::timeout(FETCH_LIMIT, fetch).await.map_err(|_| limit())?
     }
+}
+
+/// Bytes that builds may still fill. A disk that cannot be asked is not filled by this. Blocks.
+fn bytes_left(services: &Services) -> u64 {
+    services.disks.bytes_above_reserve(&services.work_root).unwrap_or(u64::MAX)
 }
 
 /// What will run, if the agent's owner allows it.

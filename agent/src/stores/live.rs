@@ -67,6 +67,11 @@ impl LiveLogs {
     /// Pushes an attempt's log until its last line is acknowledged. Ends early where the spool has a hole, or is damaged,
     /// and when a coordinator takes no more of it.
     pub async fn push(self, key: AttemptKey, dir: AttemptDir, mut progress: watch::Receiver<Progress>) {
+        // Many commands say nothing, and of those nobody need hear before the sealed log tells.
+        match progress.wait_for(|progress| progress.grown > 0 || progress.ended).await {
+            Ok(progress) if progress.grown > 0 => {}
+            Ok(_) | Err(_) => return,
+        }
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         let name = key.to_string();
         loop {

@@ -92,7 +92,7 @@ impl Attempt {
     ) -> io::Result<Self> {
         let spool = SpoolWriter::open(dir, order.log_bytes_max)?;
         let signals = setup::signal_descriptor()?;
-        let connections = Connections::listen(dir, connection)?;
+        let connections = Connections::begin(dir, connection)?;
         // Without a cgroup it works too, and the tree is searched instead.
         let cgroup = order.cgroup.as_deref().and_then(|path| Cgroup::create(path).ok());
         let groups = Groups::create(&order.limits.groups, cgroup.as_ref()).inspect_err(|_| {

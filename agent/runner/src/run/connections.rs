@@ -1,5 +1,8 @@
 //! The socket in the attempt's directory and who is connected to it.
 //!
+//! The socket is made when it is needed: not while the agent that started us holds the connection that it brought along. An
+//! agent that comes after it finds the socket a moment after the first one's end.
+//!
 //! Nobody on the other side can hold the runner up or make it grow: nothing blocks, a reader that does not read gets
 //! one event for many, a writer that writes nonsense is cut off, and the build itself is not let in.
 
@@ -17,10 +20,11 @@ use rustix::event::{PollFd, PollFlags};
 /// Answers that wait for a reader, at most; with more, its requests are not read.
 const ANSWERS_BYTES_MAX: usize = 4096;
 
-/// The listening socket and the open connections.
+/// The listening socket, once there is one, and the open connections.
 #[derive(Debug)]
 pub(crate) struct Connections {
-    listener: UnixListener,
+    dir: AttemptDir,
+    listener: Option<UnixListener>,
     open: Vec<Connection>,
 }
 
@@ -40,22 +44,33 @@ enum Watch {
 }
 
 impl Connections {
-    /// Listens, with a connection that whoever started us brought along. Paths are relative to the attempt's directory, so
-    /// they are short.
-    pub(crate) fn listen(dir: &AttemptDir, first: Option<UnixStream>) -> io::Result<Self> {
-        let listener = UnixListener::bind(dir.control())?;
-        fs::set_permissions(dir.control(), fs::Permissions::from_mode(0o600))?;
-        listener.set_nonblocking(true)?;
-        let mut connections = Self { listener, open: Vec::new() };
+    /// Begins with a connection that whoever started us brought along, or listens. Paths are relative to the attempt's
+    /// directory, so they are short.
+    pub(crate) fn begin(dir: &AttemptDir, first: Option<UnixStream>) -> io::Result<Self> {
+        let mut connections = Self { dir: dir.clone(), listener: None, open: Vec::new() };
         if let Some(stream) = first {
             connections.add(stream);
+        }
+        if connections.open.is_empty() {
+            connections.listen()?;
         }
         Ok(connections)
     }
 
+    fn listen(&mut self) -> io::Result<()> {
+        let path = self.dir.control();
+        // An earlier try may have come so far and no further.
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
     /// What to wait for.
     pub(crate) fn poll_into<'a>(&'a self, polled: &mut Vec<PollFd<'a>>) {
-        polled.push(PollFd::new(&self.listener, PollFlags::IN));
+        polled.extend(self.listener.as_ref().map(|listener| PollFd::new(listener, PollFlags::IN)));
         for connection in &self.open {
             let mut wanted = PollFlags::empty();
             if connection.answers.len() < ANSWERS_BYTES_MAX {
@@ -70,13 +85,17 @@ impl Connections {
 
     /// Takes new connections and everything that they say; `answer` does what is asked.
     pub(crate) fn serve(&mut self, mut answer: impl FnMut(Request) -> Option<Event>) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
             let welcome = self.open.len() < CONNECTIONS_MAX && is_outsider(&stream);
             if welcome {
                 self.add(stream);
             }
         }
         self.open.retain_mut(|connection| connection.serve(&mut answer).is_ok());
+        if self.open.is_empty() && self.listener.is_none() {
+            // A disk that takes no socket now is asked again at the next turn, which comes within seconds.
+            let _ = self.listen();
+        }
     }
 
     fn add(&mut self, stream: UnixStream) {

@@ -11,8 +11,11 @@ use crate::codec::FormatError;
 use crate::outcome::LogTotals;
 use crate::paths::AttemptDir;
 
-/// Bytes asked of the file at once; several of the longest lines fit.
+/// Bytes asked of the file at once, at most; several of the longest lines fit.
 const READ_BYTES: usize = 256 * 1024;
+
+/// The same at first: most logs are short, and what is asked for is zeroed before it is read.
+const READ_BYTES_FIRST: usize = 4 * 1024;
 
 /// Whether somebody may still write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -111,6 +114,8 @@ pub struct SpoolReader {
     /// Bytes from `position.offset` on, the first `taken` of which belong to records before it.
     buffer: Vec<u8>,
     taken: usize,
+    /// Bytes to ask for next.
+    wanted: usize,
 }
 
 impl SpoolReader {
@@ -123,7 +128,7 @@ impl SpoolReader {
     /// Reads on from where another reader was.
     #[must_use]
     pub fn resume(dir: &AttemptDir, position: Position) -> Self {
-        Self { dir: dir.clone(), position, file: None, buffer: Vec::new(), taken: 0 }
+        Self { dir: dir.clone(), position, file: None, buffer: Vec::new(), taken: 0, wanted: READ_BYTES_FIRST }
     }
 
     /// The place behind the last record that was given.
@@ -242,10 +247,15 @@ impl SpoolReader {
         self.buffer.drain(..self.taken);
         self.taken = 0;
         let have = self.buffer.len();
-        self.buffer.resize(have + READ_BYTES, 0);
+        let wanted = self.wanted;
+        self.buffer.resize(have + wanted, 0);
         let read = file.read_at(&mut self.buffer[have..], self.position.offset + have as u64);
         self.buffer.truncate(have + read.as_ref().map_or(0, |count| *count));
-        Ok(read? > 0)
+        let count = read?;
+        if count == wanted {
+            self.wanted = (wanted * 4).min(READ_BYTES);
+        }
+        Ok(count > 0)
     }
 
     fn damaged(&self, error: FormatError) -> SpoolError {

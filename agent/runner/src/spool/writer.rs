@@ -34,7 +34,8 @@ pub struct SpoolWriter {
     dir: AttemptDir,
     head_bytes_max: u64,
     tail_part_bytes_max: u64,
-    head: OpenPart,
+    /// Made with its first line: many commands say nothing.
+    head: Option<OpenPart>,
     /// The head's length once all pending lines are written.
     head_planned: u64,
     /// Lines and bytes of the head, from the moment when it took its last line.
@@ -52,7 +53,7 @@ pub struct SpoolWriter {
 }
 
 impl SpoolWriter {
-    /// Opens an attempt's log behind its last good line, or makes one. At most `log_bytes_max` bytes, but not less than
+    /// Opens an attempt's log behind its last good line; one that is not there is made with its first. At most `log_bytes_max` bytes, but not less than
     /// [`LOG_BYTES_MIN`], are kept on disk. A record that was cut off at the end is removed.
     ///
     /// # Errors
@@ -69,13 +70,12 @@ impl SpoolWriter {
             }
         }
         let totals = scan.totals();
-        let first = PartHead { first_seq: 1, bytes_before: 0 };
-        let head = OpenPart::open(dir, Part::Head, first, head_end)?;
+        let head = if Part::Head.path(dir).try_exists()? { Some(OpenPart::head(dir, head_end)?) } else { None };
         let mut writer = Self {
             dir: dir.clone(),
             head_bytes_max: log_bytes_max - tail_bytes_max - NOTICE_BYTES,
             tail_part_bytes_max: tail_bytes_max / 2,
-            head_planned: head.length,
+            head_planned: planned(head.as_ref()),
             head,
             head_closed: None,
             tail_old: None,
@@ -153,7 +153,11 @@ impl SpoolWriter {
     /// Those of the file system. Nothing is lost: call it again when there is hope.
     pub fn flush(&mut self) -> io::Result<()> {
         if !self.pending_head.is_empty() {
-            self.head.append(&self.pending_head)?;
+            let head = match &mut self.head {
+                Some(head) => head,
+                None => self.head.insert(OpenPart::head(&self.dir, 0)?),
+            };
+            head.append(&self.pending_head)?;
             self.bytes_written += payload_bytes(&self.pending_head);
             self.pending_head.clear();
         }
@@ -201,7 +205,7 @@ impl SpoolWriter {
             self.totals.dropped_lines += records(pending).count() as u64;
             pending.clear();
         }
-        self.head_planned = self.head.length;
+        self.head_planned = planned(self.head.as_ref());
     }
 
     /// The newest line's number.
@@ -217,7 +221,17 @@ impl SpoolWriter {
     }
 }
 
+/// The head's length when nothing is pending.
+fn planned(head: Option<&OpenPart>) -> u64 {
+    head.map_or(PART_HEAD_BYTES as u64, |head| head.length)
+}
+
 impl OpenPart {
+    /// Opens the log's beginning.
+    fn head(dir: &AttemptDir, good_bytes: u64) -> io::Result<Self> {
+        Self::open(dir, Part::Head, PartHead { first_seq: 1, bytes_before: 0 }, good_bytes)
+    }
+
     /// Opens a part, cut to its good bytes; 0 of them: writes it anew.
     fn open(dir: &AttemptDir, part: Part, head: PartHead, good_bytes: u64) -> io::Result<Self> {
         let mut options = OpenOptions::new();

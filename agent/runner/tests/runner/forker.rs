@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use helix_runner::{AttemptDir, AttemptState, End, Forker, Growth, inspect};
 use rustix::process::Signal;
 
-use crate::support::{Attempt, is_alive, kill, records, until, ways};
+use crate::support::{Attempt, Client, is_alive, kill, records, until, ways};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_helix-runner");
 
@@ -40,6 +40,39 @@ fn runners_outlive_the_forker() {
     std::fs::write(gate, "go\n").unwrap();
     assert_eq!(until("its end", || ended(&attempt.dir)).end, End::Exited(0));
     assert_eq!(records(&attempt.dir, Growth::Ended).len(), 2);
+}
+
+#[test]
+fn who_comes_after_the_first_connection_finds_a_socket() {
+    let attempt = Attempt::new("echo ready; exec sleep 1000");
+    attempt.write_order();
+    let mut forker = Forker::start(PROGRAM).unwrap();
+    let (_, connection) = forker.start_runner(&attempt.dir).unwrap();
+    let mut first = Client::new(connection);
+    attempt.says("ready");
+    first.status();
+    assert!(!attempt.dir.control().exists(), "nobody needs it yet");
+    drop(first);
+    let mut second = attempt.connect();
+    second.status();
+    drop(second);
+    // It stays: also for the one after that.
+    attempt.connect().stop(helix_model::Reason::Cancelled, 0);
+    assert_eq!(until("its end", || ended(&attempt.dir)).stopped, Some(helix_model::Reason::Cancelled));
+}
+
+#[test]
+fn a_command_that_says_nothing_makes_no_log() {
+    let attempt = Attempt::new("exit 3");
+    attempt.write_order();
+    let mut forker = Forker::start(PROGRAM).unwrap();
+    let (_, connection) = forker.start_runner(&attempt.dir).unwrap();
+    ends(connection);
+    let outcome = until("its end", || ended(&attempt.dir));
+    assert_eq!((outcome.end, outcome.log), (End::Exited(3), helix_runner::LogTotals::default()));
+    let left: Vec<_> = std::fs::read_dir(attempt.dir.root()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["journal"]);
+    assert_eq!(records(&attempt.dir, Growth::Ended), []);
 }
 
 #[test]
