@@ -1,6 +1,6 @@
 //! `helix dev`: a whole cluster in the foreground, with certificates of its own, for development, demos and tests.
 
-mod layout;
+pub(crate) mod layout;
 mod process;
 mod ready;
 

@@ -14,6 +14,7 @@ pub(crate) mod pki;
 pub(crate) mod policy;
 pub(crate) mod purge;
 pub(crate) mod retry;
+pub(crate) mod snapshot;
 pub(crate) mod status;
 pub(crate) mod submit;
 pub(crate) mod version;

@@ -35,7 +35,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32, durability: Durability
     written
 }
 
-fn temporary_beside(path: &Path) -> io::Result<PathBuf> {
+pub(crate) fn temporary_beside(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| io::Error::other(format!("{} names no file", path.display())))?;
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     Ok(path.with_file_name(format!(".{}.{}.{number}.tmp", name.to_string_lossy(), std::process::id())))
@@ -88,7 +88,7 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     Ok(limit.maximum.unwrap_or(u64::MAX))
 }
 
-fn directory_of(path: &Path) -> &Path {
+pub(crate) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

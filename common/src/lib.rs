@@ -6,6 +6,7 @@
 pub mod accept;
 pub mod auth;
 pub mod backoff;
+pub mod backup;
 pub mod channel;
 pub mod config;
 pub mod endpoints;

@@ -97,9 +97,11 @@ pub fn retry_after(status: &Status) -> Option<Duration> {
 #[must_use]
 pub fn grpc_code(code: ErrorCode) -> Code {
     match code {
-        ErrorCode::InvalidField | ErrorCode::SpecTooLarge | ErrorCode::BuildAmbiguous | ErrorCode::DigestMismatch => {
-            Code::InvalidArgument
-        }
+        ErrorCode::InvalidField
+        | ErrorCode::SpecTooLarge
+        | ErrorCode::BuildAmbiguous
+        | ErrorCode::DigestMismatch
+        | ErrorCode::SnapshotInvalid => Code::InvalidArgument,
         ErrorCode::Unsatisfiable
         | ErrorCode::WrongState
         | ErrorCode::PolicyChanged
@@ -111,6 +113,8 @@ pub fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::LastMember
         | ErrorCode::LastCopy
         | ErrorCode::MembershipBusy
+        | ErrorCode::QuorumMayLive
+        | ErrorCode::UpgradePending
         | ErrorCode::WrongCluster => Code::FailedPrecondition,
         ErrorCode::BuildUnknown
         | ErrorCode::BuildPurged
@@ -122,9 +126,11 @@ pub fn grpc_code(code: ErrorCode) -> Code {
             Code::AlreadyExists
         }
         ErrorCode::QueueFull | ErrorCode::DiskReserve | ErrorCode::BlobTooLarge => Code::ResourceExhausted,
-        ErrorCode::NoLeader | ErrorCode::NotLeader | ErrorCode::PeerUnreachable | ErrorCode::ShuttingDown => {
-            Code::Unavailable
-        }
+        ErrorCode::NoLeader
+        | ErrorCode::NotLeader
+        | ErrorCode::PeerUnreachable
+        | ErrorCode::ShuttingDown
+        | ErrorCode::BackupIncomplete => Code::Unavailable,
         ErrorCode::RoleNotAllowed | ErrorCode::NotOwner => Code::PermissionDenied,
         ErrorCode::IdentityInvalid => Code::Unauthenticated,
         ErrorCode::OutcomeUnknown => Code::Aborted,

@@ -5,6 +5,7 @@
 //! Which builds name what is the registry's to say; how the bytes come over the wire is `rpc::blob`'s.
 //! Invariant: a node is reported as a holder only after it fsynced the bytes and checked their digest.
 
+mod adopt;
 mod collect;
 mod frame;
 mod get;

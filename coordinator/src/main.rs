@@ -1,16 +1,16 @@
 //! `helix-coordinator`: the program. Reads arguments, and leaves the rest to the library.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use helix_common::config::set;
 use helix_common::tls::TlsStore;
 use helix_coordinator::config::Config;
+use helix_coordinator::program::offline::{self, Recover, Restore};
 use helix_coordinator::{node_dir, program};
 use helix_model::NodeId;
 use toml::Table;
@@ -31,6 +31,12 @@ enum Command {
     Init(Init),
     /// Runs the node (the default).
     Run(Run),
+    /// Makes a node of a new cluster from a backup (`helix cluster snapshot save`). Every new member is made so, from the
+    /// same file, with the same members, under an id that the old cluster never used.
+    Restore(Restore),
+    /// Makes this node a cluster of its own, when all other voters are lost for good; on the one whose log is the most
+    /// recent. Without --lost it says how far this node's log is, and changes nothing.
+    Recover(Recover),
     /// Looks at the configuration.
     Config {
         #[command(subcommand)]
@@ -58,7 +64,7 @@ struct Init {
         value_name = "ID=HOST:PORT,...",
         value_delimiter = ',',
         required_unless_present = "join",
-        value_parser = member
+        value_parser = program::member
     )]
     members: Vec<(NodeId, String)>,
     /// Joins a cluster that runs: the node waits until `helix cluster add` names it.
@@ -134,6 +140,8 @@ fn in_one_line(error: &anyhow::Error) -> String {
 fn carry_out(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Some(Command::Init(arguments)) => init(arguments),
+        Some(Command::Restore(arguments)) => alone(offline::restore(arguments)),
+        Some(Command::Recover(arguments)) => alone(offline::recover(arguments)),
         Some(Command::Config { command: ConfigCommand::Check(arguments) }) => check(&arguments),
         Some(Command::Run(arguments)) => run(arguments),
         None => run(cli.run),
@@ -141,12 +149,7 @@ fn carry_out(cli: Cli) -> anyhow::Result<()> {
 }
 
 fn init(arguments: Init) -> anyhow::Result<()> {
-    let mut members = BTreeMap::new();
-    for (id, address) in arguments.members {
-        if members.insert(id, address).is_some() {
-            bail!("--members names node {id} twice");
-        }
-    }
+    let members = program::members(arguments.members)?;
     let configured = match &arguments.config {
         Some(file) => {
             let config = Config::load(Some(file), Table::new())?;
@@ -175,6 +178,12 @@ fn init(arguments: Init) -> anyhow::Result<()> {
         say(&format!("start it, and then: helix cluster add {} HOST:7421", made.node))?;
     }
     Ok(())
+}
+
+/// Does something for which no node may run.
+fn alone(work: impl Future<Output = anyhow::Result<String>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new().context("the runtime cannot start")?;
+    say(runtime.block_on(work)?.trim_end())
 }
 
 fn check(arguments: &Run) -> anyhow::Result<()> {
@@ -236,17 +245,6 @@ impl Run {
 fn absolute(path: &Path) -> anyhow::Result<String> {
     let absolute = std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))?;
     absolute.into_os_string().into_string().map_err(|_| anyhow::anyhow!("{} is not UTF-8", path.display()))
-}
-
-fn member(text: &str) -> Result<(NodeId, String), String> {
-    let wrong = || format!("{text:?} is not ID=HOST:PORT");
-    let (id, address) = text.split_once('=').ok_or_else(wrong)?;
-    let id: u64 = id.trim().parse().map_err(|_| wrong())?;
-    let endpoint = helix_common::channel::canonical_endpoint(address.trim()).map_err(|_| wrong())?;
-    if id == 0 || address.contains("://") {
-        return Err(wrong());
-    }
-    Ok((NodeId(id), endpoint.trim_start_matches("https://").to_owned()))
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {

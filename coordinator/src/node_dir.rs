@@ -18,6 +18,10 @@ use helix_common::files::{Durability, write_atomic};
 use helix_model::NodeId;
 use serde::{Deserialize, Serialize};
 
+mod filling;
+
+pub use filling::{Begun, Filling, Replacing};
+
 /// The form of the files in a data directory; a newer one is refused.
 pub const FORMAT: u32 = 1;
 
@@ -25,6 +29,8 @@ const IDENTITY: &str = "node.json";
 const EPOCHS: &str = "peers.json";
 const REMOVED: &str = "removed.json";
 const LOCK: &str = "lock";
+/// While a registry is given to a new cluster.
+const RECOVERY: &str = "recovery";
 
 /// How long another process's lock is waited for: one that was killed may hold it until the last of its threads is gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
@@ -78,6 +84,12 @@ pub enum NodeDirError {
         /// Its cluster.
         cluster: String,
     },
+    /// A recovery was cut short.
+    #[error(
+        "{0} is being made a cluster of its own, and that was cut short: repeat `helix-coordinator recover --data-dir {0}`, \
+         which goes on"
+    )]
+    Recovering(PathBuf),
     /// A peer is known under another epoch.
     #[error(
         "node {node} was met under epoch {known:016x} and now has {found:016x}: its data was wiped or copied; add it under a new id"
@@ -171,11 +183,17 @@ pub fn init(
     let identity = NodeIdentity {
         cluster: cluster.to_owned(),
         node: node.0,
-        epoch: rand::random::<u64>().max(1),
+        epoch: new_epoch(),
         members: members.iter().map(|(id, address)| (id.0, address.clone())).collect(),
     };
     write_sealed(&path.join(IDENTITY), &identity)?;
     Ok(identity)
+}
+
+/// What no other directory has.
+#[must_use]
+pub fn new_epoch() -> u64 {
+    rand::random::<u64>().max(1)
 }
 
 impl NodeDir {
@@ -189,6 +207,9 @@ impl NodeDir {
             return Err(NodeDirError::Empty(path.to_owned()));
         }
         let lock = lock(path)?;
+        if path.join(RECOVERY).join(filling::READY).exists() {
+            return Err(NodeDirError::Recovering(path.to_owned()));
+        }
         let identity: NodeIdentity = read_sealed(&file)?;
         if path.join(REMOVED).exists() {
             let NodeIdentity { cluster, node, .. } = identity;

@@ -197,13 +197,24 @@ impl Peers {
             let message = format!("{} speaks as coordinator {}", info.identity, envelope.from);
             return Err(status(ErrorCode::RoleNotAllowed, message));
         }
-        let from = self.check(envelope)?;
+        // First: one that was removed may know this node from before a recovery, under another epoch, and must not have it
+        // doubt itself.
+        self.expect_not_removed(envelope)?;
+        self.check(envelope)
+    }
+
+    /// A former member that does not know it must not even be heard: it would stand for election.
+    #[allow(clippy::result_large_err)]
+    fn expect_not_removed(&self, envelope: &raft::Envelope) -> Result<(), Status> {
+        let (own, from) = (self.inner.dir.identity(), NodeId(envelope.from));
+        if envelope.cluster != own.cluster || envelope.to != own.node {
+            return Ok(());
+        }
         if self.inner.removed.read().unwrap_or_else(PoisonError::into_inner).contains(&from) {
-            // A former voter that does not know it must not even be heard: it would stand for election.
             let message = format!("node {from} was removed from the cluster");
             return Err(with_metadata(ErrorCode::NodeRemoved, message, [(REMOVED, from.to_string())]));
         }
-        Ok(from)
+        Ok(())
     }
 
     /// The same for [`peer`] calls.

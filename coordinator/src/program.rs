@@ -5,13 +5,16 @@
 //! deadline, and none of them is needed for safety: a kill at any moment loses nothing that was acknowledged.
 
 mod node;
+pub mod offline;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use helix_common::config::ConfigError;
 use helix_common::shutdown::Shutdown;
 use helix_common::telemetry::Handle;
+use helix_model::NodeId;
 use tokio::sync::watch;
 
 pub use node::Node;
@@ -20,6 +23,35 @@ use crate::config::Config;
 
 /// The whole end takes no longer.
 const END_MAX: Duration = Duration::from_secs(10);
+
+/// Reads `ID=HOST:PORT`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn member(text: &str) -> Result<(NodeId, String), String> {
+    let wrong = || format!("{text:?} is not ID=HOST:PORT");
+    let (id, address) = text.split_once('=').ok_or_else(wrong)?;
+    let id: u64 = id.trim().parse().map_err(|_| wrong())?;
+    let endpoint = helix_common::channel::canonical_endpoint(address.trim()).map_err(|_| wrong())?;
+    if id == 0 || address.contains("://") {
+        return Err(wrong());
+    }
+    Ok((NodeId(id), endpoint.trim_start_matches("https://").to_owned()))
+}
+
+/// Members as they were given, each once.
+///
+/// # Errors
+/// When one is named twice.
+pub fn members(given: Vec<(NodeId, String)>) -> anyhow::Result<BTreeMap<NodeId, String>> {
+    let mut members = BTreeMap::new();
+    for (id, address) in given {
+        if members.insert(id, address).is_some() {
+            bail!("--members names node {id} twice");
+        }
+    }
+    Ok(members)
+}
 
 /// Runs a node until it is asked to end, or cannot go on.
 ///

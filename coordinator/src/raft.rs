@@ -9,9 +9,11 @@ mod log_check;
 mod log_codec;
 mod log_store;
 mod network;
+pub mod offline;
 mod proposer;
 mod reader;
 mod rows;
+mod saved;
 mod server;
 mod snapshot;
 mod state_machine;
@@ -23,6 +25,7 @@ mod wire;
 mod writer;
 
 pub use driver::{Options, StartError, Started, start};
+pub use saved::SavedSnapshot;
 pub use server::{PeerHandler, RaftHandler};
 pub use timing::Timing;
 

@@ -18,6 +18,7 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::codec::command_to_wire;
 use crate::node_dir::NodeIdentity;
+use crate::raft::SavedSnapshot;
 
 mod counters;
 mod shared;
@@ -85,7 +86,7 @@ pub(crate) enum Lookup {
 pub(crate) enum Control {
     Member { step: MemberStep, reply: oneshot::Sender<Result<(), MembershipError>> },
     Transfer { to: NodeId, reply: oneshot::Sender<Result<(), MembershipError>> },
-    Snapshot { reply: oneshot::Sender<Result<(), StoreError>> },
+    Snapshot { reply: oneshot::Sender<Result<SavedSnapshot, StoreError>> },
     Stop { deadline: Duration, reply: oneshot::Sender<()> },
 }
 
@@ -481,11 +482,12 @@ impl Registry {
         answer.await.map_err(|_| stopped())?
     }
 
-    /// Writes a snapshot now and removes from the log what two snapshots cover.
+    /// Writes a snapshot now, of everything that is applied here, and removes from the log what two snapshots cover. For all that
+    /// was acknowledged by now, call [`Self::barrier`] first.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn snapshot(&self) -> Result<(), StoreError> {
+    pub async fn snapshot(&self) -> Result<SavedSnapshot, StoreError> {
         let stopped = || StoreError("this node is stopping".to_owned());
         let (reply, answer) = oneshot::channel();
         self.control(Control::Snapshot { reply }).await.map_err(|()| stopped())?;

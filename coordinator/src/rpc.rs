@@ -13,6 +13,7 @@ mod policy;
 pub mod ports;
 pub mod roles;
 pub mod services;
+mod snapshot;
 pub mod worker;
 
 use std::future::Future;

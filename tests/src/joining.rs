@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
@@ -25,6 +25,27 @@ pub struct Joining {
 /// # Errors
 /// When a program refuses.
 pub fn wait_to_be_added(cluster: &Cluster, id: u64, pki: &Path, init: &[&str]) -> anyhow::Result<Joining> {
+    let made = prepare(cluster, id, pki)?;
+    run(Command::new(programs().join("helix-coordinator")).arg("init").args(init).arg("--config").arg(&made.config))?;
+    Ok(start(cluster, &made))
+}
+
+/// A node of which there is everything but its data.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// Its process, which does not run.
+    pub member: Member,
+    /// HOST:PORT of its coordinators' port.
+    pub peer: String,
+    /// Its configuration.
+    pub config: PathBuf,
+}
+
+/// Gives a node a certificate, ports and a configuration.
+///
+/// # Errors
+/// When a program refuses.
+pub fn prepare(cluster: &Cluster, id: u64, pki: &Path) -> anyhow::Result<Prepared> {
     let root = cluster.root();
     run(Command::new(programs().join("helix"))
         .args(["pki", "issue", "coordinator", &id.to_string(), "--force"])
@@ -44,7 +65,6 @@ pub fn wait_to_be_added(cluster: &Cluster, id: u64, pki: &Path, init: &[&str]) -
     );
     fs::write(&config, text)?;
     let program = programs().join("helix-coordinator");
-    run(Command::new(&program).arg("init").args(init).arg("--config").arg(&config))?;
     let argv = ["run", "--config", &config.display().to_string()].map(str::to_owned);
     let member = Member {
         role: "coordinator".to_owned(),
@@ -54,15 +74,27 @@ pub fn wait_to_be_added(cluster: &Cluster, id: u64, pki: &Path, init: &[&str]) -
         grpc: Some(grpc),
         data_dir,
     };
-    cluster.adopt(member.clone());
-    cluster.start_again(&member);
-    // Who listens can be asked who it is.
-    wait_for("the node to listen", PATIENCE, || TcpStream::connect(("127.0.0.1", port + 1)).ok());
-    let member = cluster.member("coordinator", &id.to_string());
-    Ok(Joining { member, peer: format!("127.0.0.1:{}", port + 1) })
+    Ok(Prepared { member, peer: format!("127.0.0.1:{}", port + 1), config })
 }
 
-fn run(command: &mut Command) -> anyhow::Result<()> {
+/// Starts a node that has its data.
+///
+/// # Panics
+/// When it does not listen.
+pub fn start(cluster: &Cluster, made: &Prepared) -> Joining {
+    cluster.adopt(made.member.clone());
+    cluster.start_again(&made.member);
+    // Who listens can be asked who it is.
+    wait_for("the node to listen", PATIENCE, || TcpStream::connect(&made.peer).ok());
+    let member = cluster.member("coordinator", &made.member.id);
+    Joining { member, peer: made.peer.clone() }
+}
+
+/// Runs a program that must succeed.
+///
+/// # Errors
+/// What it said, when it does not.
+pub fn run(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("{command:?} does not start"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())

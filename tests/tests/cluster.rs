@@ -6,6 +6,8 @@
 
 #[path = "cluster/agents.rs"]
 mod agents;
+#[path = "cluster/backup.rs"]
+mod backup;
 #[path = "cluster/coordinators.rs"]
 mod coordinators;
 #[path = "cluster/disks.rs"]

@@ -287,7 +287,7 @@ fn set(config: &mut Table, key: &str, value: &str) -> Result<(), Failure> {
 }
 
 /// A program of ours: beside this one, else on the PATH.
-fn program(name: &str) -> Result<PathBuf, Failure> {
+pub(crate) fn program(name: &str) -> Result<PathBuf, Failure> {
     let beside = std::env::current_exe().ok().and_then(|own| own.parent().map(|directory| directory.join(name)));
     let on_path =
         std::env::var_os("PATH").into_iter().flat_map(|paths| std::env::split_paths(&paths).collect::<Vec<_>>());

@@ -13,6 +13,7 @@ use crate::failure::Failure;
 use crate::output::{Item, Output};
 use crate::verb::members::{self, Change};
 use crate::verb::policy::PolicyArguments;
+use crate::verb::snapshot::SnapshotVerb;
 
 /// `helix cluster`.
 #[derive(Args)]
@@ -51,6 +52,11 @@ enum ClusterVerb {
     },
     /// The limits and times that hold for the whole cluster
     Policy(PolicyArguments),
+    /// Back up a cluster that serves, and make a new one from a backup
+    Snapshot {
+        #[command(subcommand)]
+        verb: SnapshotVerb,
+    },
 }
 
 pub(crate) async fn run(
@@ -60,12 +66,13 @@ pub(crate) async fn run(
 ) -> Result<Code, Failure> {
     let verb = match arguments.verb {
         ClusterVerb::Policy(policy) => return super::policy::run(policy, context, output).await,
+        ClusterVerb::Snapshot { verb } => return super::snapshot::run(verb, context, output).await,
         verb => verb,
     };
     let connection = Connection::open(context)?;
     let stale = match verb {
         ClusterVerb::Status { stale } => stale,
-        ClusterVerb::Policy(_) => false,
+        ClusterVerb::Policy(_) | ClusterVerb::Snapshot { .. } => false,
         ClusterVerb::Add { id, address } => {
             return members::change(&Change::Add { id, address }, &connection, output).await;
         }

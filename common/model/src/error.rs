@@ -119,6 +119,14 @@ codes! {
     LastCopy = "last_copy";
     /// Another change of the members is under way. FAILED_PRECONDITION.
     MembershipBusy = "membership_busy";
+    /// The file is no backup, or it is cut short or damaged. INVALID_ARGUMENT.
+    SnapshotInvalid = "snapshot_invalid";
+    /// Some blobs that a backup names could not be fetched. UNAVAILABLE; repeat, which goes on.
+    BackupIncomplete = "backup_incomplete";
+    /// The others may be alive: making this node a cluster of its own would make two of one. FAILED_PRECONDITION.
+    QuorumMayLive = "quorum_may_live";
+    /// A coordinator is too old for this; it is named. FAILED_PRECONDITION; upgrade it, and repeat.
+    UpgradePending = "upgrade_pending";
     /// The node is stopping. UNAVAILABLE.
     ShuttingDown = "shutting_down";
     /// A fault of ours. INTERNAL.

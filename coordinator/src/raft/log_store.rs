@@ -164,6 +164,12 @@ impl LogStore {
         Ok(Self { inner, _flusher: Arc::new(flusher) })
     }
 
+    /// Whether there is a log in a directory.
+    pub(crate) fn is_in(directory: &Path) -> bool {
+        let is_log = |path: std::path::PathBuf| path.extension().is_some_and(|extension| extension == "wal");
+        std::fs::read_dir(directory).is_ok_and(|mut names| names.any(|name| name.is_ok_and(|name| is_log(name.path()))))
+    }
+
     /// The first and last entry, as ids: what is purged, what is there.
     pub(crate) fn bounds(&self) -> (Option<LogId>, Option<LogId>) {
         let log = self.inner.read();
@@ -251,7 +257,8 @@ fn bounds_of(range: &impl RangeBounds<u64>) -> (u64, u64) {
 }
 
 impl LogStore {
-    fn read_entries(&self, from: u64, to: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+    /// Entries from `from` on and before `to`, up to about so many bytes, but at least one.
+    pub(super) fn read_entries(&self, from: u64, to: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
         let log = self.inner.read();
         let mut entries = Vec::new();
         let mut bytes = 0usize;

@@ -53,6 +53,25 @@ impl SnapshotFile {
         self.file.read_exact_at(&mut out, offset)?;
         Ok(out)
     }
+
+    /// All its bytes, from the first.
+    pub(super) fn reader(&self) -> impl Read + use<> {
+        BufReader::with_capacity(1 << 18, FileReader { file: Arc::clone(&self.file), at: 0 })
+    }
+}
+
+/// Reads a file that others read at the same time.
+struct FileReader {
+    file: Arc<File>,
+    at: u64,
+}
+
+impl Read for FileReader {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(out, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
 }
 
 /// A snapshot being written.
@@ -179,10 +198,18 @@ pub(super) fn verify(path: &Path) -> io::Result<SnapshotMeta> {
 }
 
 /// Reads all rows. The checksum stands at the end, so `each` sees rows before they are known to be whole: verify first.
-pub(super) fn read(path: &Path, mut each: impl FnMut(Vec<u8>) -> io::Result<()>) -> io::Result<SnapshotMeta> {
-    let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", path.display()));
-    let mut from =
-        CrcReader { file: BufReader::with_capacity(1 << 18, File::open(path)?), crc: crc32fast::Hasher::new() };
+pub(super) fn read(path: &Path, each: impl FnMut(Vec<u8>) -> io::Result<()>) -> io::Result<SnapshotMeta> {
+    read_from(BufReader::with_capacity(1 << 18, File::open(path)?), path, each)
+}
+
+/// As [`read`], from bytes that are somewhere else than in a file of their own; `name` is what errors call them.
+pub(super) fn read_from(
+    file: impl Read,
+    name: &Path,
+    mut each: impl FnMut(Vec<u8>) -> io::Result<()>,
+) -> io::Result<SnapshotMeta> {
+    let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", name.display()));
+    let mut from = CrcReader { file, crc: crc32fast::Hasher::new() };
     if &from.take::<8>()? != MAGIC {
         return Err(damaged("not a snapshot"));
     }
@@ -212,12 +239,12 @@ pub(super) fn read(path: &Path, mut each: impl FnMut(Vec<u8>) -> io::Result<()>)
     Ok(meta)
 }
 
-struct CrcReader {
-    file: BufReader<File>,
+struct CrcReader<R> {
+    file: R,
     crc: crc32fast::Hasher,
 }
 
-impl CrcReader {
+impl<R: Read> CrcReader<R> {
     fn take<const N: usize>(&mut self) -> io::Result<[u8; N]> {
         let mut out = [0; N];
         self.file.read_exact(&mut out)?;

@@ -14,7 +14,7 @@ use openraft::EntryPayload;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 
 use super::snapshot::SnapshotFile;
-use super::types::{Batch, LogId, Membership, Replies, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use super::types::{Batch, Entry, LogId, Membership, Replies, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use super::writer::Writer;
 use crate::peers::Peers;
 use crate::registry::{Applied, Shared};
@@ -61,6 +61,11 @@ impl StateMachine {
         if let Some(peers) = &self.peers {
             peers.set_members(members);
         }
+    }
+
+    /// Applies an entry of a log that consensus does not drive.
+    pub(super) async fn replay(&mut self, entry: Entry) -> io::Result<()> {
+        self.apply_one((entry, None)).await
     }
 
     async fn apply_one(&mut self, (entry, responder): EntryResponder<TypeConfig>) -> io::Result<()> {

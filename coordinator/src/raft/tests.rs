@@ -3,4 +3,5 @@
 mod cluster;
 mod harness;
 mod members;
+mod offline;
 mod storage;

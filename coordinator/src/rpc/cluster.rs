@@ -1,5 +1,6 @@
 //! `helix.v1.ClusterService`: the coordinators themselves. On port 7421, too, where followers ask the leader.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
@@ -9,12 +10,12 @@ use helix_model::NodeId;
 use helix_proto::v1;
 use helix_proto::v1::cluster_service_client::ClusterServiceClient;
 use helix_proto::v1::cluster_service_server::ClusterService;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::services::{Services, consistency};
-use super::{answer, policy, totals_of};
+use super::{answer, policy, snapshot, totals_of};
 use crate::membership::{Asked, LastCopies, Listener, Membership};
 use crate::peers::Peers;
 
@@ -26,6 +27,7 @@ pub struct ClusterRpc {
     services: Services,
     peers: Peers,
     membership: Membership,
+    saves: Arc<Semaphore>,
 }
 
 /// How long the leader may take to tell of the members.
@@ -35,7 +37,7 @@ impl ClusterRpc {
     /// The service on these handles.
     #[must_use]
     pub fn new(services: Services, peers: Peers, membership: Membership) -> Self {
-        Self { services, peers, membership }
+        Self { services, peers, membership, saves: Arc::new(Semaphore::new(snapshot::SAVES_MAX)) }
     }
 
     /// Runs a change of the members beside the call, which tells of it.
@@ -204,6 +206,17 @@ impl ClusterService for ClusterRpc {
         let to = request.into_inner().to;
         let leader = self.membership.transfer((to != 0).then_some(NodeId(to))).await?;
         Ok(Response::new(v1::TransferLeaderResponse { leader: leader.0 }))
+    }
+
+    type SaveSnapshotStream = snapshot::SaveStream;
+
+    async fn save_snapshot(
+        &self,
+        request: Request<v1::SaveSnapshotRequest>,
+    ) -> Result<Response<snapshot::SaveStream>, Status> {
+        let by = peer(&request)?.identity.principal();
+        tracing::info!(by, "a backup is asked for");
+        Ok(snapshot::save(&self.services, &self.saves, request.into_inner().list_blobs))
     }
 }
 

@@ -57,6 +57,7 @@ const CLIENT_PORT: Rows = &[
             ("AddMember", OPERATORS),
             ("RemoveMember", OPERATORS),
             ("TransferLeader", OPERATORS),
+            ("SaveSnapshot", OPERATORS),
         ],
     ),
     (

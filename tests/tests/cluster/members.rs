@@ -13,12 +13,12 @@ use helix_tests::cluster::{Cluster, Member, PATIENCE, Said, Shape, alive, wait_f
 use helix_tests::joining::{Joining, wait_to_be_added};
 use serde_json::Value;
 
-fn join(cluster: &Cluster, id: u64) -> Joining {
+pub(crate) fn join(cluster: &Cluster, id: u64) -> Joining {
     wait_to_be_added(cluster, id, &cluster.root().join("pki"), &["--join"]).unwrap()
 }
 
 /// A context that knows these coordinators.
-fn context(cluster: &Cluster, name: &str, members: &[&Member]) -> PathBuf {
+pub(crate) fn context(cluster: &Cluster, name: &str, members: &[&Member]) -> PathBuf {
     let endpoints: Vec<&str> = members.iter().filter_map(|member| member.grpc.as_deref()).collect();
     let text = fs::read_to_string(cluster.context()).unwrap();
     let line = |line: &str| {
@@ -29,11 +29,11 @@ fn context(cluster: &Cluster, name: &str, members: &[&Member]) -> PathBuf {
     path
 }
 
-fn expect_done(said: &Said) {
+pub(crate) fn expect_done(said: &Said) {
     assert_eq!(said.code, 0, "{} {}", said.stdout, said.stderr);
 }
 
-fn expect_refused(said: &Said, code: &str) {
+pub(crate) fn expect_refused(said: &Said, code: &str) {
     assert!(
         said.code != 0 && said.stderr.contains(&format!("helix: {code}: ")),
         "{code}: {} {}",
@@ -48,7 +48,7 @@ fn status(cluster: &Cluster, context: &Path) -> Option<Value> {
 }
 
 /// Ids of voters, and of members without a vote.
-fn members(cluster: &Cluster, context: &Path) -> (Vec<u64>, Vec<u64>) {
+pub(crate) fn members(cluster: &Cluster, context: &Path) -> (Vec<u64>, Vec<u64>) {
     let status = wait_for("a status", PATIENCE, || status(cluster, context));
     let all = status["members"].as_array().unwrap().iter();
     let (voters, learners): (Vec<_>, Vec<_>) = all.partition(|member| member["role"] != "learner");
@@ -97,7 +97,7 @@ fn client(
 }
 
 /// Each acknowledged build has succeeded, and its artifact and log are what it made.
-fn check_builds(cluster: &Cluster, context: &Path, ids: &[String]) {
+pub(crate) fn check_builds(cluster: &Cluster, context: &Path, ids: &[String]) {
     let all: Vec<&str> =
         ["wait", "--connect-timeout", "60s"].into_iter().chain(ids.iter().map(String::as_str)).collect();
     let said = cluster.helix_with(context, &all);

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{members, voters};
 use crate::node_dir::NodeDir;
+use crate::raft::SavedSnapshot;
 use crate::raft::types::Raft;
 use crate::raft::writer::Writer;
 use crate::registry::{Control, Leadership, MembershipError, Shared, StoreError};
@@ -18,7 +19,8 @@ use crate::registry::{Control, Leadership, MembershipError, Shared, StoreError};
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// A leader that cannot purge hands over when its log has grown by so many times the bytes of a snapshot's trigger.
 const STUCK_SNAPSHOTS: u64 = 4;
-const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
+/// Of a million builds, on a slow disk.
+const SNAPSHOT_WAIT: Duration = Duration::from_secs(600);
 /// A change of the members needs a majority to answer, and no more.
 const MEMBERSHIP_WAIT: Duration = Duration::from_secs(30);
 /// A change that a former leader left half done is completed after so long.
@@ -156,17 +158,22 @@ pub(super) fn successor(raft: &Raft, own: u64) -> Option<u64> {
     others.max_by_key(|voter| matched.get(voter).cloned().flatten())
 }
 
-async fn snapshot_now(raft: &Raft, shared: &Shared, writer: &Writer) -> Result<(), StoreError> {
+/// Has a snapshot written that covers what is applied by now, and removes from the log what two of them cover.
+async fn snapshot_now(raft: &Raft, shared: &Shared, writer: &Writer) -> Result<SavedSnapshot, StoreError> {
     let wanted = shared.applied().borrow().index;
     let began = Instant::now();
     loop {
         raft.trigger().snapshot().await.map_err(|error| StoreError(error.to_string()))?;
         for _ in 0..20 {
-            let newest = writer.snapshots().first().and_then(|(meta, _)| meta.last_log_id);
+            let newest = writer.snapshots().into_iter().next();
             let told = raft.metrics().borrow_watched().snapshot;
-            if newest.as_ref().is_some_and(|newest| newest.index() >= wanted) && told >= newest {
+            if let Some((meta, path)) = newest
+                && meta.last_log_id.is_some_and(|newest| newest.index() >= wanted && told >= Some(newest))
+                // Two newer ones may have taken its place by now: then one of them will do.
+                && let Ok(saved) = SavedSnapshot::open(&meta, &path)
+            {
                 purge(raft, writer).await;
-                return Ok(());
+                return Ok(saved);
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

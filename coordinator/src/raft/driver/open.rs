@@ -72,10 +72,7 @@ fn measure(root: &Path) -> Result<Timing, StartError> {
 fn open_log(root: &Path, options: &Options, counters: &Arc<Counters>) -> Result<LogStore, StartError> {
     let path = root.join("log");
     let marker = root.join("log.made");
-    let has_files = std::fs::read_dir(&path).is_ok_and(|mut names| {
-        names.any(|name| name.is_ok_and(|name| name.path().extension().is_some_and(|extension| extension == "wal")))
-    });
-    if marker.exists() && !has_files {
+    if marker.exists() && !LogStore::is_in(&path) {
         return Err(StartError::LogLost(path));
     }
     let limits = LogLimits { chunk_bytes: options.log_chunk_bytes };
