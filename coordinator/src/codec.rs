@@ -16,6 +16,7 @@ mod reply;
 mod row;
 
 pub use command::{command_from_wire, command_to_wire};
+pub(crate) use command::{format_of, lower};
 pub use reply::{reply_from_wire, reply_to_wire};
 pub use row::{ROW_FORMAT, decode_row, encode_row};
 
@@ -84,6 +85,15 @@ pub fn decode_batch(bytes: &[u8]) -> Result<(LogTime, Vec<Command>), CodecError>
     check_format("commands", batch.format, COMMAND_FORMAT)?;
     let commands = batch.commands.into_iter().map(command_from_wire).collect::<Result<_, _>>()?;
     Ok((LogTime(batch.at_ms), commands))
+}
+
+/// The format that a log entry's commands need.
+///
+/// # Errors
+/// [`CodecError`].
+pub(crate) fn format_of_batch(bytes: &[u8]) -> Result<u32, CodecError> {
+    let batch = store::Batch::decode(bytes).map_err(|error| CodecError::bytes("commands", &error))?;
+    Ok(batch.format)
 }
 
 fn check_format(what: &'static str, needed: u32, known: u32) -> Result<(), CodecError> {

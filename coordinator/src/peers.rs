@@ -74,12 +74,16 @@ struct Inner {
     // The address is part of the key: a node that moved gets a new channel.
     channels: Mutex<HashMap<(NodeId, Purpose), (String, Channel)>>,
     failure: watch::Sender<Option<String>>,
+    /// The highest command format that this node knows.
+    format: u32,
+    /// What others say they know.
+    formats: RwLock<BTreeMap<NodeId, u32>>,
 }
 
 impl Peers {
-    /// Peers as the directory's initial members, until membership is known.
+    /// Peers as the directory's initial members, until membership is known. `format` is what is told to them.
     #[must_use]
-    pub fn new(dir: Arc<NodeDir>, tls: Arc<TlsStore>) -> Self {
+    pub fn new(dir: Arc<NodeDir>, tls: Arc<TlsStore>, format: u32) -> Self {
         let members = dir.identity().members.iter().map(|(id, address)| (NodeId(*id), address.clone())).collect();
         let inner = Inner {
             dir,
@@ -88,6 +92,8 @@ impl Peers {
             removed: RwLock::default(),
             channels: Mutex::new(HashMap::new()),
             failure: watch::Sender::new(None),
+            format,
+            formats: RwLock::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -176,13 +182,30 @@ impl Peers {
             to: to.0,
             to_epoch: self.inner.dir.epoch_of(to).unwrap_or(0),
             clock_ms: wall_ms(),
+            format: self.inner.format,
+        }
+    }
+
+    /// The highest command format that this node knows.
+    pub(crate) fn format(&self) -> u32 {
+        self.inner.format
+    }
+
+    /// The highest command format that a node said it knows, in a message to this one.
+    pub(crate) fn format_of(&self, node: NodeId) -> Option<u32> {
+        self.inner.formats.read().unwrap_or_else(PoisonError::into_inner).get(&node).copied()
+    }
+
+    fn note_format(&self, node: NodeId, format: u32) {
+        if format > 0 && self.format_of(node) != Some(format) {
+            self.inner.formats.write().unwrap_or_else(PoisonError::into_inner).insert(node, format);
         }
     }
 
     /// The same for [`peer`] calls.
     #[must_use]
     pub fn caller(&self, to: NodeId) -> peer::Caller {
-        let raft::Envelope { version, cluster, from, from_epoch, to, to_epoch, clock_ms: _ } = self.envelope(to);
+        let raft::Envelope { version, cluster, from, from_epoch, to, to_epoch, .. } = self.envelope(to);
         peer::Caller { version, cluster, from, from_epoch, to, to_epoch }
     }
 
@@ -225,7 +248,7 @@ impl Peers {
     pub fn admit_caller(&self, info: &PeerInfo, caller: Option<peer::Caller>) -> Result<NodeId, Status> {
         let envelope = caller.map(|caller| {
             let peer::Caller { version, cluster, from, from_epoch, to, to_epoch } = caller;
-            raft::Envelope { version, cluster, from, from_epoch, to, to_epoch, clock_ms: 0 }
+            raft::Envelope { version, cluster, from, from_epoch, to, to_epoch, clock_ms: 0, format: 0 }
         });
         self.admit(info, envelope.as_ref())
     }
@@ -266,7 +289,10 @@ impl Peers {
         }
         let from = NodeId(envelope.from);
         match self.inner.dir.meet(from, envelope.from_epoch) {
-            Ok(()) => Ok(from),
+            Ok(()) => {
+                self.note_format(from, envelope.format);
+                Ok(from)
+            }
             Err(error @ NodeDirError::EpochChanged { .. }) => {
                 tracing::warn!(node = from.0, %error, "a node was refused");
                 let facts = [(EPOCH_OF, from.to_string())];

@@ -5,6 +5,7 @@
 //! behind it and can always be rebuilt from a snapshot file and the log.
 
 mod driver;
+mod formats;
 mod log_check;
 mod log_codec;
 mod log_store;
@@ -25,6 +26,7 @@ mod wire;
 mod writer;
 
 pub use driver::{Options, StartError, Started, start};
+pub(crate) use proposer::upgrade_pending;
 pub use saved::SavedSnapshot;
 pub use server::{PeerHandler, RaftHandler};
 pub use timing::Timing;

@@ -16,7 +16,7 @@ use helix_proto::store;
 use prost::Message;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use crate::codec::command_to_wire;
+use crate::codec::{command_to_wire, format_of};
 use crate::node_dir::NodeIdentity;
 use crate::raft::SavedSnapshot;
 
@@ -66,6 +66,8 @@ pub(crate) struct Proposal {
     pub(crate) commands: Vec<Command>,
     /// The same in their durable form, made once.
     pub(crate) wire: Vec<store::Command>,
+    /// The lowest format whose readers understand them.
+    pub(crate) format: u32,
     /// Their size in that form.
     pub(crate) bytes: usize,
     /// Came from another coordinator: it is not sent on a second time.
@@ -152,7 +154,7 @@ pub struct RaftStatus {
     pub purged_index: u64,
     /// Voters and learners.
     pub members: Vec<MemberStatus>,
-    /// Stable words: `clock_skew`, `no_leader`.
+    /// Stable words: `clock_skew`, `no_leader`, `upgrade_pending`.
     pub warnings: Vec<&'static str>,
 }
 
@@ -187,6 +189,21 @@ pub enum ProposeError {
     /// It may have been committed or not. Repeating it is harmless.
     #[error("the proposal may or may not have been committed")]
     OutcomeUnknown,
+    /// Not committed: a member could not read it, and would stop.
+    #[error(
+        "coordinator {node} runs version {version:?}, which knows command format {known}, and this needs {needed}: upgrade it \
+         first"
+    )]
+    UpgradePending {
+        /// The oldest member.
+        node: NodeId,
+        /// Its version; empty when it is not known.
+        version: String,
+        /// The highest format it knows.
+        known: u32,
+        /// The format that the commands have.
+        needed: u32,
+    },
     /// Not committed: this node is stopping.
     #[error("this node is stopping")]
     ShuttingDown,
@@ -517,10 +534,14 @@ fn proposals(commands: Vec<Command>, forwarded: bool) -> Vec<(Proposal, Answer)>
     for command in commands {
         let wire = command_to_wire(&command);
         let bytes = wire.encoded_len();
-        let fits = |proposal: &Proposal| proposal.bytes + bytes <= ENTRY_BYTES && proposal.commands.len() < 1_024;
+        let format = format_of(&wire);
+        // What must wait for an upgrade holds nothing else up.
+        let fits = |proposal: &Proposal| {
+            proposal.bytes + bytes <= ENTRY_BYTES && proposal.commands.len() < 1_024 && proposal.format == format
+        };
         if !out.last().is_some_and(|(proposal, _)| fits(proposal)) {
             let (reply, answer) = oneshot::channel();
-            out.push((Proposal { commands: Vec::new(), wire: Vec::new(), bytes: 0, forwarded, reply }, answer));
+            out.push((Proposal { commands: Vec::new(), wire: Vec::new(), format, bytes: 0, forwarded, reply }, answer));
         }
         if let Some((proposal, _)) = out.last_mut() {
             proposal.commands.push(command);

@@ -169,7 +169,7 @@ fn finish_wire(it: &FinishAttempt) -> store::FinishAttempt {
 }
 
 /// The lowest command format whose readers take a command for what it is.
-pub(super) fn format_of(command: &store::Command) -> u32 {
+pub(crate) fn format_of(command: &store::Command) -> u32 {
     match &command.kind {
         // A reader of format 2 would pass over these, and think that there is no image or no index.
         Some(Kind::FinishAttempt(it)) if it.image.is_some() || it.index.is_some() => 3,
@@ -182,6 +182,21 @@ pub(super) fn format_of(command: &store::Command) -> u32 {
         // A reader of format 2 would give such a worker what it cannot take.
         Some(Kind::RegisterWorker(it)) if it.offer.as_ref().is_some_and(|offer| offer.secrets.is_some()) => 3,
         _ => 1,
+    }
+}
+
+/// Puts a command into a form that readers of format `known` understand, where it means to them what it meant before they
+/// were told more: an agent that does not say which secrets it has is given what it may not take and refuses it, and an end
+/// for want of room that is nobody's own counts as the host's. Others stay as they are.
+pub(crate) fn lower(command: &mut store::Command, known: u32) {
+    match &mut command.kind {
+        Some(Kind::RegisterWorker(it)) if known < 3 => {
+            if let Some(offer) = &mut it.offer {
+                offer.secrets = None;
+            }
+        }
+        Some(Kind::FinishAttempt(it)) if known < 3 => it.own_limit = false,
+        _ => {}
     }
 }
 

@@ -428,6 +428,28 @@ fn what_is_newer_or_damaged_is_refused_by_name() {
     assert!(decode_row(&bytes).is_err());
 }
 
+/// While an older node is a member, what an older form says as well is put into that, and nothing else is changed.
+#[test]
+fn what_older_readers_may_miss_is_left_out_for_them_and_no_more() {
+    let lowered = |command: &Command, known| {
+        let mut wire = command_to_wire(command);
+        lower(&mut wire, known);
+        (format_of(&wire), command_from_wire(wire).unwrap())
+    };
+    let offer = WorkerOffer { secrets: Some(BTreeMap::new()), ..offer() };
+    let register = |offer| Command::RegisterWorker(RegisterWorker { worker: worker(), instance: instance(), offer });
+    let with = register(offer.clone());
+    assert_eq!(lowered(&with, 3), (3, with.clone()));
+    assert_eq!(lowered(&with, 2), (1, register(WorkerOffer { secrets: None, ..offer })));
+    for command in commands() {
+        let (format, after) = lowered(&command, 1);
+        let registers = matches!(command, Command::RegisterWorker(_));
+        let grew = matches!(&command, Command::FinishAttempt(it) if it.room == Room::Own);
+        assert!(registers || grew || after == command, "{command:?}");
+        assert!(format == 1 || after == command, "{command:?}");
+    }
+}
+
 /// What needs no newer reader says so, and what would be misread says that too.
 #[test]
 fn formats_are_the_lowest_that_will_do() {

@@ -120,6 +120,11 @@ impl<C: Consensus> LeaderLoop<C> {
                 }
                 replies.iter().any(|reply| !matches!(reply, Reply::Rejected(_)))
             }
+            // The members' status tells of it; it is asked again at every tick.
+            Err(error @ ProposeError::UpgradePending { .. }) => {
+                debug!(%error, "a decision waits for an upgrade");
+                false
+            }
             Err(error) => {
                 warn!(%error, count = completed.commands.len(), "the leader's own proposal failed; it is derived again");
                 false

@@ -224,6 +224,7 @@ fn unproposed(error: &ProposeError) -> Status {
     let code = match error {
         ProposeError::OutcomeUnknown => ErrorCode::OutcomeUnknown,
         ProposeError::ShuttingDown => ErrorCode::ShuttingDown,
+        ProposeError::UpgradePending { .. } => ErrorCode::UpgradePending,
         ProposeError::Storage(_) => ErrorCode::Internal,
         _ => ErrorCode::NoLeader,
     };

@@ -122,7 +122,7 @@ impl Inner {
                 "node {} runs {}, which does not know how a node is removed: upgrade it first",
                 old.id, old.version
             );
-            return Err(status(ErrorCode::VersionSkew, text));
+            return Err(status(ErrorCode::UpgradePending, text));
         }
         Ok(())
     }

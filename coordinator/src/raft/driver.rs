@@ -55,6 +55,9 @@ pub struct Options {
     pub log_chunk_bytes: usize,
     /// Memory for the store's cache.
     pub store_cache_bytes: u64,
+    /// The highest command format that this node takes and proposes: the program's, except in tests of mixed versions.
+    #[doc(hidden)]
+    pub command_format: u32,
 }
 
 impl Default for Options {
@@ -66,6 +69,7 @@ impl Default for Options {
             snapshot_log_bytes: 128 << 20,
             log_chunk_bytes: 64 << 20,
             store_cache_bytes: 48 << 20,
+            command_format: COMMAND_FORMAT,
         }
     }
 }
@@ -128,7 +132,7 @@ pub async fn start(dir: Arc<NodeDir>, tls: Arc<TlsStore>, options: Options) -> R
     };
     let Opened { log, store, state, meta, snapshots, snapshots_path, timing } = opened;
     let identity = dir.identity().clone();
-    let peers = Peers::new(Arc::clone(&dir), tls);
+    let peers = Peers::new(Arc::clone(&dir), tls, options.command_format);
     let applied = applied_of(meta.last_log_id.as_ref());
     let shared = Arc::new(Shared::new(identity.id(), state, applied, counters));
     let io = |source| StartError::Io { path: snapshots_path.clone(), source };
@@ -286,7 +290,7 @@ async fn introduce(registry: Registry, options: Options, stop: CancellationToken
         epoch: registry.epoch(),
         grpc: options.grpc,
         version: options.version,
-        format: COMMAND_FORMAT,
+        format: options.command_format,
     };
     loop {
         let known = registry.with_state(|state| {

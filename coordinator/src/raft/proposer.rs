@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use helix_common::status::error_code;
+use helix_common::status::{error_code, metadata, with_metadata};
 use helix_core::{Command, Reply};
 use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_model::{ErrorCode, NodeId};
@@ -18,10 +18,11 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use super::formats::hold;
 use super::types::{Batch, Raft, TypeConfig};
 use crate::codec::{CodecError, command_from_wire, reply_from_wire};
 use crate::peers::Peers;
-use crate::registry::{COMMAND_FORMAT, ENTRY_BYTES, Leadership, Proposal, ProposeError, Shared};
+use crate::registry::{ENTRY_BYTES, Leadership, Proposal, ProposeError, Shared};
 
 const ENTRY_COMMANDS: usize = 4_096;
 /// How long a proposal waits for somebody to lead.
@@ -33,12 +34,24 @@ const SUPERSEDED_WAIT: Duration = Duration::from_millis(250);
 /// Between attempts at a leader that does not lead any more.
 const RETRY_WAIT: Duration = Duration::from_millis(20);
 
-/// Reads commands that another coordinator sends on.
-pub(super) fn decode_commands(format: u32, wire: Vec<store::Command>) -> Result<Vec<Command>, CodecError> {
-    if format > COMMAND_FORMAT {
-        return Err(CodecError::Newer { what: "a proposal", needed: format, known: COMMAND_FORMAT });
+/// Reads commands that another coordinator sends on, on a node that knows the formats up to `known`.
+pub(super) fn decode_commands(format: u32, wire: Vec<store::Command>, known: u32) -> Result<Vec<Command>, CodecError> {
+    if format > known {
+        return Err(CodecError::Newer { what: "a proposal", needed: format, known });
     }
     wire.into_iter().map(command_from_wire).collect()
+}
+
+/// The facts of a refusal that waits for an upgrade, as coordinators tell each other.
+const PENDING_NODE: &str = "node";
+const PENDING_VERSION: &str = "version";
+const PENDING_KNOWN: &str = "known";
+
+/// "Not before that node is upgraded."
+pub(crate) fn upgrade_pending(error: &ProposeError, node: NodeId, version: &str, known: u32) -> Status {
+    let facts =
+        [(PENDING_NODE, node.to_string()), (PENDING_VERSION, version.to_owned()), (PENDING_KNOWN, known.to_string())];
+    with_metadata(ErrorCode::UpgradePending, error.to_string(), facts)
 }
 
 /// The task that proposes.
@@ -95,7 +108,9 @@ impl Proposer {
         while let Ok(next) = self.queue.try_recv() {
             bytes += next.bytes;
             commands += next.commands.len();
-            if bytes > ENTRY_BYTES || commands > ENTRY_COMMANDS {
+            // Of one format: what is said of a call, or refused, is then true of all that is in it.
+            let same = batch.first().is_none_or(|first| first.format == next.format);
+            if bytes > ENTRY_BYTES || commands > ENTRY_COMMANDS || !same {
                 return Some(next);
             }
             batch.push(next);
@@ -110,7 +125,13 @@ impl Proposer {
             let Leadership { leader, is_leader, .. } = *self.leadership.borrow_and_update();
             let own = self.peers.own();
             let attempt = match leader {
-                _ if is_leader => self.commit(&batch).await,
+                _ if is_leader => {
+                    hold(&mut batch, &self.shared, &self.peers);
+                    if batch.is_empty() {
+                        return;
+                    }
+                    self.commit(&batch).await
+                }
                 Some(other) if other != own => {
                     self.refuse_forwarded(&mut batch, other);
                     if batch.is_empty() {
@@ -171,7 +192,9 @@ impl Proposer {
         let commands: Vec<store::Command> = batch.iter().flat_map(|proposal| proposal.wire.iter().cloned()).collect();
         self.shared.counters.forwarded.add(commands.len() as u64);
         let caller = Some(self.peers.caller(leader));
-        let call = service.propose(peer::ProposeRequest { caller, format: COMMAND_FORMAT, commands });
+        // The lowest that will do: a leader of an older version takes what it understands.
+        let format = batch.iter().map(|proposal| proposal.format).max().unwrap_or(1);
+        let call = service.propose(peer::ProposeRequest { caller, format, commands });
         let answered = tokio::select! {
             answered = tokio::time::timeout(OUTCOME_WAIT, call) => answered,
             // One that hangs answers nothing, and everything that came meanwhile would wait behind it.
@@ -186,7 +209,7 @@ impl Proposer {
             }
             Ok(Err(status)) => {
                 self.peers.heed(leader, &status);
-                not_taken_or_unknown(&status)
+                self.pending(leader, format, &status).unwrap_or_else(|| not_taken_or_unknown(&status))
             }
             Err(_) => Attempt::Failed(ProposeError::OutcomeUnknown),
         }
@@ -194,6 +217,24 @@ impl Proposer {
 }
 
 impl Proposer {
+    /// What the leader refuses because a member is too old for it, maybe itself.
+    fn pending(&self, leader: NodeId, needed: u32, status: &Status) -> Option<Attempt> {
+        let fact = |key| metadata(status, key);
+        let (node, version, known) = match error_code(status) {
+            Some(ErrorCode::UpgradePending) => {
+                let node = fact(PENDING_NODE)?.parse().ok()?;
+                (NodeId(node), fact(PENDING_VERSION)?, fact(PENDING_KNOWN)?.parse().ok()?)
+            }
+            Some(ErrorCode::VersionSkew) => {
+                let known = self.peers.format_of(leader).unwrap_or(needed.saturating_sub(1));
+                let version = self.shared.state().node(leader).map(|row| row.version.clone());
+                (leader, version.unwrap_or_default(), known)
+            }
+            _ => return None,
+        };
+        Some(Attempt::Failed(ProposeError::UpgradePending { node, version, known, needed }))
+    }
+
     /// Returns a moment after another node was seen to lead.
     async fn superseded(&self, leader: NodeId) {
         let mut leadership = self.leadership.clone();

@@ -16,6 +16,7 @@ use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_proto::peer::peer_service_server::{PeerService, PeerServiceServer};
 use helix_proto::raft::raft_service_server::{RaftService, RaftServiceServer};
 use helix_proto::{peer, raft};
+use openraft::EntryPayload;
 use openraft::errors::Fatal;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderRequest, VoteRequest};
 use tokio::sync::mpsc;
@@ -23,14 +24,14 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::proposer::decode_commands;
+use super::proposer::{decode_commands, upgrade_pending};
 use super::reader::read_index;
 use super::snapshot::{self, SnapshotFile, meta_from_wire};
-use super::types::{Raft, Snapshot, TypeConfig};
+use super::types::{Entry, Raft, Snapshot, TypeConfig};
 use super::wire::{entry, log_id, log_id_to_wire, vote, vote_to_wire};
-use crate::codec::{CodecError, reply_to_wire};
+use crate::codec::{CodecError, format_of_batch, reply_to_wire};
 use crate::peers::{LivenessSource, Peers};
-use crate::registry::{ProposeError, Registry, Shared};
+use crate::registry::{COMMAND_FORMAT, ProposeError, Registry, Shared};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -91,7 +92,7 @@ impl RaftHandler {
         request: raft::AppendRequest,
     ) -> Result<(u64, AppendEntriesRequest<TypeConfig>), Status> {
         let from = self.admit(info, request.envelope.as_ref())?;
-        let entries = request.entries.into_iter().map(entry).collect::<Result<_, _>>();
+        let entries = request.entries.into_iter().map(entry).collect::<Result<Vec<_>, _>>();
         let entries = entries.map_err(|error| {
             if matches!(error, CodecError::Newer { .. }) {
                 // Waiting would not help: this program can never apply it.
@@ -99,6 +100,7 @@ impl RaftHandler {
             }
             garbled(error)
         })?;
+        self.expect_known(&entries)?;
         let request = AppendEntriesRequest {
             vote: vote(request.vote).map_err(garbled)?,
             prev_log_id: request.prev.map(log_id),
@@ -106,6 +108,25 @@ impl RaftHandler {
             leader_commit: request.leader_commit.map(log_id),
         };
         Ok((from, request))
+    }
+
+    /// A node that plays an older version must stop at what that would not know.
+    #[allow(clippy::result_large_err)]
+    fn expect_known(&self, entries: &[Entry]) -> Result<(), Status> {
+        let known = self.peers.format();
+        if known >= COMMAND_FORMAT {
+            return Ok(());
+        }
+        for entry in entries {
+            let EntryPayload::Normal(batch) = &entry.payload else { continue };
+            let needed = format_of_batch(batch.encoded()).map_err(garbled)?;
+            if needed > known {
+                let error = CodecError::Newer { what: "commands", needed, known };
+                self.peers.fail(error.to_string());
+                return Err(garbled(error));
+            }
+        }
+        Ok(())
     }
 
     fn append_answer(&self, to: u64, result: StreamAppendResult<TypeConfig>) -> raft::AppendResponse {
@@ -337,6 +358,7 @@ impl PeerHandler {
             ProposeError::NoLeader { hint } => not_leader(hint.as_deref()),
             ProposeError::OutcomeUnknown => status(ErrorCode::OutcomeUnknown, error.to_string()),
             ProposeError::ShuttingDown => status(ErrorCode::ShuttingDown, error.to_string()),
+            ProposeError::UpgradePending { node, version, known, .. } => upgrade_pending(error, *node, version, *known),
             ProposeError::Storage(_) => status(ErrorCode::Internal, error.to_string()),
         }
     }
@@ -348,7 +370,7 @@ impl PeerService for PeerHandler {
         let info = auth::peer(&request)?;
         let request = request.into_inner();
         self.peers.admit_caller(&info, request.caller)?;
-        let commands = decode_commands(request.format, request.commands).map_err(garbled)?;
+        let commands = decode_commands(request.format, request.commands, self.peers.format()).map_err(garbled)?;
         let replies = self.registry.propose_forwarded(commands).await.map_err(|error| self.refusal(&error))?;
         Ok(Response::new(peer::ProposeResponse { replies: replies.iter().map(reply_to_wire).collect() }))
     }

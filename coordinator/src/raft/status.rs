@@ -9,6 +9,7 @@ use openraft::{Instant as _, RaftMetrics, ServerState};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::formats::Ceiling;
 use super::types::{LogId, Raft, TypeConfig};
 use crate::peers::Peers;
 use crate::registry::{Applied, Leadership, MemberStatus, RaftStatus, Shared};
@@ -93,6 +94,11 @@ impl Watcher {
         }
         if seen.state == ServerState::Leader && self.shared.clock.is_skewed() {
             warnings.push("clock_skew");
+        }
+        if seen.state == ServerState::Leader
+            && Ceiling::of(self.peers.format(), &self.shared, &self.peers).format < self.peers.format()
+        {
+            warnings.push("upgrade_pending");
         }
         let membership = seen.membership_config.membership();
         RaftStatus {

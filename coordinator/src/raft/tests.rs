@@ -5,3 +5,4 @@ mod harness;
 mod members;
 mod offline;
 mod storage;
+mod versions;

@@ -7,6 +7,7 @@ use helix_core::{Rejection, Reply, Unfit};
 use helix_model::{BuildId, ErrorCode, InvalidField};
 use tonic::Status;
 
+use crate::raft::upgrade_pending;
 use crate::registry::{ProposeError, ReadError, StoreError};
 
 /// The status for a rejection, with what stood in the way in words.
@@ -146,6 +147,7 @@ pub(crate) fn of_propose(error: &ProposeError) -> Status {
             status(ErrorCode::OutcomeUnknown, text)
         }
         ProposeError::ShuttingDown => shutting_down(),
+        ProposeError::UpgradePending { node, version, known, .. } => upgrade_pending(error, *node, version, *known),
         ProposeError::Storage(why) => {
             tracing::error!(why, "this node's storage refuses proposals");
             status(ErrorCode::Internal, format!("this node's storage is broken: {why}"))

@@ -133,7 +133,7 @@ fn expect_known(services: &Services) -> Result<(), Status> {
             "coordinator {} has version {}, which cannot follow this: upgrade it first",
             node.id.0, node.version
         );
-        Err(status(ErrorCode::VersionSkew, text))
+        Err(status(ErrorCode::UpgradePending, text))
     })
 }
 

@@ -22,6 +22,7 @@ async fn malformed_introductions_are_refused_for_good() {
     let offer = || hello("w", 1).offer.unwrap();
     for (hello, reason) in [
         (agent::Hello { protocol: 99, ..hello("w", 1) }, "version_skew"),
+        (agent::Hello { protocol: helix_proto::AGENT_PROTOCOL - 1, ..hello("w", 1) }, "version_skew"),
         (agent::Hello { name: "v".to_owned(), ..hello("w", 1) }, "not_owner"),
         (agent::Hello { instance: "A B".to_owned(), ..hello("w", 1) }, "invalid_field"),
         (hello("w", 0), "invalid_field"),

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::node_dir::{NodeDir, NodeDirError, init};
 use crate::raft::{Options, Started, Timing, start};
-use crate::registry::{Consistency, ProposeError, Registry};
+use crate::registry::{COMMAND_FORMAT, Consistency, ProposeError, Registry};
 
 /// Longer than anything here takes, on a machine that does much else.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -68,6 +68,8 @@ pub(crate) struct Cluster {
     pub(crate) addresses: BTreeMap<NodeId, SocketAddr>,
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) snapshot_log_bytes: u64,
+    /// Nodes that play an older version: the highest command format that they know.
+    pub(crate) formats: BTreeMap<NodeId, u32>,
 }
 
 /// A node that runs.
@@ -88,7 +90,14 @@ impl Cluster {
         for number in 1..=count {
             addresses.insert(NodeId(number), SocketAddr::from(([127, 0, 0, 1], ports::free(1).unwrap())));
         }
-        let cluster = Self { root, authority, addresses, nodes: BTreeMap::new(), snapshot_log_bytes: 128 << 20 };
+        let cluster = Self {
+            root,
+            authority,
+            addresses,
+            nodes: BTreeMap::new(),
+            snapshot_log_bytes: 128 << 20,
+            formats: BTreeMap::new(),
+        };
         for number in 1..=count {
             cluster.init(NodeId(number));
         }
@@ -123,7 +132,7 @@ impl Cluster {
         TlsStore::load(TlsFiles { ca: self.root.path().join(CA_FILE), cert, key, revoked: None }).unwrap()
     }
 
-    fn options(&self) -> Options {
+    fn options(&self, node: NodeId) -> Options {
         let ms = Duration::from_millis;
         Options {
             grpc: "https://127.0.0.1:1".to_owned(),
@@ -131,6 +140,8 @@ impl Cluster {
             timing: Some(Timing { heartbeat: ms(50), election_min: ms(500), election_max: ms(1_000) }),
             snapshot_log_bytes: self.snapshot_log_bytes,
             log_chunk_bytes: 1 << 20,
+            version: if self.formats.contains_key(&node) { "0.0.9".to_owned() } else { "0.1.0".to_owned() },
+            command_format: self.formats.get(&node).copied().unwrap_or(COMMAND_FORMAT),
             ..Options::default()
         }
     }
@@ -139,7 +150,8 @@ impl Cluster {
         let dir = Arc::new(NodeDir::open(&self.path(node)).unwrap());
         let tls = self.tls(node);
         let listener = accept::bind(self.addresses[&node]).await.unwrap();
-        let Started { registry, raft, peer, task, .. } = start(dir, Arc::clone(&tls), self.options()).await.unwrap();
+        let Started { registry, raft, peer, task, .. } =
+            start(dir, Arc::clone(&tls), self.options(node)).await.unwrap();
         let stop = CancellationToken::new();
         let server = {
             let stop = stop.clone();
