@@ -32,6 +32,10 @@ const OPEN_RETRY: Duration = Duration::from_secs(2);
 /// Keys in one batch while everything is replaced: batches lock out readers.
 const IMPORT_KEYS: usize = 512;
 
+/// Rows that are in memory twice while everything is loaded.
+const LOAD_ROWS: usize = 1_024;
+const LOAD_BYTES: usize = 4 << 20;
+
 /// What is done to one row; `None` removes it.
 pub(super) type Changes = BTreeMap<Vec<u8>, Option<(Vec<u8>, Row)>>;
 
@@ -84,32 +88,23 @@ impl Store {
         read_head(&self.tree())
     }
 
-    /// Loads all rows.
+    /// Loads all rows, a few at a time.
     ///
     /// # Errors
     /// Also when some are missing, or are not what was written.
     pub(crate) fn load(&self) -> io::Result<(State, SnapshotMeta)> {
         let tree = self.tree();
-        let mut rows = Vec::new();
-        let mut cursor = Vec::new();
-        let mut sum = 0u128;
-        loop {
-            let step = walk(&tree, &cursor, usize::MAX, 4_096)?;
-            let Some((last, _)) = step.last() else { break };
-            cursor.clone_from(last);
-            for (base, bytes) in step {
-                sum = sum.wrapping_add(sum_of(&base, &bytes));
-                let row = decode_row(&bytes)?;
-                check_index(&tree, &row)?;
-                rows.push(row);
-            }
+        let mut rows = Rows { tree: &tree, step: Vec::new().into_iter(), cursor: Vec::new(), sum: 0, failed: None };
+        let state = State::load(&mut rows);
+        if let Some(error) = rows.failed {
+            return Err(error);
         }
+        // Before the sum: where rows contradict each other the rest was not read.
+        let state = state.map_err(|error| io::Error::other(format!("rows contradict each other: {error:?}")))?;
         let Head { meta, sum: expected } = read_head(&tree)?;
-        if sum != expected {
+        if rows.sum != expected {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "rows are missing, or not what was written"));
         }
-        let state =
-            State::load(rows).map_err(|error| io::Error::other(format!("rows contradict each other: {error:?}")))?;
         Ok((state, meta))
     }
 
@@ -205,6 +200,44 @@ impl Store {
         drop(old);
         self.db.drop_tree(old_name).map_err(io_error)?;
         Ok(meta)
+    }
+}
+
+/// A tree's rows in order, checked against its index; ends early where reading fails.
+struct Rows<'a> {
+    tree: &'a sled::Tree,
+    step: std::vec::IntoIter<(Vec<u8>, Vec<u8>)>,
+    cursor: Vec<u8>,
+    /// Of [`sum_of`] over those given.
+    sum: u128,
+    failed: Option<io::Error>,
+}
+
+impl Rows<'_> {
+    fn read(&mut self) -> io::Result<Option<Row>> {
+        if self.step.len() == 0 {
+            self.step = walk(self.tree, &self.cursor, LOAD_BYTES, LOAD_ROWS)?.into_iter();
+        }
+        let Some((base, bytes)) = self.step.next() else { return Ok(None) };
+        self.sum = self.sum.wrapping_add(sum_of(&base, &bytes));
+        self.cursor = base;
+        let row = decode_row(&bytes)?;
+        check_index(self.tree, &row)?;
+        Ok(Some(row))
+    }
+}
+
+impl Iterator for Rows<'_> {
+    type Item = Row;
+
+    fn next(&mut self) -> Option<Row> {
+        if self.failed.is_some() {
+            return None;
+        }
+        self.read().unwrap_or_else(|error| {
+            self.failed = Some(error);
+            None
+        })
     }
 }
 
