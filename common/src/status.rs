@@ -102,6 +102,7 @@ pub fn grpc_code(code: ErrorCode) -> Code {
         }
         ErrorCode::Unsatisfiable
         | ErrorCode::WrongState
+        | ErrorCode::Expired
         | ErrorCode::PolicyChanged
         | ErrorCode::StaleAttempt
         | ErrorCode::VersionSkew

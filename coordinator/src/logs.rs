@@ -161,7 +161,7 @@ impl LogHub {
                     self.remove(vec![key.clone()]).await;
                     self.inner.bells.ring(&key.build);
                 }
-                Effect::BuildPurged(build) => {
+                Effect::BuildPurged(build) | Effect::LogsExpired(build) => {
                     self.remove(self.keys_of(build)).await;
                     self.inner.bells.ring(build);
                 }
@@ -187,7 +187,8 @@ impl LogHub {
         }
         let mut gone = Vec::new();
         for key in keys {
-            if matches!(self.inner.plane.attempt(&key).await, Ok(AttemptFacts::Unknown | AttemptFacts::Sealed { .. })) {
+            let facts = self.inner.plane.attempt(&key).await;
+            if let Ok(AttemptFacts::Unknown | AttemptFacts::Expired | AttemptFacts::Sealed { .. }) = facts {
                 gone.push(key);
             }
         }

@@ -62,6 +62,8 @@ pub enum AttemptFacts {
         /// How it ended, if it has.
         end: Option<EndFacts>,
     },
+    /// Its log was not kept as long as its build.
+    Expired,
     /// Its log is sealed.
     Sealed {
         /// The log.
@@ -146,6 +148,7 @@ fn facts_of(record: &BuildRecord, key: &AttemptKey) -> AttemptFacts {
     let attempt = task.and_then(|task| task.attempts.iter().find(|attempt| attempt.number == key.attempt));
     match attempt {
         None => AttemptFacts::Unknown,
+        Some(_) if record.expired.logs.is_some() => AttemptFacts::Expired,
         Some(AttemptRecord { log: Some(log), .. }) => AttemptFacts::Sealed { log: log.clone() },
         Some(attempt) => {
             let end = attempt.end.as_ref().map(|end| EndFacts { at: end.at, reason: end.reason });
