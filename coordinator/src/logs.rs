@@ -8,6 +8,7 @@ mod live;
 mod peer;
 mod push;
 mod read;
+mod seal;
 mod sealed;
 #[cfg(test)]
 mod tests;
@@ -45,6 +46,9 @@ const ROOM_BELIEVED: Duration = Duration::from_secs(1);
 
 /// Between looks for live logs that nobody needs any more.
 const SWEEP_EVERY: Duration = Duration::from_secs(300);
+
+/// Between looks for logs that no agent seals any more.
+const SEAL_LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// What a reader wants.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -126,6 +130,21 @@ impl LogHub {
     #[must_use]
     pub fn live_totals(&self) -> (u64, u64) {
         self.inner.live.totals()
+    }
+
+    /// Seals logs that no agent seals any more. Runs until stopped.
+    pub async fn seal_what_is_left(self) {
+        let stopping = self.inner.stopping.clone();
+        let forever = async {
+            loop {
+                tokio::time::sleep(SEAL_LOOK_EVERY).await;
+                self.seal_left().await;
+            }
+        };
+        tokio::select! {
+            () = stopping.cancelled() => {}
+            () = forever => {}
+        }
     }
 
     /// Wakes readers when the registry changes, and removes live logs that are sealed or purged. Runs until stopped.

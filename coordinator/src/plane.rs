@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use helix_core::Effect;
+use helix_core::command::SealLog;
 use helix_core::record::{AttemptRecord, BuildRecord, Policy, SealedLog};
+use helix_core::{Command, Effect, Reply};
 use helix_model::{AttemptKey, Digest, LogTime, NodeId, Reason, WorkerName};
 use tokio::sync::broadcast;
 use tonic::transport::Channel;
@@ -40,6 +41,12 @@ pub trait Plane: Send + Sync + 'static {
 
     /// What this node knows of an attempt, without a barrier.
     fn attempt<'a>(&'a self, key: &'a AttemptKey) -> BoxFuture<'a, Result<AttemptFacts, Unavailable>>;
+
+    /// Log time.
+    fn now(&self) -> LogTime;
+
+    /// Commits that an attempt's log is sealed. What is sealed already, or wanted no more, is no error.
+    fn seal_log(&self, command: SealLog) -> BoxFuture<'_, Result<(), Unavailable>>;
 
     /// What changes, as it is applied here.
     fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>>;
@@ -135,6 +142,20 @@ impl Plane for ClusterPlane {
         Box::pin(async {
             let view = self.registry.build(&key.build).await.map_err(|error| Unavailable(error.to_string()))?;
             Ok(view.map_or(AttemptFacts::Unknown, |view| facts_of(&view.record, key)))
+        })
+    }
+
+    fn now(&self) -> LogTime {
+        self.registry.now()
+    }
+
+    fn seal_log(&self, command: SealLog) -> BoxFuture<'_, Result<(), Unavailable>> {
+        Box::pin(async {
+            match self.registry.propose(Command::SealLog(command)).await {
+                Ok(Reply::Rejected(rejection)) => Err(Unavailable(crate::rpc::answer::rejection_text(&rejection))),
+                Ok(_) => Ok(()),
+                Err(error) => Err(Unavailable(error.to_string())),
+            }
         })
     }
 

@@ -104,23 +104,23 @@ struct Reader {
 }
 
 /// Who has the log live, and how far.
-struct Found {
-    source: Source,
-    last_seq: u64,
-    pushing: bool,
+pub(super) struct Found {
+    pub(super) source: Source,
+    pub(super) last_seq: u64,
+    pub(super) pushing: bool,
     complete: bool,
 }
 
-enum Source {
+pub(super) enum Source {
     Here(Arc<LiveLog>),
     Peer(NodeId),
 }
 
 /// What all coordinators have of a live log.
-struct Survey {
-    found: Vec<Found>,
+pub(super) struct Survey {
+    pub(super) found: Vec<Found>,
     /// Coordinators that did not answer.
-    silent: Vec<NodeId>,
+    pub(super) silent: Vec<NodeId>,
 }
 
 /// How a source came to its end.
@@ -358,7 +358,7 @@ impl Reader {
 
 impl Inner {
     /// Asks everybody who has the log live.
-    async fn survey(&self, key: &AttemptKey) -> Survey {
+    pub(super) async fn survey(&self, key: &AttemptKey) -> Survey {
         let mut found = Vec::new();
         if let Some(log) = self.live.get(key) {
             let head = *log.head().borrow();

@@ -313,6 +313,7 @@ async fn open_bytes(
         opened.with_context(|| format!("blobs or logs in {shown} cannot be opened"))?;
     tasks.spawn(collection.run(blobs::Schedule::default(), stop.clone()));
     tasks.spawn(scrub.run(stop.clone()));
+    tasks.spawn(logs.clone().seal_what_is_left());
     tasks.spawn(logs.clone().keep());
     Ok((blobs, logs))
 }
