@@ -13,6 +13,7 @@ mod sealed;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -75,6 +76,8 @@ struct Inner {
     blobs: Arc<Blobs>,
     live: LiveLogs,
     bells: Bells,
+    /// Attempts that have ended and whose logs are here and not sealed, and since when this node knows.
+    left: Mutex<HashMap<AttemptKey, Instant>>,
     remote_followers: Semaphore,
     /// Free bytes of the disk, and when that was looked up.
     room: Mutex<Option<(Instant, u64)>>,
@@ -100,6 +103,7 @@ impl LogHub {
             blobs,
             live: LiveLogs::open(directory)?,
             bells: Bells::default(),
+            left: Mutex::default(),
             remote_followers: Semaphore::new(REMOTE_FOLLOWERS_MAX),
             room: Mutex::default(),
             readers: AtomicU64::new(0),

@@ -5,11 +5,13 @@
 //! log ends with a `system` line that says from where on lines may be missing, so that a gap stands where it is.
 //! When several seal at once the first report counts, as always.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
@@ -47,7 +49,9 @@ impl LogHub {
     /// Looks for logs that are to be sealed here, and seals them. How many were.
     pub(super) async fn seal_left(&self) -> usize {
         let mut sealed = 0;
-        for key in self.inner.live.keys() {
+        let keys = self.inner.live.keys();
+        self.left().retain(|key, _| self.inner.live.get(key).is_some());
+        for key in keys {
             let Some(due) = self.due(key).await else { continue };
             let (key, last) = (due.key.clone(), due.log.head().borrow().last_seq);
             match self.seal(due).await {
@@ -73,7 +77,10 @@ impl LogHub {
         let policy = inner.plane.policy();
         // An agent that is there tries for so long to store a log.
         let store_ms = if end.worker_gone() { 0 } else { policy.store_deadline_ms };
-        let waited = inner.plane.now().since_ms(end.at);
+        // Log time stands still here while nothing is committed, and what this node saw begins anew when it starts.
+        let seen = *self.left().entry(key.clone()).or_insert_with(Instant::now);
+        let seen_ms = u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let waited = inner.plane.now().since_ms(end.at).max(seen_ms);
         let late = waited.checked_sub(policy.seal_lost_after_ms.saturating_add(store_ms))?;
         let Survey { found, silent } = inner.survey(&key).await;
         let better = found.iter().any(|found| match found.source {
@@ -83,6 +90,10 @@ impl LogHub {
         });
         let wait = better || (!silent.is_empty() && late < SILENT_PATIENCE_MS);
         (!wait).then_some(Due { key, worker, end, log, silent })
+    }
+
+    fn left(&self) -> MutexGuard<'_, HashMap<AttemptKey, Instant>> {
+        self.inner.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn seal(&self, due: Due) -> Result<(), String> {
