@@ -69,7 +69,12 @@ impl Kept {
             RowKey::Addendum(attempt, name) if name.is_empty() && attempt.attempt.0 == 0 => Some(Self::Build),
             RowKey::Addendum(_, name) if name.is_empty() => Some(Self::Logs),
             RowKey::Addendum(..) => Some(Self::Artifacts),
-            _ => None,
+            RowKey::Counters
+            | RowKey::Policy
+            | RowKey::Node(_)
+            | RowKey::Worker(_)
+            | RowKey::Build(_)
+            | RowKey::Tombstone(_) => None,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use helix_core::command::{self as cmd, Command, Outcome, WorkerOffer};
 use helix_core::record::{Pinned, Policy};
-use helix_core::retention::{Kept, Rule, Rules};
+use helix_core::retention::{Kept, Rules};
 use helix_core::{Applied, State};
 use helix_model::{BuildSpec, Executor, LogTime, NodeId, OnWorkerLoss, Reason, Resources};
 use proptest::prelude::*;
@@ -141,8 +141,8 @@ fn any_command() -> impl Strategy<Value = Command> {
 
 fn any_rules() -> impl Strategy<Value = Rules> {
     let name = (0..3usize, prop::sample::select(vec!["failed", "succeeded", "failed,k=v", "k=v", "cancelled"]));
-    let rule = name.prop_map(|(kept, of)| Rule::parse(&format!("{}[{of}]", Kept::ALL[kept].key())).unwrap().unwrap());
-    prop::collection::btree_map(rule, 0..60_000u64, 0..3)
+    let rules = name.prop_map(|(kept, of)| rule(&format!("{}[{of}]", Kept::ALL[kept].key())));
+    prop::collection::btree_map(rules, 0..60_000u64, 0..3)
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
