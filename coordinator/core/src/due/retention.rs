@@ -11,14 +11,14 @@ use crate::command::{Command, ExpireBytes, ExpireTombstones, PurgeBuilds};
 use crate::liveness::InFlight;
 use crate::retention::Kept;
 use crate::state::State;
+use crate::state::index::ByEnd;
 
 /// When something will have been kept long enough; in the past if it has.
 pub(super) fn next(state: &State) -> Option<LogTime> {
     let (index, policy) = (&state.index, &state.policy);
     let overfull = index.purgeable.len() as u64 > policy.retain_builds;
-    let first = |((_, keep_ms), entries): (&(Kept, u64), &BTreeSet<(LogTime, u64, BuildId)>)| {
-        entries.first().map(|(end, _, _)| end.plus_ms(*keep_ms))
-    };
+    let first =
+        |((_, keep_ms), entries): (&(Kept, u64), &ByEnd)| entries.first().map(|(end, _, _)| end.plus_ms(*keep_ms));
     let aged = index.lifetimes.iter().filter_map(first).min();
     let tombstone = index.tombstones.first().map(|(purged, _)| purged.plus_ms(policy.tombstone_ms));
     [overfull.then(|| state.last_at()), aged, tombstone].into_iter().flatten().min()

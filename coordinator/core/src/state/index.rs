@@ -17,6 +17,9 @@ mod queue;
 
 pub(crate) use queue::Queue;
 
+/// Finished builds by their end.
+pub(crate) type ByEnd = BTreeSet<(LogTime, u64, BuildId)>;
+
 type Workers = BTreeMap<WorkerName, Arc<WorkerRecord>>;
 
 /// A waiting task's place in the order: higher priority first, then older.
@@ -71,7 +74,7 @@ pub(crate) struct Index {
     pub(crate) purgeable: BTreeSet<(LogTime, u64, BuildId)>,
     /// The same by what is kept of them and for how long, then by end: those that go first are first in each. As many
     /// groups as policy knows lifetimes. Logs and artifacts stand here only while they go before their build.
-    pub(crate) lifetimes: BTreeMap<(Kept, u64), BTreeSet<(LogTime, u64, BuildId)>>,
+    pub(crate) lifetimes: BTreeMap<(Kept, u64), ByEnd>,
     /// Tombstones by age.
     pub(crate) tombstones: BTreeSet<(LogTime, BuildId)>,
     /// How often open builds name each blob.
