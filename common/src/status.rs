@@ -104,6 +104,7 @@ pub fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::SnapshotInvalid => Code::InvalidArgument,
         ErrorCode::Unsatisfiable
         | ErrorCode::WrongState
+        | ErrorCode::Expired
         | ErrorCode::PolicyChanged
         | ErrorCode::StaleAttempt
         | ErrorCode::VersionSkew

@@ -9,9 +9,12 @@ mod adopt;
 mod collect;
 mod frame;
 mod get;
+mod health;
 mod large;
 mod leases;
+mod mend;
 mod put;
+mod scrub;
 mod segments;
 pub mod store;
 #[cfg(test)]
@@ -27,14 +30,16 @@ use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_model::{Digest, NodeId};
 use helix_proto::v1;
 use helix_proto::v1::blob_service_client::BlobServiceClient;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tonic::Status;
 use tonic::transport::Channel;
 
 pub use self::collect::{Collection, Schedule};
 pub use self::get::{Reach, Reading};
+pub use self::health::{Damage, Health};
 pub use self::leases::LEASE;
 pub use self::put::Announce;
+pub use self::scrub::Scrub;
 use self::store::{BlobStore, Room};
 use crate::plane::Plane;
 
@@ -47,16 +52,12 @@ pub(crate) const STALL: Duration = Duration::from_secs(60);
 /// Uploads of large blobs at a time, and as many copies that peers bring: each holds about a megabyte of memory.
 const UPLOADS_MAX: usize = 64;
 
-/// Damaged blobs that wait to be fetched again.
-const REPAIRS_MAX: usize = 256;
-
 /// The cluster's blobs, as this coordinator serves them.
 pub struct Blobs {
     store: Arc<BlobStore>,
     plane: Arc<dyn Plane>,
     uploads: Semaphore,
     copies: Semaphore,
-    repairs: mpsc::Sender<Digest>,
 }
 
 /// Who holds a blob.
@@ -156,6 +157,8 @@ pub struct Opened {
     pub blobs: Arc<Blobs>,
     /// Collection and repair: to be run until shutdown.
     pub collection: Collection,
+    /// What reads all blobs again: to be run until shutdown.
+    pub scrub: Scrub,
 }
 
 impl Blobs {
@@ -169,19 +172,11 @@ impl Blobs {
 
     fn open_with(root: &Path, plane: Arc<dyn Plane>, lease: Duration) -> io::Result<Opened> {
         let (store, damaged) = BlobStore::open(root, lease)?;
-        let (repairs, wanted) = mpsc::channel(REPAIRS_MAX);
-        for digest in damaged {
-            // More than fit are found again when somebody asks for them, here or elsewhere.
-            let _ = repairs.try_send(digest);
-        }
-        let blobs = Arc::new(Self {
-            store,
-            plane,
-            uploads: Semaphore::new(UPLOADS_MAX),
-            copies: Semaphore::new(UPLOADS_MAX),
-            repairs,
-        });
-        Ok(Opened { collection: Collection::new(Arc::clone(&blobs), wanted), blobs })
+        damaged.into_iter().for_each(|digest| store.health().damaged(digest));
+        let blobs =
+            Arc::new(Self { store, plane, uploads: Semaphore::new(UPLOADS_MAX), copies: Semaphore::new(UPLOADS_MAX) });
+        let (collection, scrub) = (Collection::new(Arc::clone(&blobs)), Scrub::new(Arc::clone(&blobs)));
+        Ok(Opened { collection, scrub, blobs })
     }
 
     /// This coordinator's own blobs.
@@ -246,9 +241,10 @@ impl Blobs {
         Room { blob_bytes_max: policy.blob_bytes_max, disk_reserve_bytes: policy.disk_reserve_bytes }
     }
 
-    fn repair(&self, digest: Digest) {
-        // A full queue loses nothing: it is damaged or absent still when somebody asks again.
-        let _ = self.repairs.try_send(digest);
+    /// What is wrong with them.
+    #[must_use]
+    pub fn health(&self) -> &Health {
+        self.store.health()
     }
 }
 

@@ -12,11 +12,13 @@ use prost::Message;
 
 mod command;
 mod parts;
+mod policy;
 mod reply;
 mod row;
 
 pub use command::{command_from_wire, command_to_wire};
 pub(crate) use command::{format_of, lower};
+pub(crate) use policy::policy_needs;
 pub use reply::{reply_from_wire, reply_to_wire};
 pub use row::{ROW_FORMAT, decode_row, encode_row};
 

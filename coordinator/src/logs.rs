@@ -8,10 +8,12 @@ mod live;
 mod peer;
 mod push;
 mod read;
+mod seal;
 mod sealed;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,6 +48,9 @@ const ROOM_BELIEVED: Duration = Duration::from_secs(1);
 /// Between looks for live logs that nobody needs any more.
 const SWEEP_EVERY: Duration = Duration::from_secs(300);
 
+/// Between looks for logs that no agent seals any more.
+const SEAL_LOOK_EVERY: Duration = Duration::from_secs(5);
+
 /// What a reader wants.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LogQuery {
@@ -71,6 +76,8 @@ struct Inner {
     blobs: Arc<Blobs>,
     live: LiveLogs,
     bells: Bells,
+    /// Attempts that have ended and whose logs are here and not sealed, and since when this node knows.
+    left: Mutex<HashMap<AttemptKey, Instant>>,
     remote_followers: Semaphore,
     /// Free bytes of the disk, and when that was looked up.
     room: Mutex<Option<(Instant, u64)>>,
@@ -96,6 +103,7 @@ impl LogHub {
             blobs,
             live: LiveLogs::open(directory)?,
             bells: Bells::default(),
+            left: Mutex::default(),
             remote_followers: Semaphore::new(REMOTE_FOLLOWERS_MAX),
             room: Mutex::default(),
             readers: AtomicU64::new(0),
@@ -126,6 +134,21 @@ impl LogHub {
     #[must_use]
     pub fn live_totals(&self) -> (u64, u64) {
         self.inner.live.totals()
+    }
+
+    /// Seals logs that no agent seals any more. Runs until stopped.
+    pub async fn seal_what_is_left(self) {
+        let stopping = self.inner.stopping.clone();
+        let forever = async {
+            loop {
+                tokio::time::sleep(SEAL_LOOK_EVERY).await;
+                self.seal_left().await;
+            }
+        };
+        tokio::select! {
+            () = stopping.cancelled() => {}
+            () = forever => {}
+        }
     }
 
     /// Wakes readers when the registry changes, and removes live logs that are sealed or purged. Runs until stopped.
@@ -161,7 +184,7 @@ impl LogHub {
                     self.remove(vec![key.clone()]).await;
                     self.inner.bells.ring(&key.build);
                 }
-                Effect::BuildPurged(build) => {
+                Effect::BuildPurged(build) | Effect::LogsExpired(build) => {
                     self.remove(self.keys_of(build)).await;
                     self.inner.bells.ring(build);
                 }
@@ -187,7 +210,8 @@ impl LogHub {
         }
         let mut gone = Vec::new();
         for key in keys {
-            if matches!(self.inner.plane.attempt(&key).await, Ok(AttemptFacts::Unknown | AttemptFacts::Sealed { .. })) {
+            let facts = self.inner.plane.attempt(&key).await;
+            if let Ok(AttemptFacts::Unknown | AttemptFacts::Expired | AttemptFacts::Sealed { .. }) = facts {
                 gone.push(key);
             }
         }

@@ -75,6 +75,13 @@ gauges! {
     blob_bytes: "Bytes of blobs this node holds",
     blobs: "Blobs this node holds",
     blob_segment_syncs: "Fsyncs of the segments that small blobs share",
+    blobs_damaged: "Blobs this node found damaged and looks for a good copy of",
+    blobs_lost: "Blobs that this node found damaged, or misses as the leader, and that have no good copy anywhere",
+    blobs_found_damaged: "Blobs this node found damaged since its start",
+    blobs_repaired: "Damaged blobs this node replaced by a good copy since its start",
+    blobs_scrubbed: "Blobs this node read again to check them since its start",
+    blob_bytes_scrubbed: "Their bytes",
+    blob_scrub_passes: "Passes over all blobs since its start",
     live_logs: "Unsealed build logs this node holds",
     live_log_bytes: "Bytes of unsealed build logs this node holds",
     log_readers: "Logs being read through this node",
@@ -136,6 +143,14 @@ impl Metrics {
         gauges.blobs.set(blobs.small + blobs.large);
         gauges.blob_bytes.set(blobs.small_bytes + blobs.large_bytes);
         gauges.blob_segment_syncs.set(blobs.segment_syncs);
+        let health = services.blobs.health().totals();
+        gauges.blobs_damaged.set(health.waiting);
+        gauges.blobs_lost.set(health.lost.max(registry.counters().blobs_missing.get()));
+        gauges.blobs_found_damaged.set(health.found);
+        gauges.blobs_repaired.set(health.repaired);
+        gauges.blobs_scrubbed.set(health.scrubbed);
+        gauges.blob_bytes_scrubbed.set(health.scrubbed_bytes);
+        gauges.blob_scrub_passes.set(health.passes);
         let (logs, bytes) = services.logs.live_totals();
         gauges.live_logs.set(logs);
         gauges.live_log_bytes.set(bytes);

@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use helix_core::Effect;
+use helix_core::command::SealLog;
 use helix_core::record::{AttemptRecord, BuildRecord, Policy, SealedLog};
+use helix_core::{Command, Effect, Reply};
 use helix_model::{AttemptKey, Digest, LogTime, NodeId, Reason, WorkerName};
 use tokio::sync::broadcast;
 use tonic::transport::Channel;
@@ -41,6 +42,12 @@ pub trait Plane: Send + Sync + 'static {
     /// What this node knows of an attempt, without a barrier.
     fn attempt<'a>(&'a self, key: &'a AttemptKey) -> BoxFuture<'a, Result<AttemptFacts, Unavailable>>;
 
+    /// Log time.
+    fn now(&self) -> LogTime;
+
+    /// Commits that an attempt's log is sealed. What is sealed already, or wanted no more, is no error.
+    fn seal_log(&self, command: SealLog) -> BoxFuture<'_, Result<(), Unavailable>>;
+
     /// What changes, as it is applied here.
     fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>>;
 }
@@ -62,6 +69,8 @@ pub enum AttemptFacts {
         /// How it ended, if it has.
         end: Option<EndFacts>,
     },
+    /// Its log was not kept as long as its build.
+    Expired,
     /// Its log is sealed.
     Sealed {
         /// The log.
@@ -136,6 +145,20 @@ impl Plane for ClusterPlane {
         })
     }
 
+    fn now(&self) -> LogTime {
+        self.registry.now()
+    }
+
+    fn seal_log(&self, command: SealLog) -> BoxFuture<'_, Result<(), Unavailable>> {
+        Box::pin(async {
+            match self.registry.propose(Command::SealLog(command)).await {
+                Ok(Reply::Rejected(rejection)) => Err(Unavailable(crate::rpc::answer::rejection_text(&rejection))),
+                Ok(_) => Ok(()),
+                Err(error) => Err(Unavailable(error.to_string())),
+            }
+        })
+    }
+
     fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>> {
         self.registry.effects()
     }
@@ -146,6 +169,7 @@ fn facts_of(record: &BuildRecord, key: &AttemptKey) -> AttemptFacts {
     let attempt = task.and_then(|task| task.attempts.iter().find(|attempt| attempt.number == key.attempt));
     match attempt {
         None => AttemptFacts::Unknown,
+        Some(_) if record.expired.logs.is_some() => AttemptFacts::Expired,
         Some(AttemptRecord { log: Some(log), .. }) => AttemptFacts::Sealed { log: log.clone() },
         Some(attempt) => {
             let end = attempt.end.as_ref().map(|end| EndFacts { at: end.at, reason: end.reason });

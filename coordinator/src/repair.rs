@@ -4,6 +4,7 @@
 //! fetch it. Nothing of it is recorded: a pass that is cut short is begun anew, and finds less to do.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -36,12 +37,16 @@ const BYTES_PER_SECOND: u64 = 32 << 20;
 const PAGE_PAUSE: Duration = Duration::from_millis(20);
 /// Digests that are named where copies are missing.
 const NAMED_MAX: usize = 5;
+/// Lost blobs that are remembered by name: whoever has more has lost disks.
+pub const LOST_MAX: usize = 1_000;
 
 /// The cluster's copies. Cheap to clone.
 #[derive(Clone)]
 pub struct Repair {
     registry: Registry,
     peers: Peers,
+    /// What the last whole pass in the background found on nobody.
+    lost: Arc<Mutex<Vec<Digest>>>,
 }
 
 /// What a pass is to bring about.
@@ -78,6 +83,8 @@ pub(crate) struct Tally {
     pub(crate) short: u64,
     /// Blobs that no keeper holds, although whoever leaves does, or may.
     pub(crate) last_copies: u64,
+    /// Blobs that nobody has; at most [`LOST_MAX`].
+    pub(crate) lost: Vec<Digest>,
     /// Some of these, and why they were not copied.
     pub(crate) examples: Vec<String>,
     /// Why whoever leaves did not say what it promised to keep.
@@ -130,7 +137,23 @@ impl Repair {
     /// On these handles.
     #[must_use]
     pub fn new(registry: Registry, peers: Peers) -> Self {
-        Self { registry, peers }
+        Self { registry, peers, lost: Arc::default() }
+    }
+
+    /// Blobs that builds name and nobody had when this node last looked, as the leader; at most [`LOST_MAX`].
+    #[must_use]
+    pub fn lost(&self) -> Vec<Digest> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says once which blobs are lost.
+    fn note_lost(&self, found: Vec<Digest>) {
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        for digest in found.iter().filter(|digest| !lost.contains(digest)) {
+            tracing::error!(%digest, "a blob that a build names is on no coordinator: its bytes are lost");
+        }
+        self.registry.counters().blobs_missing.set(found.len() as u64);
+        *lost = found;
     }
 
     /// Looks after the copies while this node leads, until `stop`: soon after it began to lead, when the voters or the
@@ -146,6 +169,8 @@ impl Repair {
             }
             if !self.registry.leadership().borrow().is_leader {
                 done = None;
+                // Whoever leads now knows better.
+                self.note_lost(Vec::new());
                 continue;
             }
             let plan = self.plan(None, Pace::Background);
@@ -160,7 +185,8 @@ impl Repair {
                 pass = self.while_leading(&plan) => pass,
             };
             match pass {
-                Ok(tally) => {
+                Ok(mut tally) => {
+                    self.note_lost(std::mem::take(&mut tally.lost));
                     if tally.copied > 0 || tally.short > 0 {
                         tracing::info!(?tally, "blobs were copied to where they should be");
                     }
@@ -215,6 +241,7 @@ impl Repair {
             }
         }
         let before = tally.bytes;
+        let mut absent = Vec::new();
         let failures = self.spread(plan, digests, &mut holders, tally).await;
         for (at, digest) in digests.iter().enumerate() {
             let holds = |node: &NodeId| holders.get(node).is_some_and(|held| held[at]);
@@ -229,14 +256,33 @@ impl Repair {
                 }
             } else if have > 0 && have < plan.copies {
                 tally.short += 1;
+            } else if have == 0 && plan.leaving.is_none() {
+                absent.push(*digest);
             }
         }
+        let room = LOST_MAX.saturating_sub(tally.lost.len());
+        tally.lost.extend(self.on_nobody(plan, absent).await.into_iter().take(room));
         tally.checked += digests.len() as u64;
         if plan.pace == Pace::Background {
             let copying = Duration::from_secs_f64((tally.bytes - before) as f64 / BYTES_PER_SECOND as f64);
             tokio::time::sleep(copying.max(PAGE_PAUSE)).await;
         }
         Ok(())
+    }
+
+    /// Those that members without a vote do not have either. A member that does not answer may have all of them.
+    async fn on_nobody(&self, plan: &Plan, mut digests: Vec<Digest>) -> Vec<Digest> {
+        let others: Vec<NodeId> =
+            self.registry.members().into_keys().filter(|node| !plan.keepers.contains(node)).collect();
+        for node in others {
+            if digests.is_empty() {
+                break;
+            }
+            let Ok(held) = self.held(node, &digests).await else { return Vec::new() };
+            let mut held = held.into_iter();
+            digests.retain(|_| held.next() == Some(false));
+        }
+        digests
     }
 
     /// Has keepers fetch what they should hold, until each blob has its copies or nobody is left to try. Why what failed.

@@ -14,6 +14,8 @@ mod coordinators;
 mod disks;
 #[path = "cluster/floods.rs"]
 mod floods;
+#[path = "cluster/keeping.rs"]
+mod keeping;
 #[path = "cluster/members.rs"]
 mod members;
 #[path = "cluster/placing.rs"]

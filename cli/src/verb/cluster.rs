@@ -129,6 +129,11 @@ fn item(status: &v1::ClusterStatus) -> Item {
             "queued": totals.queued,
             "running": totals.running,
             "warnings": status.warnings,
+            "blobs": status.blobs.as_ref().map(|blobs| json!({
+                "damaged": blobs.damaged,
+                "lost": blobs.lost,
+                "lost_sha256": blobs.lost_sha256,
+            })),
         }),
     }
 }
@@ -155,6 +160,9 @@ fn text(status: &v1::ClusterStatus) -> String {
     }
     for warning in &status.warnings {
         let _ = writeln!(out, "warning: {warning}");
+    }
+    for sha256 in status.blobs.iter().flat_map(|blobs| &blobs.lost_sha256) {
+        let _ = writeln!(out, "lost: blob {sha256} has no good copy on any coordinator");
     }
     out
 }

@@ -249,7 +249,24 @@ fn look_at_node(check: &str, status: &v1::ClusterStatus, report: &mut Report) {
             report.ok(check, format!("{free} free"));
         }
     }
-    for warning in status.warnings.iter().filter(|warning| *warning != "disk_reserve") {
+    if let Some(blobs) = &status.blobs {
+        let check = format!("{check}, its blobs");
+        if blobs.damaged > 0 {
+            let text = format!("{} are damaged on its disk, and a good copy is looked for", blobs.damaged);
+            report.warn(
+                &check,
+                text,
+                "if it stays, bring back the other coordinators; look at the disk (`dmesg`, SMART)",
+            );
+        }
+        if blobs.lost > 0 {
+            let some = blobs.lost_sha256.join(", ");
+            let text = format!("{} that builds name have no good copy on any coordinator: {some}", blobs.lost);
+            report.fail(&check, text, "bring back who held them: see the runbook, A blob is damaged");
+        }
+    }
+    let told = ["disk_reserve", "blobs_damaged", "blobs_lost"];
+    for warning in status.warnings.iter().filter(|warning| !told.contains(&warning.as_str())) {
         report.warn(check, format!("it warns of {warning}"), "look into its log");
     }
 }

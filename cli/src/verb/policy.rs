@@ -14,6 +14,9 @@ use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Format, Item, Output};
 
+/// What a key is set to that is to be as if nobody had set it.
+const DEFAULT: &str = "=default";
+
 const HEADER: [&str; 5] = ["key", "value", "default", "allowed", "for"];
 
 /// `helix cluster policy`.
@@ -36,7 +39,9 @@ enum PolicyVerb {
     },
     /// Change keys, all of them or none; operators only
     Set {
-        /// A value is a number in the key's unit, or a duration such as 90s, or a size such as 10GiB
+        /// A value is a number in the key's unit, a duration such as 90s, a size such as 10GiB, or `default`. Lifetimes
+        /// have rules, too: retain_ms, retain_logs_ms and retain_artifacts_ms with [STATE], [K=V] or [STATE,K=V] behind them, such as
+        /// 'retain_logs_ms[failed]=90d'; of those that fit a build the longest counts, and `default` takes one away
         #[arg(value_name = "KEY=VALUE", required = true)]
         values: Vec<String>,
         /// Change nothing unless this key has this value
@@ -57,7 +62,9 @@ pub(crate) async fn run(
             show(&chosen(found, &keys)?, output);
         }
         PolicyVerb::Set { values, expect } => {
-            let request = v1::SetPolicyRequest { values: wishes(&values)?, expected: wishes(&expect)? };
+            let (reset, values): (Vec<_>, Vec<_>) = values.into_iter().partition(|text| text.ends_with(DEFAULT));
+            let reset = reset.iter().filter_map(|text| text.strip_suffix(DEFAULT)).map(str::to_owned).collect();
+            let request = v1::SetPolicyRequest { values: wishes(&values)?, expected: wishes(&expect)?, reset };
             let call = |channel| {
                 let request = request.clone();
                 async move { cluster(channel).set_policy(request).await }
@@ -118,8 +125,9 @@ fn told(response: &v1::SetPolicyResponse, request: &v1::SetPolicyRequest, output
     let before: BTreeMap<&str, u64> = response.before.iter().map(|key| (key.name.as_str(), key.value)).collect();
     let mut text = String::new();
     let mut changed = Map::new();
-    for key in response.after.iter().filter(|key| request.values.contains_key(&key.name)) {
-        let was = before.get(key.name.as_str()).copied().unwrap_or_default();
+    let meant = |key: &&v1::PolicyKey| request.values.contains_key(&key.name) || request.reset.contains(&key.name);
+    for key in response.after.iter().filter(meant) {
+        let was = before.get(key.name.as_str()).copied().unwrap_or(key.default_value);
         let (from, to) = (for_people(&key.name, was), for_people(&key.name, key.value));
         let _ = if was == key.value {
             writeln!(text, "{}: {to}, as before", key.name)
@@ -128,8 +136,15 @@ fn told(response: &v1::SetPolicyResponse, request: &v1::SetPolicyRequest, output
         };
         changed.insert(key.name.clone(), json!({ "before": was, "after": key.value }));
     }
-    let names: Vec<String> =
-        response.after.iter().filter(|key| request.values.contains_key(&key.name)).map(|key| row(key).name).collect();
+    for gone in request.reset.iter().filter(|name| !response.after.iter().any(|key| key.name == **name)) {
+        let was = before.get(gone.as_str()).copied();
+        let _ = match was {
+            Some(value) => writeln!(text, "{gone}: gone, before {}", for_people(gone, value)),
+            None => writeln!(text, "{gone}: was not there"),
+        };
+        changed.insert(gone.clone(), json!({ "before": was, "after": null }));
+    }
+    let names: Vec<String> = response.after.iter().filter(meant).map(|key| row(key).name).collect();
     let json = json!({ "set": changed, "policy": values(&response.after) });
     output.item(&Item { name: names.join("\n"), cells: Vec::new(), json }, &text);
 }
@@ -144,6 +159,8 @@ enum Unit {
 
 impl Unit {
     fn of(name: &str) -> Self {
+        // A rule's name is its key's with a selector behind it.
+        let name = name.split('[').next().unwrap_or_default();
         if name.ends_with("_ms") {
             Self::Ms
         } else if name.ends_with("_bytes") || name.ends_with("_bytes_max") {
@@ -162,12 +179,12 @@ fn for_people(name: &str, value: u64) -> String {
     }
 }
 
-/// `KEY=VALUE`s, none of them twice.
+/// `KEY=VALUE`s, none of them twice. A rule's name has `=` of its own, a value has none.
 fn wishes(given: &[String]) -> Result<BTreeMap<String, u64>, Failure> {
     let mut all = BTreeMap::new();
     for text in given {
         let (name, value) =
-            text.split_once('=').ok_or_else(|| Failure::usage(format!("{text:?} is not of the form KEY=VALUE")))?;
+            text.rsplit_once('=').ok_or_else(|| Failure::usage(format!("{text:?} is not of the form KEY=VALUE")))?;
         if all.insert(name.to_owned(), number(name, value)?).is_some() {
             return Err(Failure::usage(format!("{name} is given twice")));
         }
@@ -201,6 +218,7 @@ mod tests {
             ("log_bytes_max", "4MiB", 4 << 20),
             ("disk_reserve_bytes", "0", 0),
             ("queue_max", "7", 7),
+            ("retain_logs_ms[failed,k=v]", "7d", 7 * 86_400_000),
         ] {
             assert_eq!(number(name, text).unwrap(), value, "{name}={text}");
         }
@@ -216,6 +234,10 @@ mod tests {
     fn a_key_is_given_once() {
         let given = |texts: &[&str]| wishes(&texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
         assert_eq!(given(&["copies=2", "queue_max=5"]).unwrap().len(), 2);
+        assert_eq!(
+            given(&["retain_ms[k=v]=3d"]).unwrap(),
+            BTreeMap::from([("retain_ms[k=v]".to_owned(), 259_200_000)])
+        );
         assert!(given(&["copies=2", "copies=2"]).unwrap_err().message.contains("twice"));
         assert!(given(&["copies"]).unwrap_err().message.contains("KEY=VALUE"));
     }

@@ -40,9 +40,11 @@ pub(crate) async fn run(arguments: PurgeArguments, context: &ContextOptions, out
         async move { builds(channel).purge_builds(request).await }
     };
     let response = connection.call(call).await?.into_inner();
-    let json = serde_json::json!({ "purged": response.purged });
-    let item = Item { name: response.purged.to_string(), cells: Vec::new(), json };
-    output.item(&item, &format!("{} purged", response.purged));
+    let v1::PurgeBuildsResponse { purged, pinned } = response;
+    let json = serde_json::json!({ "purged": purged, "pinned": pinned });
+    let passed_over = if pinned > 0 { format!(", {pinned} passed over: pinned") } else { String::new() };
+    let item = Item { name: purged.to_string(), cells: Vec::new(), json };
+    output.item(&item, &format!("{purged} purged{passed_over}"));
     Ok(Code::SUCCESS)
 }
 

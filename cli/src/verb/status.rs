@@ -80,7 +80,7 @@ pub(crate) fn item(status: &v1::BuildStatus) -> Item {
         name: status.build_id.clone(),
         cells: vec![
             status.build_id.clone(),
-            status.state.clone(),
+            if status.pinned { format!("{} (pinned)", status.state) } else { status.state.clone() },
             reason_text(status),
             status.worker.clone(),
             crate::output::age_text(status.created_at_ms),

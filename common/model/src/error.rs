@@ -59,6 +59,8 @@ codes! {
     BuildAmbiguous = "build_ambiguous";
     /// The build was purged. NOT_FOUND.
     BuildPurged = "build_purged";
+    /// The build is known; what is asked for of it was not kept as long. FAILED_PRECONDITION.
+    Expired = "expired";
     /// No such worker. NOT_FOUND.
     WorkerUnknown = "worker_unknown";
     /// No such artifact, or blob. NOT_FOUND.

@@ -59,6 +59,7 @@ impl State {
             Command::ProbeWorker(c) => trust::probe_worker(self, at, c, out),
             Command::RegisterArtifact(c) => artifact::register_artifact(self, c, out),
             Command::PurgeBuilds(c) => purge::purge_builds(self, at, c, out),
+            Command::ExpireBytes(c) => purge::expire_bytes(self, at, c, out),
             Command::ExpireTombstones(c) => purge::expire_tombstones(self, at, c, out),
             Command::PinBuild(c) => pin::pin_build(self, c, out),
             Command::SetPolicy(c) => policy::set_policy(self, c, out),

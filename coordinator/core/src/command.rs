@@ -11,6 +11,7 @@ use helix_model::{
 };
 
 use crate::record::{Artifact, DrainedBy, Image, Pinned, Policy, SealedLog};
+use crate::retention::Kept;
 
 /// One change to the registry. Named after what is to be done; the function that applies it bears the same name.
 #[derive(Clone, PartialEq, Debug)]
@@ -53,6 +54,8 @@ pub enum Command {
     RegisterArtifact(RegisterArtifact),
     /// Remove finished builds.
     PurgeBuilds(PurgeBuilds),
+    /// Let go of the logs, or the artifacts, of finished builds whose records stay.
+    ExpireBytes(ExpireBytes),
     /// Remove tombstones that have served their time.
     ExpireTombstones(ExpireTombstones),
     /// Keep a build from being purged, or no longer.
@@ -346,6 +349,16 @@ pub struct PurgeBuilds {
     pub builds: Vec<BuildId>,
     /// Purge what completed at or before this.
     pub cutoff: LogTime,
+}
+
+/// See [`Command::ExpireBytes`].
+#[derive(Clone, PartialEq, Debug)]
+pub struct ExpireBytes {
+    /// `Logs` or `Artifacts`.
+    pub kept: Kept,
+    /// At most [`helix_model::limits::PURGE_IDS_MAX`] ids; those that are not finished, pinned, or not as old as policy says are passed
+    /// over.
+    pub builds: Vec<BuildId>,
 }
 
 /// See [`Command::ExpireTombstones`].

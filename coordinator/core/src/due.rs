@@ -5,16 +5,16 @@
 
 use std::collections::BTreeMap;
 
-use helix_model::limits::PURGE_IDS_MAX;
-use helix_model::{AttemptKey, BuildId, LogTime, Reason};
+use helix_model::{AttemptKey, LogTime, Reason};
 
 use crate::apply::deadline;
-use crate::command::{Command, EndUnverified, ExpireAttempt, ExpireTombstones, ProbeWorker, PurgeBuilds};
+use crate::command::{Command, EndUnverified, ExpireAttempt, ProbeWorker};
 use crate::liveness::{InFlight, Liveness};
 use crate::record::Standing;
 use crate::state::State;
 
 mod lease;
+mod retention;
 
 pub use lease::brake;
 
@@ -26,7 +26,7 @@ pub fn due(state: &State, in_flight: &InFlight, liveness: &Liveness, now: LogTim
     expiries(state, in_flight, liveness, now, &mut commands);
     unproven(state, in_flight, now, &mut commands);
     commands.extend(probes(state, in_flight, now));
-    retention(state, in_flight, now, &mut commands);
+    retention::retention(state, in_flight, now, &mut commands);
     commands
 }
 
@@ -35,8 +35,6 @@ pub fn due(state: &State, in_flight: &InFlight, liveness: &Liveness, now: LogTim
 #[must_use]
 pub fn next(state: &State, liveness: &Liveness) -> Option<LogTime> {
     let (index, policy) = (&state.index, &state.policy);
-    let first_end = index.purgeable.first().map(|(end, _, _)| end.plus_ms(policy.retain_ms));
-    let overfull = index.purgeable.len() as u64 > policy.retain_builds;
     let stop = index.stopping.first().map(|(at, _)| at.plus_ms(policy.cancel_unverified_after_ms));
     let times = [
         index.queue.resting.first().map(|(not_before, _)| *not_before),
@@ -46,8 +44,7 @@ pub fn next(state: &State, liveness: &Liveness) -> Option<LogTime> {
         index.drains.first().map(|(deadline, _)| *deadline),
         index.quarantined.first().map(|(until, _)| *until),
         index.detached.first().map(|(until, _)| *until),
-        if overfull { Some(state.last_at()) } else { first_end },
-        index.tombstones.first().map(|(purged, _)| purged.plus_ms(policy.tombstone_ms)),
+        retention::next(state),
         lease::next(state, liveness),
         (!index.silence.is_empty()).then(|| state.last_at().plus_ms(policy.worker_lease_ms)),
     ];
@@ -101,24 +98,4 @@ fn probes(state: &State, in_flight: &InFlight, now: LogTime) -> impl Iterator<It
     let over = state.index.quarantined.iter().take_while(move |(until, _)| *until <= now);
     let over = over.filter(|(_, worker)| !in_flight.workers.contains(worker));
     over.map(|(_, worker)| Command::ProbeWorker(ProbeWorker { worker: worker.clone() }))
-}
-
-/// Finished builds over age or number, and tombstones over age.
-fn retention(state: &State, in_flight: &InFlight, now: LogTime, commands: &mut Vec<Command>) {
-    let (index, policy) = (&state.index, &state.policy);
-    let count = index.purgeable.len() as u64;
-    let surplus = usize::try_from(count.saturating_sub(policy.retain_builds)).unwrap_or(usize::MAX);
-    let aged = |end: &LogTime| end.plus_ms(policy.retain_ms) <= now;
-    let over = index.purgeable.iter().enumerate().take_while(|(place, (end, _, _))| *place < surplus || aged(end));
-    let over = over.filter(|(_, (_, _, id))| !in_flight.purging.contains(id)).take(PURGE_IDS_MAX);
-    let (ends, builds): (Vec<LogTime>, Vec<BuildId>) = over.map(|(_, (end, _, id))| (*end, id.clone())).unzip();
-    if let Some(cutoff) = ends.into_iter().max() {
-        commands.push(Command::PurgeBuilds(PurgeBuilds { builds, cutoff }));
-    }
-    let old = index.tombstones.iter().take_while(|(purged, _)| purged.plus_ms(policy.tombstone_ms) <= now);
-    let old = old.filter(|(_, id)| !in_flight.expiring.contains(id)).take(PURGE_IDS_MAX);
-    let builds: Vec<BuildId> = old.map(|(_, id)| id.clone()).collect();
-    if !builds.is_empty() {
-        commands.push(Command::ExpireTombstones(ExpireTombstones { builds }));
-    }
 }

@@ -55,6 +55,8 @@ pub enum Effect {
     LogSealed(AttemptKey),
     /// Any node: the build is gone; its live logs may go.
     BuildPurged(BuildId),
+    /// Any node: the build's logs are gone, live ones too.
+    LogsExpired(BuildId),
     /// Any node: the worker's row changed.
     WorkerChanged(WorkerName),
     /// Any node: a coordinator's row changed.

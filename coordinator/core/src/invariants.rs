@@ -97,7 +97,7 @@ fn check_index(state: &State) -> Result<(), String> {
         index.add_build(build, state.last_at(), &state.workers);
     }
     for (id, build) in &state.finished {
-        index.add_finished(id, build);
+        index.add_finished(id, build, &state.policy);
     }
     for tombstone in state.tombstones.values() {
         index.tombstones.insert((tombstone.purged_at, tombstone.id.clone()));

@@ -16,6 +16,7 @@ pub mod liveness;
 pub mod policy;
 pub mod record;
 pub mod reply;
+pub mod retention;
 pub mod schedule;
 pub mod state;
 

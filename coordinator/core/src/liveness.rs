@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use helix_model::{AttemptKey, BuildId, Instance, LogTime, TaskIndex, WorkerName};
 
+use crate::retention::Kept;
 use crate::state::index::Waiting;
 
 /// All workers' liveness, and since when this leader has been watching.
@@ -92,6 +93,8 @@ pub struct InFlight {
     pub workers: BTreeSet<WorkerName>,
     /// Builds whose purge is under way.
     pub purging: BTreeSet<BuildId>,
+    /// Builds whose logs or artifacts are about to go.
+    pub letting_go: BTreeSet<(BuildId, Kept)>,
     /// Tombstones whose removal is under way.
     pub expiring: BTreeSet<BuildId>,
 }

@@ -9,13 +9,11 @@ use helix_model::Measure;
 use helix_model::limits::ATTEMPTS_PER_TASK_MAX;
 use helix_model::parse::duration_text;
 
-use crate::record::Policy;
+use crate::record::{DURATION_MS_MAX, Policy};
+use crate::retention::{RULES_MAX, Rule};
 
 /// Under this a heartbeat each third of the lease would be all that agents do.
 const LEASE_MS_MIN: u64 = 300;
-
-/// No duration may be longer than ten years: sums of times stay far from the end of the number line.
-const DURATION_MS_MAX: u64 = 3_650 * 86_400_000;
 
 /// No size may be larger than an exbibyte, for the same reason.
 const BYTES_MAX: u64 = 1 << 60;
@@ -45,6 +43,15 @@ pub enum Unit {
     /// Things.
     Count,
 }
+
+/// Keys are told apart by their names.
+impl PartialEq for PolicyKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for PolicyKey {}
 
 impl Unit {
     /// A number of it for people: `1h30m`, `4 GiB`, `7`.
@@ -129,12 +136,96 @@ impl PolicyKey {
     }
 }
 
+/// Something of the policy that has a name and a number: a key, or a rule of retention beside one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Setting {
+    /// A key: it always has a value.
+    Key(&'static PolicyKey),
+    /// A rule: it may be there or not, and is allowed what its general key is.
+    Rule(Rule),
+}
+
+impl Setting {
+    /// What has this name; `None` if nothing can.
+    ///
+    /// # Errors
+    /// What is wrong with a name that looks like a rule's.
+    pub fn named(name: &str) -> Result<Option<Self>, String> {
+        match Rule::parse(name) {
+            Some(rule) => rule.map(Self::Rule).map(Some),
+            None => Ok(PolicyKey::named(name).map(Self::Key)),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self {
+            Self::Key(key) => key.name.to_owned(),
+            Self::Rule(rule) => rule.to_string(),
+        }
+    }
+
+    /// The key that says what is allowed, and what it is for.
+    #[must_use]
+    pub fn key(&self) -> &'static PolicyKey {
+        match self {
+            Self::Key(key) => key,
+            Self::Rule(rule) => PolicyKey::named(rule.kept.key()).unwrap_or(&POLICY_KEYS[0]),
+        }
+    }
+
+    /// Its value; `None` of a rule that is not there.
+    #[must_use]
+    pub fn value(&self, policy: &Policy) -> Option<u64> {
+        match self {
+            Self::Key(key) => Some(key.value(policy)),
+            Self::Rule(rule) => policy.retain_rules.get(rule).copied(),
+        }
+    }
+
+    /// Gives it another value.
+    ///
+    /// # Errors
+    /// When the value is not allowed; then nothing changed.
+    pub fn put(&self, policy: &mut Policy, value: u64) -> Result<(), OutOfRange> {
+        match self {
+            Self::Key(key) => key.put(policy, value),
+            Self::Rule(rule) => {
+                self.key().check(value)?;
+                policy.retain_rules.insert(rule.clone(), value);
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes it back: a rule is gone, a key has its default.
+    pub fn reset(&self, policy: &mut Policy) {
+        match self {
+            Self::Key(key) => (key.set)(policy, key.value(&Policy::default())),
+            Self::Rule(rule) => drop(policy.retain_rules.remove(rule)),
+        }
+    }
+
+    /// All keys, and the rules that a policy has.
+    pub fn all(policy: &Policy) -> impl Iterator<Item = Self> {
+        POLICY_KEYS.iter().map(Self::Key).chain(policy.retain_rules.keys().cloned().map(Self::Rule))
+    }
+}
+
 /// Checks all of a policy.
 ///
 /// # Errors
-/// The first value that is not allowed.
-pub fn check(policy: &Policy) -> Result<(), OutOfRange> {
-    POLICY_KEYS.iter().try_for_each(|key| key.check(key.value(policy)))
+/// The first value that is not allowed, in words.
+pub fn check(policy: &Policy) -> Result<(), String> {
+    POLICY_KEYS.iter().try_for_each(|key| key.check(key.value(policy))).map_err(|wrong| wrong.to_string())?;
+    if policy.retain_rules.len() > RULES_MAX {
+        return Err(format!("{} rules of retention are more than {RULES_MAX}", policy.retain_rules.len()));
+    }
+    policy.retain_rules.iter().try_for_each(|(rule, value)| {
+        rule.of.check()?;
+        Setting::Rule(rule.clone()).key().check(*value).map_err(|wrong| format!("{rule}: {wrong}"))
+    })
 }
 
 macro_rules! key {
@@ -168,9 +259,13 @@ pub const POLICY_KEYS: &[PolicyKey] = &[
     key!(blob_bytes_max: Bytes, (1..=BYTES_MAX), "largest artifact or upload"),
     key!(copies: Count, (1..=COPIES_MAX), "coordinators that hold an artifact before a success counts"),
     key!(store_deadline_ms: Ms, (1..=DURATION_MS_MAX), "how long an agent tries to store artifacts and log"),
+    key!(seal_lost_after_ms: Ms, (0..=DURATION_MS_MAX), "how long a lost worker may yet bring an attempt's log"),
+    key!(scrub_bytes: Bytes, (0..=BYTES_MAX), "bytes of blobs that each coordinator reads and checks a second; 0 for none"),
     key!(disk_reserve_bytes: Bytes, (0..=BYTES_MAX), "a coordinator with less free disk takes neither submits nor bytes"),
     key!(retain_ms: Ms, (0..=DURATION_MS_MAX), "how long finished builds are kept"),
-    key!(retain_builds: Count, (0..=RETAIN_BUILDS_MAX), "how many finished builds are kept"),
+    key!(retain_logs_ms: Ms, (0..=DURATION_MS_MAX), "how long logs are kept, and no longer than their builds"),
+    key!(retain_artifacts_ms: Ms, (0..=DURATION_MS_MAX), "how long artifacts are kept, and no longer than their builds"),
+    key!(retain_builds: Count, (0..=RETAIN_BUILDS_MAX), "how many finished builds are kept, whatever else is said"),
     key!(tombstone_ms: Ms, (0..=DURATION_MS_MAX), "how long a purged id is remembered"),
 ];
 
@@ -201,7 +296,13 @@ mod tests {
             disk_reserve_bytes,
             quarantine_after,
             quarantine_ms,
+            retain_logs_ms,
+            retain_artifacts_ms,
+            seal_lost_after_ms,
+            scrub_bytes,
+            retain_rules,
         } = Policy::default();
+        assert!(retain_rules.is_empty(), "rules have names of their own");
         let fields = BTreeMap::from([
             ("worker_lease_ms", worker_lease_ms),
             ("cancel_unverified_after_ms", cancel_unverified_after_ms),
@@ -221,6 +322,10 @@ mod tests {
             ("disk_reserve_bytes", disk_reserve_bytes),
             ("quarantine_after", quarantine_after.into()),
             ("quarantine_ms", quarantine_ms),
+            ("retain_logs_ms", retain_logs_ms),
+            ("retain_artifacts_ms", retain_artifacts_ms),
+            ("seal_lost_after_ms", seal_lost_after_ms),
+            ("scrub_bytes", scrub_bytes),
         ]);
         let keys: BTreeMap<_, _> = POLICY_KEYS.iter().map(|key| (key.name, key.value(&Policy::default()))).collect();
         assert_eq!(keys, fields);

@@ -12,6 +12,7 @@ use helix_model::{
 
 use crate::command::WorkerOffer;
 use crate::effect::Effect;
+use crate::retention::{Expired, Kept, Labels, Rules};
 
 mod image;
 
@@ -93,6 +94,8 @@ pub struct BuildRecord {
     pub artifacts: Vec<Artifact>,
     /// Whether retention passes it over.
     pub pinned: Pinned,
+    /// What of it has gone before the rest.
+    pub expired: Expired,
     /// The task whose running attempt pushes the index of all images once the other tasks have succeeded.
     pub indexing: Option<TaskIndex>,
 }
@@ -338,8 +341,14 @@ pub struct Policy {
     pub timeout_default_ms: u64,
     /// How much later than the agent a coordinator enforces a time-out.
     pub timeout_grace_ms: u64,
-    /// How long finished builds are kept.
+    /// How long finished builds are kept, where no rule says otherwise.
     pub retain_ms: u64,
+    /// How long their logs are kept, and no longer than they themselves.
+    pub retain_logs_ms: u64,
+    /// How long their artifacts are kept, and no longer than they themselves.
+    pub retain_artifacts_ms: u64,
+    /// Other lifetimes for builds of certain states or labels.
+    pub retain_rules: Rules,
     /// How many finished builds are kept.
     pub retain_builds: u64,
     /// How long tombstones are kept.
@@ -354,7 +363,14 @@ pub struct Policy {
     pub quarantine_after: u32,
     /// How long the first quarantine is; it doubles with each probe that fails, up to an hour.
     pub quarantine_ms: u64,
+    /// How long the log of an attempt whose worker was lost waits for that worker before a coordinator seals what it has.
+    pub seal_lost_after_ms: u64,
+    /// How many bytes of its blobs each coordinator reads and checks a second; 0 for none.
+    pub scrub_bytes: u64,
 }
+
+/// As long as anything may be kept: ten years.
+pub const DURATION_MS_MAX: u64 = 3_650 * 86_400_000;
 
 impl Default for Policy {
     fn default() -> Self {
@@ -370,6 +386,9 @@ impl Default for Policy {
             timeout_default_ms: 86_400_000,
             timeout_grace_ms: 10_000,
             retain_ms: 30 * 86_400_000,
+            retain_logs_ms: DURATION_MS_MAX,
+            retain_artifacts_ms: DURATION_MS_MAX,
+            retain_rules: Rules::new(),
             retain_builds: 100_000,
             tombstone_ms: 7 * 86_400_000,
             blob_bytes_max: 64 << 30,
@@ -377,6 +396,8 @@ impl Default for Policy {
             disk_reserve_bytes: 1 << 30,
             quarantine_after: 3,
             quarantine_ms: 60_000,
+            seal_lost_after_ms: 120_000,
+            scrub_bytes: 4 << 20,
         }
     }
 }
@@ -400,6 +421,10 @@ pub struct FinishedBuild {
     pub unsealed: BTreeSet<(TaskIndex, AttemptNumber, WorkerName)>,
     /// Artifacts that clients registered, by name.
     pub registered: BTreeMap<String, Digest>,
+    /// Its labels: rules of retention ask for them.
+    pub labels: Labels,
+    /// What of it has gone.
+    pub expired: Expired,
 }
 
 /// A fact that arrived after its build was finished and its record left memory; kept in a row of its own
@@ -472,6 +497,8 @@ pub enum RowChange {
     Delete(RowKey),
     /// All addenda of this build are gone.
     DeleteAddenda(BuildId),
+    /// The build's row, which is not in memory, forgets that ([`BuildRecord::expire`]), and its addenda about it are gone.
+    Expire(BuildId, Kept, LogTime),
 }
 
 /// What applying commands did, for the shell to carry out. One buffer serves many commands in turn.

@@ -1,5 +1,6 @@
 //! What `apply` answers. A rejection states the fact that stood in the way; it is data, never a panic.
 
+use crate::retention::Kept;
 use helix_model::{AttemptKey, AttemptNumber, BuildId, BuildState, ErrorCode, LogTime, Measure, NodeId, WorkerName};
 
 /// The answer to one command.
@@ -37,6 +38,8 @@ pub enum Rejection {
     BuildUnknown(BuildId),
     /// The build was purged.
     BuildPurged(BuildId),
+    /// That of the build has gone, and nothing is added to it any more.
+    Expired(BuildId, Kept),
     /// The state does not allow it.
     WrongState {
         /// The build's state.
@@ -210,6 +213,7 @@ impl Rejection {
             Self::QueueFull { .. } => ErrorCode::QueueFull,
             Self::BuildUnknown(_) | Self::TaskUnknown(_) => ErrorCode::BuildUnknown,
             Self::BuildPurged(_) => ErrorCode::BuildPurged,
+            Self::Expired(..) => ErrorCode::Expired,
             Self::WrongState { .. } | Self::TaskNotWaiting(_) | Self::AttemptRunning(_) | Self::NotDue(_) => {
                 ErrorCode::WrongState
             }

@@ -14,6 +14,7 @@ use crate::record::{
     Addendum, Applied, BuildRecord, Counters, FinishedBuild, NodeRecord, Pinned, Policy, Row, RowChange, RowKey,
     TaskPhase, Tombstone, WorkerRecord,
 };
+use crate::retention::{Kept, Labels};
 
 pub mod fit;
 pub(crate) mod index;
@@ -112,9 +113,9 @@ impl State {
 
     pub(crate) fn put_finished(&mut self, id: BuildId, finished: FinishedBuild) {
         if let Some(before) = self.finished.get(&id) {
-            self.index.remove_finished(&id, before);
+            self.index.remove_finished(&id, before, &self.policy);
         }
-        self.index.add_finished(&id, &finished);
+        self.index.add_finished(&id, &finished, &self.policy);
         self.finished.insert(id, finished);
     }
 
@@ -128,10 +129,33 @@ impl State {
         }
     }
 
+    /// Lets go of the logs or artifacts of a finished build. Its record, which is in the store, is changed there.
+    pub(crate) fn expire(&mut self, id: &BuildId, kept: Kept, at: LogTime, out: &mut Applied) {
+        let Some(mut finished) = self.finished.get(id).cloned() else { return };
+        finished.expire(kept, at);
+        self.put_finished(id.clone(), finished);
+        out.rows.push(RowChange::Expire(id.clone(), kept, at));
+        out.effects.push(Effect::BuildChanged(id.clone()));
+        if kept == Kept::Logs {
+            out.effects.push(Effect::LogsExpired(id.clone()));
+        }
+    }
+
+    /// Puts another policy in force. Lifetimes that change are looked up for each finished build once, here.
+    pub(crate) fn replace_policy(&mut self, policy: Policy) {
+        let before = std::mem::replace(&mut self.policy, policy);
+        if !self.policy.retains_as(&before) {
+            self.index.forget_lifetimes();
+            for (id, build) in &self.finished {
+                self.index.add_lifetimes(id, build, &self.policy);
+            }
+        }
+    }
+
     /// Replaces a finished build by its tombstone.
     pub(crate) fn bury(&mut self, id: &BuildId, at: LogTime, out: &mut Applied) {
         let Some(finished) = self.finished.remove(id) else { return };
-        self.index.remove_finished(id, &finished);
+        self.index.remove_finished(id, &finished, &self.policy);
         let tombstone =
             Tombstone { id: id.clone(), spec_digest: finished.spec_digest, state: finished.state, purged_at: at };
         out.rows.push(RowChange::Delete(RowKey::Build(id.clone())));
@@ -188,7 +212,7 @@ impl FinishedBuild {
             let without = task.attempts.iter().filter(|attempt| attempt.log.is_none());
             unsealed.extend(without.map(|attempt| (index, attempt.number, attempt.worker.clone())));
         }
-        Self {
+        let mut finished = Self {
             spec_digest: record.spec_digest,
             state: record.state,
             completed_at: record.completed_at.unwrap_or_default(),
@@ -197,6 +221,25 @@ impl FinishedBuild {
             submitted_by: Arc::from(record.submitted_by.as_str()),
             unsealed,
             registered: record.artifacts.iter().map(|a| (a.name.clone(), a.blob.digest)).collect(),
+            labels: Labels::of(&record.spec.labels),
+            expired: record.expired,
+        };
+        finished.forget_expired();
+        finished
+    }
+
+    pub(crate) fn expire(&mut self, kept: Kept, at: LogTime) {
+        self.expired.note(kept, at);
+        self.forget_expired();
+    }
+
+    /// What has gone is not waited for any more.
+    fn forget_expired(&mut self) {
+        if self.expired.logs.is_some() {
+            self.unsealed.clear();
+        }
+        if self.expired.artifacts.is_some() {
+            self.registered.clear();
         }
     }
 

@@ -14,6 +14,9 @@ mod rejections;
 #[path = "it/resources.rs"]
 #[allow(clippy::unwrap_used)]
 mod resources;
+#[path = "it/retention.rs"]
+#[allow(clippy::unwrap_used)]
+mod retention;
 #[path = "it/retries.rs"]
 #[allow(clippy::unwrap_used)]
 mod retries;

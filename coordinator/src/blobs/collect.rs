@@ -7,17 +7,18 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
 use helix_model::Digest;
-use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use super::Blobs;
 use super::store::blocking;
-use super::{Announce, BlobError, Blobs, Reach, Room};
 
 /// Blobs that are looked up in the registry at a time, off the async threads.
 const LOOKUPS: usize = 256;
+
+/// Between tries to replace damaged blobs whose other holders do not answer.
+const MEND_EVERY: Duration = Duration::from_secs(60);
 
 /// When blobs are collected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,14 +38,13 @@ impl Default for Schedule {
 /// Collection and repair; see [`Collection::run`].
 pub struct Collection {
     blobs: Arc<Blobs>,
-    repairs: mpsc::Receiver<Digest>,
     /// What the pass before would have removed.
     doomed: HashSet<Digest>,
 }
 
 impl Collection {
-    pub(super) fn new(blobs: Arc<Blobs>, repairs: mpsc::Receiver<Digest>) -> Self {
-        Self { blobs, repairs, doomed: HashSet::new() }
+    pub(super) fn new(blobs: Arc<Blobs>) -> Self {
+        Self { blobs, doomed: HashSet::new() }
     }
 
     /// Runs until `shutdown`.
@@ -53,6 +53,8 @@ impl Collection {
         let first = Instant::now() + schedule.interval.max(self.blobs.store.lease_duration());
         let mut ticks = tokio::time::interval_at(first, schedule.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut mends = tokio::time::interval(MEND_EVERY);
+        mends.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -65,15 +67,11 @@ impl Collection {
                         tracing::info!(removed, "blobs that no build names were removed");
                     }
                 }
-                Some(digest) = self.repairs.recv() => {
-                    tokio::select! {
-                        () = shutdown.cancelled() => return,
-                        outcome = self.blobs.fetch(digest) => match outcome {
-                            Ok(()) => tracing::info!(%digest, "a damaged blob was fetched again"),
-                            Err(error) => tracing::error!(%digest, %error, "a damaged blob cannot be fetched again"),
-                        },
-                    }
-                }
+                _ = mends.tick() => tokio::select! {
+                    () = shutdown.cancelled() => return,
+                    () = self.blobs.mend_all() => {}
+                },
+                () = self.blobs.health().wake.notified() => mends.reset_immediately(),
             }
         }
     }
@@ -113,32 +111,5 @@ impl Collection {
         let asked = blocking(move || Ok(digests.into_iter().filter(|digest| !plane.names_blob(digest)).collect()));
         // In doubt all of them are named.
         asked.await.unwrap_or_default()
-    }
-}
-
-impl Blobs {
-    /// As [`Self::fetch`], and leases it; how large it is.
-    pub(crate) async fn obtain(self: &Arc<Self>, digest: Digest) -> Result<u64, BlobError> {
-        self.fetch(digest).await?;
-        self.store.lease(&digest).ok_or(BlobError::Absent(digest))
-    }
-
-    /// Fetches a blob from a peer into the own store, unless it is there.
-    async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<(), BlobError> {
-        if self.store.size(&digest).is_some() {
-            return Ok(());
-        }
-        let reading = self.read(digest, 0, 0, Reach::Cluster).await?;
-        let size = reading.size();
-        let chunks = futures::stream::unfold(Some(reading), |reading| async {
-            let mut reading = reading?;
-            match reading.next().await {
-                Ok(Some(chunk)) => Some((Ok(chunk), Some(reading))),
-                Ok(None) => None,
-                Err(error) => Some((Err(tonic::Status::unavailable(error.to_string())), None)),
-            }
-        });
-        let room = Room { blob_bytes_max: u64::MAX, ..self.room() };
-        self.put_here(Announce { digest, size, offset: 0, copies: 1 }, chunks.boxed(), room).await
     }
 }

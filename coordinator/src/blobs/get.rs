@@ -56,7 +56,7 @@ impl Blobs {
         let local = match self.store.read(digest).await {
             Ok(local) => local,
             Err(error) => {
-                self.repair(digest);
+                self.health().suspect(digest);
                 if reach == Reach::Local {
                     return Err(error);
                 }
@@ -70,6 +70,18 @@ impl Blobs {
         };
         let end = if length == 0 { size } else { offset.saturating_add(length).min(size) };
         Ok(Reading { blobs: Arc::clone(self), digest, reach, size, at: offset.min(end), end, source, failed })
+    }
+
+    /// Opens a blob at a peer that is not among `bad`; which one that is.
+    pub(super) async fn read_elsewhere(
+        self: &Arc<Self>,
+        digest: Digest,
+        mut bad: BTreeSet<NodeId>,
+    ) -> Result<(NodeId, Reading), BlobError> {
+        let (size, source) = self.find(digest, 0, 0, &mut bad).await?;
+        let Source::Peer(node, _) = &source else { return Err(BlobError::Absent(digest)) };
+        let (node, blobs, reach) = (*node, Arc::clone(self), Reach::Cluster);
+        Ok((node, Reading { blobs, digest, reach, size, at: 0, end: size, source, failed: bad }))
     }
 
     /// Some bytes of a blob, at most `length`; fewer at its end.
@@ -193,7 +205,7 @@ impl Reading {
 
     async fn elsewhere(&mut self, error: BlobError) -> Result<(), BlobError> {
         match &self.source {
-            Source::Local(_) => self.blobs.repair(self.digest),
+            Source::Local(_) => self.blobs.health().suspect(self.digest),
             Source::Peer(node, _) => {
                 self.failed.insert(*node);
             }

@@ -23,6 +23,7 @@ use helix_model::limits::CHUNK_BYTES;
 use sha2::{Digest as _, Sha256};
 
 use super::BlobError;
+use super::health::Health;
 use super::leases::Leases;
 
 const FOOTER_BYTES: u64 = 20;
@@ -37,6 +38,7 @@ pub(super) struct Large {
     uploads: PathBuf,
     damaged: PathBuf,
     index: RwLock<HashMap<Digest, Held>>,
+    health: Arc<Health>,
     /// Uploads under way that own the resumable part of their digest, and which of them does.
     owners: Mutex<HashMap<Digest, u64>>,
     next: AtomicU64,
@@ -50,12 +52,13 @@ struct Held {
 
 impl Large {
     /// Opens the store beneath `root`, reads the footer of every file, removes stale uploads.
-    pub(super) fn open(root: &Path) -> io::Result<Self> {
+    pub(super) fn open(root: &Path, health: Arc<Health>) -> io::Result<Self> {
         let store = Self {
             files: root.join("blobs"),
             uploads: root.join("uploads"),
             damaged: root.join("damaged"),
             index: RwLock::default(),
+            health,
             owners: Mutex::default(),
             next: AtomicU64::new(0),
         };
@@ -92,6 +95,7 @@ impl Large {
                 Err(error) => {
                     tracing::error!(%digest, %error, "a blob's file is damaged and set aside");
                     self.move_aside(digest);
+                    self.health.damaged(digest);
                 }
             }
         }
@@ -101,6 +105,11 @@ impl Large {
     /// The size of a blob that is here.
     pub(super) fn size(&self, digest: &Digest) -> Option<u64> {
         self.read_index().get(digest).map(|held| held.size)
+    }
+
+    /// Blobs whose digests begin with this byte.
+    pub(super) fn beginning_with(&self, first: u8) -> Vec<Digest> {
+        self.read_index().keys().filter(|digest| digest.0[0] == first).copied().collect()
     }
 
     /// Blobs and their bytes.
@@ -138,6 +147,7 @@ impl Large {
         let mut index = self.write_index();
         if index.remove(digest).is_some() {
             self.move_aside(*digest);
+            self.health.damaged(*digest);
         }
     }
 
@@ -424,6 +434,13 @@ impl LargeFile {
     /// The blob's size.
     pub(super) fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Has the chunk at `offset` come from the disk when it is read next, and not from what the system keeps of it.
+    pub(super) fn forget_pages(&self, offset: u64) {
+        let len = std::num::NonZeroU64::new(CHUNK_BYTES as u64);
+        // Advice: without it older bytes are checked.
+        let _ = rustix::fs::fadvise(&self.file, offset, len, rustix::fs::Advice::DontNeed);
     }
 
     /// The rest of the chunk that `offset` lies in, checked; empty at the end.

@@ -15,9 +15,11 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use bytes::Bytes;
 use helix_model::Digest;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
 use super::frame::{FRAME_HEADER_BYTES, Found, FrameHeader, Kind, SEGMENT_HEADER, scan};
+use super::health::Health;
 use super::leases::Leases;
 use super::{BlobError, now_s};
 use helix_common::files::sync_directory;
@@ -41,6 +43,7 @@ pub(super) struct Segments {
 
 struct Shared {
     index: RwLock<Index>,
+    health: Arc<Health>,
     syncs: AtomicU64,
 }
 
@@ -82,7 +85,7 @@ enum Job {
 impl Segments {
     /// Opens the segments in `directory`, reads them all, cuts a torn end. Returns the digests of damaged blobs too.
     /// Blocks.
-    pub(super) fn open(directory: &Path, leases: Arc<Leases>) -> io::Result<(Self, Vec<Digest>)> {
+    pub(super) fn open(directory: &Path, leases: Arc<Leases>, health: Arc<Health>) -> io::Result<(Self, Vec<Digest>)> {
         std::fs::create_dir_all(directory)?;
         let mut index = Index::default();
         let mut damaged = Vec::new();
@@ -92,7 +95,7 @@ impl Segments {
             index.load(number, &path, numbers.last() == Some(&number), &mut damaged)?;
         }
         damaged.retain(|digest| !index.entries.contains_key(digest));
-        let shared = Arc::new(Shared { index: RwLock::new(index), syncs: AtomicU64::new(0) });
+        let shared = Arc::new(Shared { index: RwLock::new(index), health, syncs: AtomicU64::new(0) });
         let (tx, rx) = mpsc::channel(COMMIT_JOBS_MAX);
         let next = numbers.last().map_or(1, |last| last + 1);
         let committer = Committer {
@@ -128,20 +131,43 @@ impl Segments {
 
     /// A blob's bytes; `None` if it is not here. Damaged bytes are an error, and the blob is forgotten. Blocks.
     pub(super) fn read(&self, digest: &Digest) -> Result<Option<Bytes>, BlobError> {
-        let found = {
-            let index = self.shared.read();
-            let entry = index.entries.get(digest).copied();
-            entry.and_then(|entry| Some((entry, Arc::clone(&index.segments.get(&entry.segment)?.file))))
-        };
-        let Some((entry, file)) = found else { return Ok(None) };
+        let Some((entry, file)) = self.shared.find(digest) else { return Ok(None) };
         match read_checked(&file, &entry) {
             Ok(data) => Ok(Some(data.into())),
             Err(error) => {
-                self.shared.write().forget(digest, Some(entry));
-                tracing::error!(%digest, %error, "a small blob is damaged and no longer served from here");
+                self.shared.set_aside(digest, entry, &error);
                 Err(BlobError::Damaged(*digest))
             }
         }
+    }
+
+    /// Reads a blob from the disk and holds it against its checksum and its name; its size, `None` if it is not here. A
+    /// damaged one is forgotten. Blocks.
+    pub(super) fn check(&self, digest: &Digest) -> Result<Option<u64>, BlobError> {
+        let Some((entry, file)) = self.shared.find(digest) else { return Ok(None) };
+        let len = std::num::NonZeroU64::new(u64::from(entry.len));
+        // Advice: without it, what the system keeps in memory is checked.
+        let _ = rustix::fs::fadvise(&*file, entry.data_at, len, rustix::fs::Advice::DontNeed);
+        let named = |data: &Vec<u8>| Digest(Sha256::digest(data).into()) == *digest;
+        match read_checked(&file, &entry) {
+            Ok(data) if named(&data) => Ok(Some(u64::from(entry.len))),
+            outcome => {
+                let other = io::Error::new(io::ErrorKind::InvalidData, "the bytes are others than its name says");
+                self.shared.set_aside(digest, entry, &outcome.err().unwrap_or(other));
+                Err(BlobError::Damaged(*digest))
+            }
+        }
+    }
+
+    /// The segments, by number.
+    pub(super) fn numbers(&self) -> Vec<u32> {
+        self.shared.read().segments.keys().copied().collect()
+    }
+
+    /// The blobs that lie in a segment.
+    pub(super) fn inside(&self, number: u32) -> Vec<Digest> {
+        let index = self.shared.read();
+        index.entries.iter().filter(|(_, entry)| entry.segment == number).map(|(digest, _)| *digest).collect()
     }
 
     /// Blobs stored at or before `before_s` (Unix seconds).
@@ -188,6 +214,21 @@ impl Shared {
 
     fn write(&self) -> RwLockWriteGuard<'_, Index> {
         self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a blob lies.
+    fn find(&self, digest: &Digest) -> Option<(Entry, Arc<File>)> {
+        let index = self.read();
+        let entry = index.entries.get(digest).copied()?;
+        Some((entry, Arc::clone(&index.segments.get(&entry.segment)?.file)))
+    }
+
+    /// Takes a damaged blob out of service. Its bytes stay where they are until the segment is mostly dead.
+    fn set_aside(&self, digest: &Digest, entry: Entry, error: &io::Error) {
+        if self.write().forget(digest, Some(entry)) {
+            tracing::error!(%digest, %error, "a small blob is damaged and no longer served from here");
+            self.health.damaged(*digest);
+        }
     }
 }
 
@@ -242,16 +283,16 @@ impl Index {
         self.entries.insert(digest, entry);
     }
 
-    /// Forgets a blob; with `only`, only while it lies there.
-    fn forget(&mut self, digest: &Digest, only: Option<Entry>) {
+    /// Forgets a blob; with `only`, only while it lies there. Whether it was here.
+    fn forget(&mut self, digest: &Digest, only: Option<Entry>) -> bool {
         if only.is_some_and(|only| self.entries.get(digest) != Some(&only)) {
-            return;
+            return false;
         }
-        if let Some(entry) = self.entries.remove(digest)
-            && let Some(segment) = self.segments.get_mut(&entry.segment)
-        {
+        let Some(entry) = self.entries.remove(digest) else { return false };
+        if let Some(segment) = self.segments.get_mut(&entry.segment) {
             segment.live -= entry.frame_bytes();
         }
+        true
     }
 
     fn count_dead(&mut self, segment: u32, bytes: u64) {
@@ -437,10 +478,7 @@ impl Committer {
                     batch.put(digest, &data, entry.stored_at_s);
                     moved.push(digest);
                 }
-                Err(error) => {
-                    tracing::error!(%digest, %error, "a small blob is damaged and no longer served from here");
-                    self.shared.write().forget(&digest, Some(entry));
-                }
+                Err(error) => self.shared.set_aside(&digest, entry, &error),
             }
         }
         if self.write(&batch).is_err() {

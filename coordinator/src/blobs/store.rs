@@ -13,6 +13,7 @@ use helix_model::Digest;
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 use sha2::{Digest as _, Sha256};
 
+use super::health::Health;
 use super::large::{Large, LargeFile, Upload};
 use super::leases::Leases;
 use super::segments::Segments;
@@ -33,6 +34,7 @@ pub struct BlobStore {
     small: Segments,
     large: Arc<Large>,
     leases: Arc<Leases>,
+    health: Arc<Health>,
     /// Bytes that uploads under way have announced and not yet written.
     expected: AtomicU64,
 }
@@ -61,9 +63,10 @@ impl BlobStore {
     pub fn open(root: &Path, lease: Duration) -> std::io::Result<(Arc<Self>, Vec<Digest>)> {
         std::fs::create_dir_all(root)?;
         let leases = Arc::new(Leases::new(lease));
-        let (small, damaged) = Segments::open(&root.join("segments"), Arc::clone(&leases))?;
-        let large = Arc::new(Large::open(root)?);
-        let store = Self { root: root.to_owned(), small, large, leases, expected: AtomicU64::new(0) };
+        let health = Arc::new(Health::default());
+        let (small, damaged) = Segments::open(&root.join("segments"), Arc::clone(&leases), Arc::clone(&health))?;
+        let large = Arc::new(Large::open(root, Arc::clone(&health))?);
+        let store = Self { root: root.to_owned(), small, large, leases, health, expected: AtomicU64::new(0) };
         Ok((Arc::new(store), damaged))
     }
 
@@ -89,6 +92,35 @@ impl BlobStore {
         found.retain(|digest| after.is_none_or(|after| *digest > after));
         found.sort_unstable();
         found.into_iter().filter(|digest| self.size(digest).is_some()).take(max).collect()
+    }
+
+    /// What is wrong with what is here.
+    #[must_use]
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    pub(super) fn is_leased(&self, digest: &Digest) -> bool {
+        self.leases.holds(digest)
+    }
+
+    /// Parts of what is here, such that each fits into memory.
+    pub(super) fn shelves(&self) -> Vec<Shelf> {
+        let segments = self.small.numbers().into_iter().map(Shelf::Segment);
+        segments.chain((0..=u8::MAX).map(Shelf::Files)).collect()
+    }
+
+    /// The blobs of one part.
+    pub(super) fn on_shelf(&self, shelf: Shelf) -> Vec<Digest> {
+        match shelf {
+            Shelf::Segment(number) => self.small.inside(number),
+            Shelf::Files(first) => self.large.beginning_with(first),
+        }
+    }
+
+    /// Reads a blob again from the disk, step by step.
+    pub(super) fn check(self: &Arc<Self>, digest: Digest) -> Check {
+        Check { store: Arc::clone(self), digest, read: 0, file: None, sha256: Sha256::new() }
     }
 
     /// How long a lease lasts.
@@ -307,6 +339,85 @@ impl LocalBlob {
                 })
                 .await
             }
+        }
+    }
+}
+
+/// Part of the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Shelf {
+    /// A segment.
+    Segment(u32),
+    /// The files whose digests begin with this byte.
+    Files(u8),
+}
+
+/// A blob that is read again; see [`BlobStore::check`].
+pub(super) struct Check {
+    store: Arc<BlobStore>,
+    digest: Digest,
+    read: u64,
+    file: Option<Arc<LargeFile>>,
+    sha256: Sha256,
+}
+
+impl Check {
+    /// Bytes that were read.
+    pub(super) fn read(&self) -> u64 {
+        self.read
+    }
+
+    /// Reads and checks some more; how many bytes, 0 at the end, or when the blob is not here any more.
+    ///
+    /// # Errors
+    /// When it is damaged: then it is set aside. Or when the system cannot open files.
+    pub(super) async fn step(&mut self) -> Result<u64, BlobError> {
+        let (store, digest, at, file) = (Arc::clone(&self.store), self.digest, self.read, self.file.clone());
+        let sha256 = std::mem::take(&mut self.sha256);
+        let (file, sha256, bytes) = blocking(move || check_some(&store, digest, at, file, sha256)).await?;
+        (self.file, self.sha256) = (file, sha256);
+        self.read += bytes;
+        Ok(bytes)
+    }
+}
+
+type Checked = (Option<Arc<LargeFile>>, Sha256, u64);
+
+fn check_some(
+    store: &BlobStore,
+    digest: Digest,
+    at: u64,
+    file: Option<Arc<LargeFile>>,
+    mut sha256: Sha256,
+) -> Result<Checked, BlobError> {
+    let file = match file {
+        Some(file) => file,
+        None if at > 0 => return Ok((None, sha256, 0)),
+        None => match store.small.check(&digest)? {
+            Some(bytes) => return Ok((None, sha256, bytes)),
+            None => match store.large.read(&digest)? {
+                Some(file) => Arc::new(file),
+                None => return Ok((None, sha256, 0)),
+            },
+        },
+    };
+    file.forget_pages(at);
+    match file.chunk(at) {
+        Ok(data) => {
+            sha256.update(&data);
+            let read = at + data.len() as u64;
+            if read >= file.size() && Digest(sha256.clone().finalize().into()) != digest {
+                tracing::error!(%digest, "a blob's file holds other bytes than its name says, and is set aside");
+                store.large.set_aside(&digest);
+                return Err(BlobError::Damaged(digest));
+            }
+            Ok((Some(file), sha256, data.len() as u64))
+        }
+        Err(error) => {
+            if matches!(error, BlobError::Damaged(_)) {
+                store.large.set_aside(&digest);
+            }
+            Err(error)
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod local;
+mod scrub;
 
 use std::path::Path;
 

@@ -2,9 +2,10 @@
 
 use helix_core::Command;
 use helix_core::command::{
-    AssignTask, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones, FinishAttempt,
-    LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage, RegisterArtifact, RegisterNode,
-    RegisterWorker, ReleaseHold, RemoveWorker, RetireNode, SealLog, SetPolicy, SubmitBuild, UndrainWorker,
+    AssignTask, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireBytes, ExpireTombstones,
+    FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage, RegisterArtifact,
+    RegisterNode, RegisterWorker, ReleaseHold, RemoveWorker, RetireNode, SealLog, SetPolicy, SubmitBuild,
+    UndrainWorker,
 };
 use helix_core::record::{DrainedBy, Pinned};
 use helix_model::{Death, LogTime, NodeId, Room};
@@ -15,9 +16,10 @@ use helix_proto::store::finish_attempt;
 use super::CodecError;
 use super::parts::{
     artifact, artifact_wire, artifacts, authority, authority_wire, builds, digest, digest_to_wire, drained_by, image,
-    image_wire, key, key_wire, log, log_wire, need, offer, offer_wire, parse, parse_some, pinned, spec, spec_wire,
+    image_wire, kept, key, key_wire, log, log_wire, need, offer, offer_wire, parse, parse_some, pinned, spec,
+    spec_wire,
 };
-use super::row::{policy, policy_wire};
+use super::policy::{policy, policy_format, policy_wire};
 use crate::registry::COMMAND_FORMAT;
 
 /// A command in its durable form.
@@ -75,6 +77,10 @@ fn kind(command: &Command) -> Kind {
         Command::PurgeBuilds(it) => Kind::PurgeBuilds(store::PurgeBuilds {
             builds: it.builds.iter().map(ToString::to_string).collect(),
             cutoff_ms: it.cutoff.0,
+        }),
+        Command::ExpireBytes(it) => Kind::ExpireBytes(store::ExpireBytes {
+            builds: it.builds.iter().map(ToString::to_string).collect(),
+            kept: it.kept.as_str().to_owned(),
         }),
         Command::ExpireTombstones(it) => {
             Kind::ExpireTombstones(store::BuildIds { builds: it.builds.iter().map(ToString::to_string).collect() })
@@ -178,7 +184,13 @@ pub(crate) fn format_of(command: &store::Command) -> u32 {
         // A reader of format 1 would pass over the flag and take the attempt for dead.
         Some(Kind::FinishAttempt(it)) if it.unproven => 2,
         Some(Kind::ProbeWorker(_)) => 2,
-        Some(Kind::ChangePolicy(_) | Kind::RecordImage(_) | Kind::RetireNode(_)) => 3,
+        Some(Kind::ExpireBytes(_)) => 4,
+        // A reader of format 3 would pass over the lifetimes, and keep or purge something else than the others.
+        Some(Kind::SetPolicy(it)) => policy_format(it).max(1),
+        Some(Kind::ChangePolicy(it)) => {
+            [&it.policy, &it.expected].into_iter().flatten().map(policy_format).fold(3, u32::max)
+        }
+        Some(Kind::RecordImage(_) | Kind::RetireNode(_)) => 3,
         // A reader of format 2 would give such a worker what it cannot take.
         Some(Kind::RegisterWorker(it)) if it.offer.as_ref().is_some_and(|offer| offer.secrets.is_some()) => 3,
         _ => 1,
@@ -249,16 +261,19 @@ pub fn command_from_wire(wire: store::Command) -> Result<Command, CodecError> {
         Kind::PurgeBuilds(it) => {
             Command::PurgeBuilds(PurgeBuilds { builds: builds(&it.builds)?, cutoff: LogTime(it.cutoff_ms) })
         }
+        Kind::ExpireBytes(it) => {
+            Command::ExpireBytes(ExpireBytes { kept: kept(&it.kept)?, builds: builds(&it.builds)? })
+        }
         Kind::ExpireTombstones(it) => Command::ExpireTombstones(ExpireTombstones { builds: builds(&it.builds)? }),
         Kind::PinBuild(it) => Command::PinBuild(PinBuild {
             build: parse(&it.build)?,
             authority: authority(it.authority)?,
             pinned: pinned(it.pinned),
         }),
-        Kind::SetPolicy(it) => Command::SetPolicy(SetPolicy { policy: policy(&it), expected: None }),
+        Kind::SetPolicy(it) => Command::SetPolicy(SetPolicy { policy: policy(&it)?, expected: None }),
         Kind::ChangePolicy(it) => Command::SetPolicy(SetPolicy {
-            policy: policy(&need("policy", it.policy)?),
-            expected: Some(policy(&need("expected", it.expected)?)),
+            policy: policy(&need("policy", it.policy)?)?,
+            expected: Some(policy(&need("expected", it.expected)?)?),
         }),
         Kind::RegisterNode(it) => Command::RegisterNode(RegisterNode {
             node: NodeId(it.id),

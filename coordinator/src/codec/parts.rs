@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use helix_core::command::{Authority, SecretFor, WorkerOffer};
 use helix_core::record::{Artifact, BlobRef, DrainedBy, Image, Pinned, SealedLog};
+use helix_core::retention::Kept;
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, Digest, Executor, InvalidField, NodeId, Platform, Reason, Resources,
     TaskIndex,
@@ -128,6 +129,11 @@ pub(super) fn authority_wire(authority: &Authority) -> Option<store::Authority> 
 
 pub(super) fn pinned(wire: bool) -> Pinned {
     if wire { Pinned::Yes } else { Pinned::No }
+}
+
+pub(super) fn kept(word: &str) -> Result<Kept, CodecError> {
+    let known = Kept::ALL.into_iter().find(|kept| kept.as_str() == word);
+    known.ok_or_else(|| CodecError::Malformed { what: "kept", why: format!("{word:?} is nothing that is kept") })
 }
 
 pub(super) fn drained_by(agent: bool) -> DrainedBy {

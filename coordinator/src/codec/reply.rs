@@ -9,7 +9,7 @@ use helix_proto::store;
 use helix_proto::store::{rejection, reply, worker_unfit};
 
 use super::CodecError;
-use super::parts::{key, key_wire, need, parse};
+use super::parts::{kept, key, key_wire, need, parse};
 
 /// A reply in its wire form.
 #[must_use]
@@ -51,6 +51,9 @@ fn rejection_kind(rejection: &Rejection) -> rejection::Kind {
         Rejection::QueueFull { queue_max } => Kind::QueueFull(*queue_max),
         Rejection::BuildUnknown(build) => Kind::BuildUnknown(build.to_string()),
         Rejection::BuildPurged(build) => Kind::BuildPurged(build.to_string()),
+        Rejection::Expired(build, kept) => {
+            Kind::Expired(store::Expired { build: build.to_string(), kept: kept.as_str().to_owned() })
+        }
         Rejection::WrongState { from, to } => {
             Kind::WrongState(store::WrongState { from: from.as_str().to_owned(), to: to.as_str().to_owned() })
         }
@@ -93,6 +96,7 @@ fn rejection(kind: rejection::Kind) -> Result<Rejection, CodecError> {
         Kind::QueueFull(queue_max) => Rejection::QueueFull { queue_max },
         Kind::BuildUnknown(build) => Rejection::BuildUnknown(parse(&build)?),
         Kind::BuildPurged(build) => Rejection::BuildPurged(parse(&build)?),
+        Kind::Expired(it) => Rejection::Expired(parse(&it.build)?, kept(&it.kept)?),
         Kind::WrongState(it) => Rejection::WrongState { from: parse(&it.from)?, to: parse(&it.to)? },
         Kind::NotOwner(it) => Rejection::NotOwner { build: parse(&it.build)?, owner: it.owner },
         Kind::TaskUnknown(it) => Rejection::TaskUnknown(key(Some(it))?),

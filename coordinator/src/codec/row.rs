@@ -5,8 +5,9 @@ use std::sync::Arc;
 use helix_core::Row;
 use helix_core::record::{
     Addendum, AttemptEnd, AttemptRecord, BuildRecord, CancelRequest, Counters, Drain, DrainedBy, NodeRecord, Pinned,
-    Policy, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
+    Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
 };
+use helix_core::retention::Expired;
 use helix_model::{AttemptNumber, LogTime, NodeId, TaskIndex};
 use helix_proto::store;
 use helix_proto::store::{addendum, row, task, trust, worker};
@@ -16,11 +17,13 @@ use super::parts::{
     artifact, artifact_wire, artifacts, builds, digest, digest_to_wire, drained_by, image, image_wire, key, key_wire,
     log, log_wire, need, offer, offer_wire, parse, parse_some, pinned, reason, reason_wire, spec, spec_wire,
 };
+use super::policy::{policy, policy_format, policy_wire};
 use super::{CodecError, check_format};
 
 /// The highest form of rows this program understands. 2: a worker's row may say that it is not trusted. 3: a
-/// build's may have images, a node's may say that it was removed, a worker's which secrets it has.
-pub const ROW_FORMAT: u32 = 3;
+/// build's may have images, a node's may say that it was removed, a worker's which secrets it has. 4: the
+/// policy may have lifetimes of logs and artifacts, and a build's row may say that they are over.
+pub const ROW_FORMAT: u32 = 4;
 
 /// A row's bytes.
 #[must_use]
@@ -61,9 +64,11 @@ pub fn encode_row(row: &Row) -> Vec<u8> {
     let format = match &kind {
         row::Kind::Worker(it) if it.offer.as_ref().is_some_and(|offer| offer.secrets.is_some()) => 3,
         row::Kind::Worker(it) if it.trust.is_some() => 2,
+        row::Kind::Build(it) if it.logs_expired_at_ms.or(it.artifacts_expired_at_ms).is_some() => 4,
         // Only attempts that have an image push an index.
         row::Kind::Build(it) if it.tasks.iter().flat_map(|task| &task.attempts).any(|it| it.image.is_some()) => 3,
         row::Kind::Node(it) if it.removed_at_ms.is_some() => 3,
+        row::Kind::Policy(it) => policy_format(it),
         _ => 1,
     };
     store::Row { format, kind: Some(kind) }.encode_to_vec()
@@ -82,7 +87,7 @@ pub fn decode_row(bytes: &[u8]) -> Result<Row, CodecError> {
             last_at: LogTime(it.last_at_ms),
             voters: it.voters.into_iter().map(NodeId).collect(),
         }),
-        row::Kind::Policy(it) => Row::Policy(policy(&it)),
+        row::Kind::Policy(it) => Row::Policy(policy(&it)?),
         row::Kind::Node(it) => Row::Node(NodeRecord {
             id: NodeId(it.id),
             epoch: it.epoch,
@@ -108,52 +113,6 @@ pub fn decode_row(bytes: &[u8]) -> Result<Row, CodecError> {
             purged_at: LogTime(it.purged_at_ms),
         }),
     })
-}
-
-pub(super) fn policy_wire(it: &Policy) -> store::Policy {
-    store::Policy {
-        worker_lease_ms: it.worker_lease_ms,
-        cancel_unverified_after_ms: it.cancel_unverified_after_ms,
-        detach_for_ms: it.detach_for_ms,
-        infra_retries: it.infra_retries,
-        retry_backoff_ms: it.retry_backoff_ms,
-        queue_max: it.queue_max,
-        copies: it.copies,
-        store_deadline_ms: it.store_deadline_ms,
-        timeout_default_ms: it.timeout_default_ms,
-        timeout_grace_ms: it.timeout_grace_ms,
-        retain_ms: it.retain_ms,
-        retain_builds: it.retain_builds,
-        tombstone_ms: it.tombstone_ms,
-        blob_bytes_max: it.blob_bytes_max,
-        log_bytes_max: it.log_bytes_max,
-        disk_reserve_bytes: it.disk_reserve_bytes,
-        quarantine_after: Some(it.quarantine_after),
-        quarantine_ms: Some(it.quarantine_ms),
-    }
-}
-
-pub(super) fn policy(it: &store::Policy) -> Policy {
-    Policy {
-        worker_lease_ms: it.worker_lease_ms,
-        cancel_unverified_after_ms: it.cancel_unverified_after_ms,
-        detach_for_ms: it.detach_for_ms,
-        infra_retries: it.infra_retries,
-        retry_backoff_ms: it.retry_backoff_ms,
-        queue_max: it.queue_max,
-        copies: it.copies,
-        store_deadline_ms: it.store_deadline_ms,
-        timeout_default_ms: it.timeout_default_ms,
-        timeout_grace_ms: it.timeout_grace_ms,
-        retain_ms: it.retain_ms,
-        retain_builds: it.retain_builds,
-        tombstone_ms: it.tombstone_ms,
-        blob_bytes_max: it.blob_bytes_max,
-        log_bytes_max: it.log_bytes_max,
-        disk_reserve_bytes: it.disk_reserve_bytes,
-        quarantine_after: it.quarantine_after.unwrap_or(Policy::default().quarantine_after),
-        quarantine_ms: it.quarantine_ms.unwrap_or(Policy::default().quarantine_ms),
-    }
 }
 
 fn worker_wire(it: &WorkerRecord) -> store::Worker {
@@ -239,6 +198,8 @@ fn build_wire(it: &BuildRecord) -> store::Build {
         artifacts: it.artifacts.iter().map(artifact_wire).collect(),
         pinned: it.pinned == Pinned::Yes,
         indexing: it.indexing.map(|task| u32::from(task.0)),
+        logs_expired_at_ms: it.expired.logs.map(|at| at.0),
+        artifacts_expired_at_ms: it.expired.artifacts.map(|at| at.0),
     }
 }
 
@@ -266,6 +227,10 @@ fn build_record(it: store::Build) -> Result<BuildRecord, CodecError> {
         artifacts: artifacts(it.artifacts)?,
         pinned: pinned(it.pinned),
         indexing: it.indexing.map(task_index).transpose()?,
+        expired: Expired {
+            logs: it.logs_expired_at_ms.map(LogTime),
+            artifacts: it.artifacts_expired_at_ms.map(LogTime),
+        },
     })
 }
 

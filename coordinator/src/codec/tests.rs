@@ -4,15 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use helix_core::command::{
-    AssignTask, Authority, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireTombstones,
-    FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage, RegisterArtifact,
-    RegisterNode, RegisterWorker, ReleaseHold, RemoveWorker, RetireNode, SealLog, SecretFor, SetPolicy, SubmitBuild,
-    UndrainWorker, WorkerOffer,
+    AssignTask, Authority, CancelBuild, DetachWorker, DrainWorker, EndUnverified, ExpireAttempt, ExpireBytes,
+    ExpireTombstones, FinishAttempt, LoseWorker, Outcome, PinBuild, PinSource, ProbeWorker, PurgeBuilds, RecordImage,
+    RegisterArtifact, RegisterNode, RegisterWorker, ReleaseHold, RemoveWorker, RetireNode, SealLog, SecretFor,
+    SetPolicy, SubmitBuild, UndrainWorker, WorkerOffer,
 };
 use helix_core::record::{
     Addendum, Artifact, AttemptEnd, AttemptRecord, BlobRef, BuildRecord, CancelRequest, Counters, Drain, DrainedBy,
     Image, NodeRecord, Pinned, SealedLog, Standing, StopRequest, TaskPhase, TaskRecord, Tombstone, Trust, WorkerRecord,
 };
+use helix_core::retention::{Expired, Kept, Rule};
 use helix_core::{Policy, Rejection, Reply, Row, Unfit};
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, BuildState, Death, Digest, Executor, Instance, Measure, NodeId,
@@ -180,6 +181,7 @@ fn commands() -> Vec<Command> {
             artifact: artifact(),
         }),
         Command::PurgeBuilds(PurgeBuilds { builds: vec![build.clone()], cutoff: LogTime(6) }),
+        Command::ExpireBytes(ExpireBytes { kept: Kept::Logs, builds: vec![build.clone()] }),
         Command::ExpireTombstones(ExpireTombstones { builds: vec![build.clone()] }),
         Command::PinBuild(PinBuild { build, authority, pinned: Pinned::Yes }),
         Command::SetPolicy(SetPolicy { policy: Policy { copies: 3, ..Policy::default() }, expected: None }),
@@ -187,6 +189,7 @@ fn commands() -> Vec<Command> {
             policy: Policy { copies: 3, ..Policy::default() },
             expected: Some(Policy::default()),
         }),
+        Command::SetPolicy(SetPolicy { policy: keeping(), expected: None }),
         Command::RegisterNode(RegisterNode {
             node: NodeId(2),
             epoch: u64::MAX,
@@ -196,6 +199,27 @@ fn commands() -> Vec<Command> {
         }),
         Command::RetireNode(RetireNode { node: NodeId(2) }),
     ]
+}
+
+/// A policy of all that format 4 brought.
+fn keeping() -> Policy {
+    let rule = |name: &str| Rule::parse(name).unwrap().unwrap();
+    Policy {
+        retain_logs_ms: 1,
+        retain_artifacts_ms: 2,
+        retain_rules: BTreeMap::from([(rule("retain_ms[failed]"), 3), (rule("retain_logs_ms[cancelled,k=v]"), 0)]),
+        seal_lost_after_ms: 4,
+        scrub_bytes: 0,
+        ..Policy::default()
+    }
+}
+
+/// A build whose logs and artifacts went before it.
+fn emptied() -> BuildRecord {
+    let mut record = record();
+    record.expire(Kept::Logs, LogTime(11));
+    record.expire(Kept::Artifacts, LogTime(12));
+    record
 }
 
 fn attempt(end: bool) -> AttemptRecord {
@@ -254,6 +278,7 @@ fn record() -> BuildRecord {
         artifacts: vec![artifact()],
         pinned: Pinned::Yes,
         indexing: None,
+        expired: Expired::default(),
     }
 }
 
@@ -313,6 +338,8 @@ fn rows() -> Vec<Row> {
         trusted(Trust::Probing { since: LogTime(8), round: 2 }),
         Row::Build(Arc::new(with_images())),
         Row::Node(node(Some(LogTime(9)))),
+        Row::Policy(keeping()),
+        Row::Build(Arc::new(emptied())),
     ]
 }
 
@@ -343,6 +370,7 @@ fn rejections() -> Vec<Rejection> {
         Rejection::QueueFull { queue_max: 3 },
         Rejection::BuildUnknown(build()),
         Rejection::BuildPurged(build()),
+        Rejection::Expired(build(), Kept::Artifacts),
         Rejection::WrongState { from: BuildState::Failed, to: BuildState::Cancelled },
         Rejection::NotOwner { build: build(), owner: "client/c".to_owned() },
         Rejection::TaskUnknown(key()),
@@ -372,7 +400,7 @@ fn rejections() -> Vec<Rejection> {
 fn every_command_reads_back() {
     let commands = commands();
     let kinds: BTreeSet<_> = commands.iter().map(|c| format!("{:?}", std::mem::discriminant(c))).collect();
-    assert_eq!(kinds.len(), 24, "a kind of command is not tested");
+    assert_eq!(kinds.len(), 25, "a kind of command is not tested");
     let wire = commands.iter().map(command_to_wire).collect();
     let bytes = encode_batch(LogTime(99), wire);
     assert_eq!(decode_batch(&bytes).unwrap(), (LogTime(99), commands));
@@ -418,7 +446,7 @@ fn what_is_newer_or_damaged_is_refused_by_name() {
     assert!(matches!(decode_batch(&unknown.encode_to_vec()), Err(CodecError::Newer { .. })));
     let newer = store::Batch { format: COMMAND_FORMAT + 1, at_ms: 1, commands: vec![] };
     let error = decode_batch(&newer.encode_to_vec()).unwrap_err().to_string();
-    assert!(error.contains("format 4") && error.contains("newer"), "{error}");
+    assert!(error.contains("format 5") && error.contains("newer"), "{error}");
     let newer = store::Row { format: ROW_FORMAT + 1, kind: None };
     assert!(matches!(decode_row(&newer.encode_to_vec()), Err(CodecError::Newer { .. })));
     assert!(decode_row(&[0xff; 20]).is_err());
@@ -463,7 +491,12 @@ fn formats_are_the_lowest_that_will_do() {
         let bytes = encode_row(&Row::Build(Arc::new(record)));
         store::Row::decode(bytes.as_slice()).unwrap().format
     };
-    assert_eq!((of_row(record()), of_row(with_images())), (1, 3));
+    assert_eq!((of_row(record()), of_row(with_images()), of_row(emptied())), (1, 3, 4));
+    let setting = |policy: Policy, expected| of_command(&Command::SetPolicy(SetPolicy { policy, expected }));
+    assert_eq!((setting(Policy::default(), None), setting(Policy::default(), Some(Policy::default()))), (1, 3));
+    assert_eq!((setting(keeping(), None), setting(Policy::default(), Some(keeping()))), (4, 4));
+    let of_policy = |policy| store::Row::decode(encode_row(&Row::Policy(policy)).as_slice()).unwrap().format;
+    assert_eq!((of_policy(Policy { copies: 3, ..Policy::default() }), of_policy(keeping())), (1, 4));
     let of_worker = |secrets, trust| {
         let Row::Worker(it) = &rows()[3] else { panic!("no worker") };
         let offer = WorkerOffer { secrets, ..it.offer.clone() };
@@ -483,6 +516,10 @@ fn golden_bytes_do_not_change() {
     assert_eq!(
         one(&Command::AssignTask(AssignTask { key: key(), worker: worker(), instance: instance() })),
         "080110011a161a140a090a03622d31100118021202773".to_owned() + "11a03612e62"
+    );
+    assert_eq!(
+        one(&Command::ExpireBytes(ExpireBytes { kept: Kept::Logs, builds: vec![build()] })),
+        "080410011a0ec2020b0a03622d3112046c6f6773"
     );
     let tombstone = hex(&encode_row(&rows()[10]));
     assert!(tombstone.starts_with("080142340a03622d311220"), "{tombstone}");

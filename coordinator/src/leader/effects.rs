@@ -34,7 +34,7 @@ impl Leading {
                     self.check_worker(state, worker);
                 }
                 Effect::NodeChanged => noticed.nodes = true,
-                Effect::LogSealed(_) | Effect::BuildPurged(_) => {}
+                Effect::LogSealed(_) | Effect::BuildPurged(_) | Effect::LogsExpired(_) => {}
                 Effect::SendAssignment { .. }
                 | Effect::SendCommit { .. }
                 | Effect::SendImages { .. }
@@ -65,6 +65,7 @@ impl Leading {
             Effect::BuildChanged(_)
             | Effect::LogSealed(_)
             | Effect::BuildPurged(_)
+            | Effect::LogsExpired(_)
             | Effect::WorkerChanged(_)
             | Effect::NodeChanged => return None,
         };

@@ -21,6 +21,9 @@ pub(crate) fn enter(in_flight: &mut InFlight, command: &Command) {
             in_flight.workers.insert(probe.worker.clone());
         }
         Command::PurgeBuilds(purge) => in_flight.purging.extend(purge.builds.iter().cloned()),
+        Command::ExpireBytes(expire) => {
+            in_flight.letting_go.extend(expire.builds.iter().map(|build| (build.clone(), expire.kept)));
+        }
         Command::ExpireTombstones(expire) => in_flight.expiring.extend(expire.builds.iter().cloned()),
         _ => {}
     }
@@ -47,6 +50,11 @@ pub(crate) fn leave(in_flight: &mut InFlight, command: &Command) {
         Command::PurgeBuilds(purge) => {
             for build in &purge.builds {
                 in_flight.purging.remove(build);
+            }
+        }
+        Command::ExpireBytes(expire) => {
+            for build in &expire.builds {
+                in_flight.letting_go.remove(&(build.clone(), expire.kept));
             }
         }
         Command::ExpireTombstones(expire) => {

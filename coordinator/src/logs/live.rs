@@ -22,6 +22,8 @@ use helix_proto::v1;
 use prost::Message;
 use tokio::sync::watch;
 
+use super::seal::SEALING;
+
 const FRAME_MAGIC: u32 = 0x10c5_f4a3;
 const FRAME_HEADER_BYTES: usize = 28;
 
@@ -366,6 +368,10 @@ impl LiveLogs {
         for entry in std::fs::read_dir(directory)? {
             let path = entry?.path();
             let stem = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".log"));
+            if path.extension().is_some_and(|extension| extension == SEALING) {
+                // Cut short: it is begun again.
+                std::fs::remove_file(&path)?;
+            }
             let Some(key) = stem.and_then(|stem| stem.parse::<AttemptKey>().ok()) else { continue };
             match LiveLog::recover(path.clone()) {
                 Ok(log) => {

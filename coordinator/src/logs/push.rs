@@ -72,7 +72,7 @@ impl LogHub {
             facts = self.inner.plane.attempt(key).await.map_err(unavailable)?;
         }
         match facts {
-            AttemptFacts::Unknown | AttemptFacts::Sealed { .. } => Ok(Admission::Drop),
+            AttemptFacts::Unknown | AttemptFacts::Expired | AttemptFacts::Sealed { .. } => Ok(Admission::Drop),
             AttemptFacts::Open { worker: owner, .. } if owner == *worker => {
                 let log = self.inner.live.get_or_begin(key);
                 let pushing = Arc::new(log.pushing());

@@ -48,11 +48,13 @@ impl LogHub {
     /// Reads a log. What this node knows of the attempt decides: call the registry's barrier before, where it must be fresh.
     ///
     /// # Errors
-    /// `log_unknown` when there is no such attempt; `no_leader` when the registry cannot be read.
+    /// `log_unknown` when there is no such attempt; `expired` when its log was not kept as long as its build; `no_leader` when the registry cannot be read.
     pub async fn read(&self, query: LogQuery) -> Result<ReceiverStream<Result<v1::LogChunk, Status>>, Status> {
         let facts = self.inner.plane.attempt(&query.key).await.map_err(|error| unavailable(&error))?;
-        if facts == AttemptFacts::Unknown {
-            return Err(unknown(&query.key));
+        match facts {
+            AttemptFacts::Unknown => return Err(unknown(&query.key)),
+            AttemptFacts::Expired => return Err(expired(&query.key)),
+            AttemptFacts::Open { .. } | AttemptFacts::Sealed { .. } => {}
         }
         let (tx, rx) = mpsc::channel(2);
         let inner = Arc::clone(&self.inner);
@@ -102,23 +104,23 @@ struct Reader {
 }
 
 /// Who has the log live, and how far.
-struct Found {
-    source: Source,
-    last_seq: u64,
-    pushing: bool,
+pub(super) struct Found {
+    pub(super) source: Source,
+    pub(super) last_seq: u64,
+    pub(super) pushing: bool,
     complete: bool,
 }
 
-enum Source {
+pub(super) enum Source {
     Here(Arc<LiveLog>),
     Peer(NodeId),
 }
 
 /// What all coordinators have of a live log.
-struct Survey {
-    found: Vec<Found>,
+pub(super) struct Survey {
+    pub(super) found: Vec<Found>,
     /// Coordinators that did not answer.
-    silent: Vec<NodeId>,
+    pub(super) silent: Vec<NodeId>,
 }
 
 /// How a source came to its end.
@@ -144,6 +146,7 @@ impl Reader {
             let facts = self.inner.plane.attempt(&self.key).await.map_err(|error| unavailable(&error))?;
             let end = match facts {
                 AttemptFacts::Unknown => return Err(unknown(&self.key)),
+                AttemptFacts::Expired => return Err(expired(&self.key)),
                 AttemptFacts::Sealed { log } => return self.read_sealed(&log).await,
                 AttemptFacts::Open { end, .. } => end,
             };
@@ -355,7 +358,7 @@ impl Reader {
 
 impl Inner {
     /// Asks everybody who has the log live.
-    async fn survey(&self, key: &AttemptKey) -> Survey {
+    pub(super) async fn survey(&self, key: &AttemptKey) -> Survey {
         let mut found = Vec::new();
         if let Some(log) = self.live.get(key) {
             let head = *log.head().borrow();
@@ -426,6 +429,10 @@ async fn off<T: Send + 'static, E: std::fmt::Display + Send + 'static>(
 
 fn unknown(key: &AttemptKey) -> Status {
     status(ErrorCode::LogUnknown, format!("there is no attempt {key}, or its build was purged"))
+}
+
+fn expired(key: &AttemptKey) -> Status {
+    crate::rpc::answer::expired(&key.build, "logs")
 }
 
 fn unavailable(error: &Unavailable) -> Status {

@@ -25,6 +25,8 @@ use crate::plane::EndFacts;
 use crate::plane::recorded::{Ledger, Recorded, Server, listen, serve};
 use crate::rpc::blob::BlobRpc;
 
+mod sealing;
+
 const DEADLINE: Duration = Duration::from_secs(20);
 
 struct Node {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use helix_model::BuildId;
@@ -22,6 +22,8 @@ pub(crate) struct Ledger {
     /// Nodes whose copies do not count.
     pub(crate) learners: Mutex<BTreeSet<NodeId>>,
     pub(crate) reachable: AtomicBool,
+    /// Log time.
+    pub(crate) now: AtomicU64,
     effects: broadcast::Sender<Arc<[Effect]>>,
 }
 
@@ -34,6 +36,7 @@ impl Ledger {
             addresses: Mutex::default(),
             learners: Mutex::default(),
             reachable: AtomicBool::new(true),
+            now: AtomicU64::new(0),
             effects: broadcast::Sender::new(64),
         })
     }
@@ -106,6 +109,25 @@ impl Plane for Recorded {
     fn attempt<'a>(&'a self, key: &'a AttemptKey) -> BoxFuture<'a, Result<AttemptFacts, Unavailable>> {
         let facts = self.ledger.attempts.lock().unwrap().get(key).cloned().unwrap_or(AttemptFacts::Unknown);
         Box::pin(async move { Ok(facts) })
+    }
+
+    fn now(&self) -> LogTime {
+        LogTime(self.ledger.now.load(Ordering::SeqCst))
+    }
+
+    fn seal_log(&self, command: SealLog) -> BoxFuture<'_, Result<(), Unavailable>> {
+        let reachable = self.ledger.reachable.load(Ordering::SeqCst);
+        Box::pin(async move {
+            if !reachable {
+                return Err(Unavailable("no leader".to_owned()));
+            }
+            let known = self.ledger.attempts.lock().unwrap().get(&command.key).cloned();
+            if let Some(AttemptFacts::Open { worker, end: Some(_) }) = known {
+                assert_eq!(worker, command.worker);
+                self.ledger.set(&command.key, AttemptFacts::Sealed { log: command.log });
+            }
+            Ok(())
+        })
     }
 
     fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>> {

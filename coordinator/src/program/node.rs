@@ -304,13 +304,16 @@ async fn open_bytes(
     let shown = path.display().to_string();
     let stopping = stop.clone();
     let opening = tokio::task::spawn_blocking(move || {
-        let blobs::Opened { blobs, collection } = Blobs::open(&path.join("blobs"), plane.clone())?;
+        let blobs::Opened { blobs, collection, scrub } = Blobs::open(&path.join("blobs"), plane.clone())?;
         let logs = LogHub::open(&path.join("logs"), plane, Arc::clone(&blobs), stopping)?;
-        std::io::Result::Ok((blobs, collection, logs))
+        std::io::Result::Ok((blobs, collection, scrub, logs))
     });
     let opened = opening.await.context("opening blobs and logs panicked")?;
-    let (blobs, collection, logs) = opened.with_context(|| format!("blobs or logs in {shown} cannot be opened"))?;
+    let (blobs, collection, scrub, logs) =
+        opened.with_context(|| format!("blobs or logs in {shown} cannot be opened"))?;
     tasks.spawn(collection.run(blobs::Schedule::default(), stop.clone()));
+    tasks.spawn(scrub.run(stop.clone()));
+    tasks.spawn(logs.clone().seal_what_is_left());
     tasks.spawn(logs.clone().keep());
     Ok((blobs, logs))
 }

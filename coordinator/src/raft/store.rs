@@ -4,7 +4,7 @@
 //! not at all, and carries the log id up to which its rows are true; so the tree is always a prefix of the log.
 //! Each batch carries a sum over all rows, too: a store whose rows do not add up, for whatever reason, is not used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::ops::Bound;
@@ -166,11 +166,36 @@ impl Store {
         let tree = self.tree();
         let mut batch = sled::Batch::default();
         let mut sum = read_head(&tree)?.sum;
+        let mut unnamed = BTreeMap::new();
         for (base, change) in changes {
-            put_change(&tree, &mut batch, &mut sum, base, change.as_ref())?;
+            put_change(&tree, &mut batch, (&mut sum, &mut unnamed), base, change.as_ref())?;
         }
+        self.keep_named(&mut batch, changes, &unnamed)?;
         batch.insert(META_KEY, encode_head(meta, sum));
         tree.apply_batch(batch).map_err(io_error)
+    }
+
+    /// A blob that one row of a build names no more may be named by another.
+    fn keep_named(&self, batch: &mut sled::Batch, changes: &Changes, unnamed: &Unnamed) -> io::Result<()> {
+        for (build, digests) in unnamed {
+            let own = base_key(&RowKey::Build(build.clone()));
+            let new =
+                changes.range(addenda_prefix(build)..).take_while(|(base, _)| base.starts_with(&addenda_prefix(build)));
+            let mut bases: BTreeSet<Vec<u8>> = new.map(|(base, _)| base.clone()).collect();
+            bases.extend(self.addenda_keys(build)?);
+            bases.insert(own);
+            for base in bases {
+                let row = match changes.get(&base) {
+                    Some(change) => change.as_ref().map(|(_, row)| row.clone()),
+                    None => self.row(&base)?.map(|bytes| decode_row(&bytes)).transpose()?,
+                };
+                let named = row.as_ref().and_then(blobs_of).map(|(_, named)| named).unwrap_or_default();
+                for digest in named.intersection(digests) {
+                    batch.insert(index_key(digest, build), &[] as &[u8]);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Makes everything written so far survive a power cut.
@@ -336,10 +361,13 @@ fn row_count(tree: &sled::Tree, base: &[u8]) -> io::Result<Option<u16>> {
     Ok(first.as_deref().and_then(first_part).map(|(count, _)| count))
 }
 
+/// Blobs that a row of a build named and names no more.
+type Unnamed = BTreeMap<BuildId, BTreeSet<Digest>>;
+
 fn put_change(
     tree: &sled::Tree,
     batch: &mut sled::Batch,
-    sum: &mut u128,
+    (sum, unnamed): (&mut u128, &mut Unnamed),
     base: &[u8],
     change: Option<&(Vec<u8>, Row)>,
 ) -> io::Result<()> {
@@ -348,6 +376,16 @@ fn put_change(
     let mut parts_now = 0;
     if let Some(bytes) = &before {
         *sum = sum.wrapping_sub(sum_of(base, bytes));
+    }
+    if let Some(bytes) = &before
+        && let Some((build, mut digests)) = blobs_of(&decode_row(bytes)?)
+    {
+        let named = change.and_then(|(_, row)| blobs_of(row)).map(|(_, named)| named).unwrap_or_default();
+        digests.retain(|digest| !named.contains(digest));
+        digests.iter().for_each(|digest| batch.remove(index_key(digest, &build)));
+        if !digests.is_empty() {
+            unnamed.entry(build).or_default().extend(digests);
+        }
     }
     if let Some((bytes, row)) = change {
         *sum = sum.wrapping_add(sum_of(base, bytes));
@@ -359,12 +397,6 @@ fn put_change(
             for digest in digests {
                 batch.insert(index_key(&digest, &build), &[] as &[u8]);
             }
-        }
-    } else if let Some(bytes) = &before
-        && let Some((build, digests)) = blobs_of(&decode_row(bytes)?)
-    {
-        for digest in digests {
-            batch.remove(index_key(&digest, &build));
         }
     }
     for part in parts_now..parts_before {
@@ -379,7 +411,8 @@ fn import(tree: &sled::Tree, path: &Path) -> io::Result<SnapshotMeta> {
     let mut sum = 0;
     let meta = snapshot::read(path, |bytes| {
         let row = decode_row(&bytes)?;
-        put_change(tree, &mut batch, &mut sum, &base_key(&row.key()), Some(&(bytes, row)))?;
+        // The tree is empty: no row takes another's place.
+        put_change(tree, &mut batch, (&mut sum, &mut Unnamed::new()), &base_key(&row.key()), Some(&(bytes, row)))?;
         keys += 1;
         if keys >= IMPORT_KEYS {
             keys = 0;

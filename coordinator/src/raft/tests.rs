@@ -1,7 +1,8 @@
-//! Consensus and storage together: the store suite, crashes, rebuilds, and clusters of three over real TLS.
+//! Consensus and storage together: the store suite, crashes, rebuilds, letting go, and clusters of three over real TLS.
 
 mod cluster;
 mod harness;
+mod letting_go;
 mod members;
 mod offline;
 mod storage;

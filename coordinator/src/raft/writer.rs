@@ -13,15 +13,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use helix_core::record::BuildRecord;
+use helix_core::retention::Kept;
 use helix_core::{Row, RowChange, RowKey};
-use helix_model::{BuildId, Digest};
+use helix_model::{BuildId, Digest, LogTime};
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::rows::{base_key, blobs_of, sum_of};
 use super::snapshot::{self, SnapshotWriter};
 use super::store::{Changes, Head, Store, merge};
 use super::types::SnapshotMeta;
-use crate::codec::encode_row;
+use crate::codec::{decode_row, encode_row};
 use crate::registry::{Counters, StoreError};
 
 /// Rows are written this long after the first of them was applied,
@@ -68,6 +69,8 @@ struct Rows {
     changes: BTreeMap<RowKey, Option<Row>>,
     /// Builds whose addenda in the store go; those in `changes` are newer.
     addenda_gone: BTreeSet<BuildId>,
+    /// What stored rows of builds, and of their addenda, are to forget; those in `changes` have.
+    expired: BTreeMap<(BuildId, Kept), LogTime>,
     /// Blobs named by what waits.
     blobs: BTreeSet<Digest>,
 }
@@ -110,13 +113,27 @@ impl Rows {
             }
             RowChange::DeleteAddenda(build) => {
                 self.changes.retain(|key, _| !matches!(key, RowKey::Addendum(attempt, _) if attempt.build == build));
+                self.expired.retain(|(id, _), _| *id != build);
                 self.addenda_gone.insert(build);
             }
+            RowChange::Expire(build, kept, at) => self.expire(build, kept, at),
         }
     }
 
+    /// What waits is changed here, what is stored when it is written.
+    fn expire(&mut self, build: BuildId, kept: Kept, at: LogTime) {
+        if let Some(Some(Row::Build(record))) = self.changes.get_mut(&RowKey::Build(build.clone())) {
+            Arc::make_mut(record).expire(kept, at);
+        }
+        let about = |key: &RowKey| {
+            matches!(key, RowKey::Addendum(attempt, _) if attempt.build == build) && Kept::of_key(key) == Some(kept)
+        };
+        self.changes.retain(|key, _| !about(key));
+        self.expired.insert((build, kept), at);
+    }
+
     fn len(&self) -> usize {
-        self.changes.len() + self.addenda_gone.len()
+        self.changes.len() + self.addenda_gone.len() + self.expired.len()
     }
 
     /// Puts what waits here about a build over what is known of it so far.
@@ -126,6 +143,12 @@ impl Rows {
         }
         if self.addenda_gone.contains(build) {
             addenda.clear();
+        }
+        for ((_, kept), at) in self.expired.iter().filter(|((id, _), _)| id == build) {
+            if let Some(Row::Build(record)) = record {
+                Arc::make_mut(record).expire(*kept, *at);
+            }
+            addenda.retain(|key, _| Kept::of_key(key) != Some(*kept));
         }
         for (key, change) in &self.changes {
             let RowKey::Addendum(attempt, _) = key else { continue };
@@ -311,7 +334,8 @@ impl Rows {
         };
         let changes = self.changes.iter().filter(|(key, _)| about(key)).map(|(k, v)| (k.clone(), v.clone())).collect();
         let addenda_gone = self.addenda_gone.get(build).cloned().into_iter().collect();
-        Self { changes, addenda_gone, blobs: BTreeSet::new() }
+        let expired = self.expired.iter().filter(|((id, _), _)| id == build).map(|(k, v)| (k.clone(), *v)).collect();
+        Self { changes, addenda_gone, expired, blobs: BTreeSet::new() }
     }
 }
 
@@ -424,6 +448,9 @@ impl Run {
         for build in &rows.addenda_gone {
             changes.extend(self.inner.store.addenda_keys(build)?.into_iter().map(|key| (key, None)));
         }
+        for ((build, kept), at) in &rows.expired {
+            self.forget(build, *kept, *at, &mut changes)?;
+        }
         for (key, change) in &rows.changes {
             changes.insert(base_key(key), change.as_ref().map(|row| (encode_row(row), row.clone())));
         }
@@ -437,6 +464,28 @@ impl Run {
         self.inner.counters.store_pending.set(pending.rows.len() as u64);
         drop(pending);
         self.inner.room.notify_waiters();
+        Ok(())
+    }
+
+    /// Stored rows of a build that let go of its logs or artifacts.
+    fn forget(&self, build: &BuildId, kept: Kept, at: LogTime, changes: &mut Changes) -> io::Result<()> {
+        let base = base_key(&RowKey::Build(build.clone()));
+        // What is to be forgotten of one build twice is forgotten of the same row.
+        let before = match changes.remove(&base) {
+            Some(change) => change.map(|(_, row)| row),
+            None => self.inner.store.row(&base)?.map(|bytes| decode_row(&bytes)).transpose()?,
+        };
+        if let Some(Row::Build(mut record)) = before {
+            Arc::make_mut(&mut record).expire(kept, at);
+            let row = Row::Build(record);
+            changes.insert(base, Some((encode_row(&row), row)));
+        }
+        for base in self.inner.store.addenda_keys(build)? {
+            let row = self.inner.store.row(&base)?.map(|bytes| decode_row(&bytes)).transpose()?;
+            if row.is_some_and(|row| Kept::of_key(&row.key()) == Some(kept)) {
+                changes.insert(base, None);
+            }
+        }
         Ok(())
     }
 

@@ -93,6 +93,8 @@ pub struct Counters {
     pub stored_index: Number,
     /// The store's size on disk in bytes.
     pub store_bytes: Number,
+    /// Blobs that builds name and that nobody had when this node last looked as the leader.
+    pub blobs_missing: Number,
     /// Rows that wait to be written to the store.
     pub store_pending: Number,
     /// Snapshots written.

@@ -33,6 +33,7 @@ pub(crate) fn rejection_text(rejection: &Rejection) -> String {
         }
         Rejection::BuildUnknown(id) => build_unknown_text(id),
         Rejection::BuildPurged(id) => build_purged_text(id),
+        Rejection::Expired(build, kept) => expired_text(build, kept.as_str()),
         Rejection::WrongState { from, to } => format!("the build is {from} and cannot become {to}"),
         Rejection::NotOwner { build, owner } => {
             format!("build {build} belongs to {owner}: only they or an operator may do this")
@@ -116,6 +117,11 @@ pub(crate) fn build_purged(id: &BuildId) -> Status {
     status(ErrorCode::BuildPurged, build_purged_text(id))
 }
 
+/// The build is known; that of it has gone before the rest.
+pub(crate) fn expired(id: &BuildId, what: &str) -> Status {
+    status(ErrorCode::Expired, expired_text(id, what))
+}
+
 /// No such worker.
 pub(crate) fn worker_unknown(name: &str) -> Status {
     status(ErrorCode::WorkerUnknown, worker_unknown_text(name))
@@ -182,6 +188,12 @@ pub(crate) fn of_store(error: &StoreError) -> Status {
 
 fn build_unknown_text(id: &BuildId) -> String {
     format!("there is no build {id}")
+}
+
+fn expired_text(id: &BuildId, what: &str) -> String {
+    format!(
+        "the {what} of build {id} were not kept as long as the build itself: `helix cluster policy get` says how long"
+    )
 }
 
 fn build_purged_text(id: &BuildId) -> String {

@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status};
 
 use super::services::{Services, consistency};
 use super::{answer, policy, snapshot, totals_of};
+use crate::blobs::Damage;
 use crate::membership::{Asked, LastCopies, Listener, Membership};
 use crate::peers::Peers;
 
@@ -29,6 +30,9 @@ pub struct ClusterRpc {
     membership: Membership,
     saves: Arc<Semaphore>,
 }
+
+/// Lost blobs that are named in a status.
+const LOST_SHOWN: usize = 20;
 
 /// How long the leader may take to tell of the members.
 const LEADER_ANSWER: Duration = Duration::from_secs(2);
@@ -104,7 +108,23 @@ impl ClusterRpc {
             free_bytes: self.services.disk.free_bytes(),
             reserve_bytes: registry.with_state(|state| state.policy().disk_reserve_bytes),
             change: self.membership.change(),
+            blobs: self.trouble(),
         }
+    }
+
+    fn trouble(&self) -> Option<v1::BlobTrouble> {
+        let mut lost = self.membership.repair().lost();
+        let mut damaged = 0;
+        for (digest, damage) in self.services.blobs.health().list() {
+            match damage {
+                Damage::Waiting => damaged += 1,
+                Damage::Lost if lost.contains(&digest) => {}
+                Damage::Lost => lost.push(digest),
+            }
+        }
+        let sha256 = lost.iter().take(LOST_SHOWN).map(ToString::to_string).collect();
+        let trouble = v1::BlobTrouble { damaged, lost: lost.len() as u64, lost_sha256: sha256 };
+        (trouble.damaged + trouble.lost > 0).then_some(trouble)
     }
 
     /// Only the leader hears all members. Whoever asks elsewhere gets its view of them; if it does not answer, ours.
@@ -122,7 +142,8 @@ impl ClusterRpc {
                 warnings.extend(seen.warnings);
                 warnings.sort();
                 warnings.dedup();
-                v1::ClusterStatus { members: seen.members, warnings, change: seen.change, ..own }
+                let blobs = together(own.blobs, seen.blobs);
+                v1::ClusterStatus { members: seen.members, warnings, change: seen.change, blobs, ..own }
             }
             Ok(Err(error)) => {
                 tracing::debug!(%error, "the leader does not tell of the members");
@@ -139,8 +160,26 @@ impl ClusterRpc {
         if self.services.disk.expect_above(reserve).is_err() {
             warnings.push("disk_reserve".to_owned());
         }
+        let v1::BlobTrouble { damaged, lost, .. } = self.trouble().unwrap_or_default();
+        let words = [(damaged, "blobs_damaged"), (lost, "blobs_lost")];
+        warnings.extend(words.into_iter().filter(|(count, _)| *count > 0).map(|(_, word)| word.to_owned()));
         warnings
     }
+}
+
+/// What is damaged here, and what is lost as far as anybody here or the leader knows.
+fn together(own: Option<v1::BlobTrouble>, leader: Option<v1::BlobTrouble>) -> Option<v1::BlobTrouble> {
+    let (mut own, leader) = match (own, leader) {
+        (own, None) => return own,
+        (None, Some(leader)) => (v1::BlobTrouble::default(), leader),
+        (Some(own), Some(leader)) => (own, leader),
+    };
+    own.lost = own.lost.max(leader.lost);
+    let more = leader.lost_sha256.into_iter().filter(|sha256| !own.lost_sha256.contains(sha256)).collect::<Vec<_>>();
+    own.lost_sha256.extend(more);
+    own.lost = own.lost.max(own.lost_sha256.len() as u64);
+    own.lost_sha256.truncate(LOST_SHOWN);
+    (own.damaged + own.lost > 0).then_some(own)
 }
 
 fn unix_ms(at: SystemTime) -> i64 {

@@ -101,13 +101,56 @@ async fn a_purged_build_is_remembered_as_ended_and_a_pinned_one_stays() {
     assert!(client.status("b2").await.pinned);
     let purge = |state: &str| v1::PurgeBuildsRequest { before_ms: i64::MAX, state: state.to_owned() };
     assert_eq!(operator.builds.purge_builds(purge("failed")).await.unwrap().into_inner().purged, 0);
-    assert_eq!(operator.builds.purge_builds(purge("")).await.unwrap().into_inner().purged, 1);
+    let purged = operator.builds.purge_builds(purge("")).await.unwrap().into_inner();
+    assert_eq!((purged.purged, purged.pinned), (1, 1));
+    // Pinning is for the owner and operators, and stands whatever policy says.
+    let mut bob = one.caller(Role::Client, "bob").await;
+    for pinned in [false, true] {
+        let pin = v1::PinBuildRequest { build_id: "b2".to_owned(), pinned };
+        assert_eq!(error_code(&bob.builds.pin_build(pin.clone()).await.unwrap_err()), Some(ErrorCode::NotOwner));
+        operator.builds.pin_build(pin).await.unwrap();
+    }
     let asked = v1::GetBuildStatusRequest { build_id: "b1".to_owned(), stale: false };
     let gone = client.builds.get_build_status(asked).await.unwrap_err();
     assert_eq!((gone.code(), error_code(&gone)), (Code::NotFound, Some(ErrorCode::BuildPurged)));
     let again = client.submit(shell("b1")).await;
     assert_eq!((again.existed, again.purged_state.as_str()), (true, "cancelled"));
     assert_eq!(client.status("b3").await.state, "queued");
+    one.node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_kept_as_long_as_its_build_says_so() {
+    let one = One::start().await;
+    let (mut client, mut operator) = (one.client().await, one.operator().await);
+    one.worker("w", |_| {}).await;
+    one.ended(&mut client, "kept", 0).await;
+    one.ended(&mut client, "bare", 3).await;
+    client.builds.pin_build(v1::PinBuildRequest { build_id: "kept".to_owned(), pinned: true }).await.unwrap();
+    let values = ["retain_logs_ms", "retain_artifacts_ms[failed]"].map(|key| (key.to_owned(), 0)).into();
+    let set = v1::SetPolicyRequest { values, ..v1::SetPolicyRequest::default() };
+    operator.cluster.set_policy(set).await.unwrap();
+    let begun = std::time::Instant::now();
+    loop {
+        let status = client.status("bare").await;
+        if status.logs_expired_at_ms > 0 && status.artifacts_expired_at_ms > 0 {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{status:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let lines = v1::StreamBuildLogsRequest { build_id: "bare".to_owned(), ..v1::StreamBuildLogsRequest::default() };
+    let chunks = v1::ReadLogRequest { build_id: "bare".to_owned(), ..v1::ReadLogRequest::default() };
+    let artifacts = v1::GetArtifactsRequest { build_id: "bare".to_owned(), stale: false };
+    for refused in [
+        client.builds.stream_build_logs(lines).await.err().unwrap(),
+        client.builds.read_log(chunks).await.err().unwrap(),
+        client.builds.get_artifacts(artifacts).await.err().unwrap(),
+    ] {
+        assert_eq!((refused.code(), error_code(&refused)), (Code::FailedPrecondition, Some(ErrorCode::Expired)));
+    }
+    let status = client.status("kept").await;
+    assert_eq!((status.logs_expired_at_ms, status.artifacts_expired_at_ms), (0, 0), "it is pinned");
     one.node.stop().await;
 }
 

@@ -15,7 +15,7 @@ fn map(pairs: &[(&str, u64)]) -> BTreeMap<String, u64> {
 
 impl Caller {
     async fn set(&mut self, values: &[(&str, u64)], expected: &[(&str, u64)]) -> Result<v1::SetPolicyResponse, Status> {
-        let request = v1::SetPolicyRequest { values: map(values), expected: map(expected) };
+        let request = v1::SetPolicyRequest { values: map(values), expected: map(expected), reset: vec![] };
         self.cluster.set_policy(request).await.map(tonic::Response::into_inner)
     }
 
@@ -59,6 +59,9 @@ async fn a_change_that_is_not_allowed_changes_nothing() {
         (&[("log_bytes_max", u64::MAX)], "log_bytes_max", "(1 MiB to "),
         (&[("copies", 1), ("log_byte_max", 1)], "log_byte_max", "the nearest is log_bytes_max"),
         (&[("copies", 1), ("", 1)], "", "no key \"\""),
+        (&[("retain_logs_ms[failed]", u64::MAX)], "retain_logs_ms", "(0s to 3650d)"),
+        (&[("retain_logs_ms[running]", 1)], "retain_logs_ms[running]", "neither a state"),
+        (&[("retain_log_ms[failed]", 1)], "retain_log_ms[failed]", "no key"),
     ];
     for (values, field, words) in cases {
         let refused = operator.set(values, &[]).await.unwrap_err();
@@ -86,5 +89,30 @@ async fn operators_who_change_different_keys_at_once_both_get_their_wish() {
         let policy = one.node.registry().policy();
         assert_eq!((policy.queue_max, policy.retain_builds), (round, round));
     }
+    one.node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_of_retention_come_and_go_like_keys() {
+    let one = One::start().await;
+    let mut operator = one.operator().await;
+    let first = operator.policy().await;
+    let (bad, nightly) = ("retain_logs_ms[failed]", "retain_ms[succeeded,kind=nightly]");
+    let set = operator.set(&[(bad, 5), (nightly, 7), ("retain_logs_ms", 3)], &[]).await.unwrap();
+    let after = pairs(&set.after);
+    assert_eq!((after[bad], after[nightly], after["retain_logs_ms"]), (5, 7, 3));
+    assert_eq!(operator.set(&[("copies", 1)], &[(bad, 6)]).await.unwrap_err().code(), Code::FailedPrecondition);
+    operator.set(&[(bad, 6)], &[(bad, 5)]).await.unwrap();
+    let reset = |names: &[&str], values: &[(&str, u64)]| v1::SetPolicyRequest {
+        values: map(values),
+        expected: BTreeMap::new(),
+        reset: names.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    let refused = operator.cluster.set_policy(reset(&[bad], &[(bad, 1)])).await.unwrap_err();
+    assert_eq!(metadata(&refused, "field").as_deref(), Some("reset"));
+    operator.cluster.set_policy(reset(&[bad, nightly, "retain_logs_ms"], &[])).await.unwrap();
+    // What is so already is no error.
+    operator.cluster.set_policy(reset(&[bad], &[])).await.unwrap();
+    assert_eq!(operator.policy().await, first);
     one.node.stop().await;
 }

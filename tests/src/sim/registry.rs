@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use helix_core::record::{Applied, Row, RowChange, RowKey};
+use helix_core::retention::Kept;
 use helix_core::{Command, InFlight, Liveness, Reply, State, invariants};
 use helix_model::{LogTime, NodeId};
 
@@ -132,6 +133,9 @@ impl Registry {
             Command::ProbeWorker(c) => mark(&mut flight.workers, &c.worker, under_way),
             Command::LoseWorker(c) => mark(&mut flight.workers, &c.worker, under_way),
             Command::PurgeBuilds(c) => c.builds.iter().for_each(|id| mark(&mut flight.purging, id, under_way)),
+            Command::ExpireBytes(c) => {
+                c.builds.iter().for_each(|id| mark(&mut flight.letting_go, &(id.clone(), c.kept), under_way));
+            }
             Command::ExpireTombstones(c) => c.builds.iter().for_each(|id| mark(&mut flight.expiring, id, under_way)),
             _ => {}
         }
@@ -210,6 +214,13 @@ fn store(rows: &mut BTreeMap<RowKey, Row>, changes: &[RowChange]) {
             }
             RowChange::DeleteAddenda(build) => {
                 rows.retain(|key, _| !matches!(key, RowKey::Addendum(attempt, _) if attempt.build == *build));
+            }
+            RowChange::Expire(build, kept, at) => {
+                if let Some(Row::Build(record)) = rows.get_mut(&RowKey::Build(build.clone())) {
+                    std::sync::Arc::make_mut(record).expire(*kept, *at);
+                }
+                let about = |key: &RowKey| matches!(key, RowKey::Addendum(attempt, _) if attempt.build == *build);
+                rows.retain(|key, _| !about(key) || Kept::of_key(key) != Some(*kept));
             }
         }
     }

@@ -343,6 +343,7 @@ impl World {
             Effect::BuildChanged(_)
             | Effect::LogSealed(_)
             | Effect::BuildPurged(_)
+            | Effect::LogsExpired(_)
             | Effect::WorkerChanged(_)
             | Effect::NodeChanged => return,
         };
@@ -364,6 +365,8 @@ fn policy() -> Policy {
         timeout_default_ms: 30_000,
         timeout_grace_ms: 1_000,
         retain_builds: 15,
+        retain_logs_ms: 12_000,
+        retain_artifacts_ms: 6_000,
         quarantine_after: 2,
         quarantine_ms: 4_000,
         ..Policy::default()

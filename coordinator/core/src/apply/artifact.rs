@@ -6,6 +6,7 @@ use helix_model::{AttemptKey, AttemptNumber, Digest, TaskIndex};
 use crate::command::RegisterArtifact;
 use crate::record::{Addendum, Applied};
 use crate::reply::{Rejection, Reply};
+use crate::retention::Kept;
 use crate::state::State;
 
 use super::{Outcome, check_authority, check_holders, not_open};
@@ -17,6 +18,9 @@ pub(super) fn register_artifact(state: &mut State, c: &RegisterArtifact, out: &m
         let known = finished.registered.get(&artifact.name).copied();
         if is_known(known, c)? {
             return Ok(Reply::Unchanged);
+        }
+        if finished.expired.artifacts.is_some() {
+            return Err(Rejection::Expired(c.build.clone(), Kept::Artifacts));
         }
         check_room(finished.registered.len())?;
         check_holders(state, &format!("artifact {:?}", artifact.name), &artifact.blob)?;

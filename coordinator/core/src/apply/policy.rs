@@ -10,7 +10,7 @@ use crate::state::State;
 use super::Outcome;
 
 pub(super) fn set_policy(state: &mut State, c: &SetPolicy, out: &mut Applied) -> Outcome {
-    check(&c.policy).map_err(|wrong| Rejection::PolicyInvalid(wrong.to_string()))?;
+    check(&c.policy).map_err(Rejection::PolicyInvalid)?;
     // Before the comparison: whoever asks again for what was done is told so.
     if state.policy == c.policy {
         return Ok(Reply::Unchanged);
@@ -18,7 +18,7 @@ pub(super) fn set_policy(state: &mut State, c: &SetPolicy, out: &mut Applied) ->
     if c.expected.as_ref().is_some_and(|expected| *expected != state.policy) {
         return Err(Rejection::PolicyChanged);
     }
-    state.policy = c.policy.clone();
+    state.replace_policy(c.policy.clone());
     out.rows.push(RowChange::Put(Row::Policy(c.policy.clone())));
     Ok(Reply::Done)
 }

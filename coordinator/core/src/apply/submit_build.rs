@@ -6,6 +6,7 @@ use helix_model::{BuildState, LogTime};
 use crate::command::SubmitBuild;
 use crate::record::{Applied, BuildRecord, Pinned, TaskPhase, TaskRecord};
 use crate::reply::{Rejection, Reply};
+use crate::retention::Expired;
 use crate::state::{Known, State};
 
 use super::Outcome;
@@ -55,6 +56,7 @@ pub(super) fn submit_build(state: &mut State, at: LogTime, c: &SubmitBuild, out:
         tasks,
         artifacts: Vec::new(),
         pinned: Pinned::No,
+        expired: Expired::default(),
         indexing: None,
     };
     state.put_build(record, out);

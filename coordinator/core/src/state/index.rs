@@ -8,13 +8,17 @@ use std::sync::Arc;
 
 use helix_model::{AttemptKey, BuildId, BuildState, Digest, LogTime, TaskIndex, WorkerName};
 
-use crate::record::{BuildRecord, FinishedBuild, Pinned, Standing, TaskPhase, TaskRecord, Trust, WorkerRecord};
+use crate::record::{BuildRecord, FinishedBuild, Pinned, Policy, Standing, TaskPhase, TaskRecord, Trust, WorkerRecord};
+use crate::retention::Kept;
 
 use super::fit::{Room, Used, unready};
 
 mod queue;
 
 pub(crate) use queue::Queue;
+
+/// Finished builds by their end.
+pub(crate) type ByEnd = BTreeSet<(LogTime, u64, BuildId)>;
 
 type Workers = BTreeMap<WorkerName, Arc<WorkerRecord>>;
 
@@ -68,6 +72,9 @@ pub(crate) struct Index {
     pub(crate) by_end: BTreeSet<(LogTime, u64, BuildId)>,
     /// The same without pinned ones: what retention may take.
     pub(crate) purgeable: BTreeSet<(LogTime, u64, BuildId)>,
+    /// The same by what is kept of them and for how long, then by end: those that go first are first in each. As many
+    /// groups as policy knows lifetimes. Logs and artifacts stand here only while they go before their build.
+    pub(crate) lifetimes: BTreeMap<(Kept, u64), ByEnd>,
     /// Tombstones by age.
     pub(crate) tombstones: BTreeSet<(LogTime, BuildId)>,
     /// How often open builds name each blob.
@@ -223,7 +230,8 @@ impl Index {
         }
     }
 
-    pub(crate) fn add_finished(&mut self, id: &BuildId, build: &FinishedBuild) {
+    pub(crate) fn add_finished(&mut self, id: &BuildId, build: &FinishedBuild, policy: &Policy) {
+        self.add_lifetimes(id, build, policy);
         let entry = (build.completed_at, build.sequence, id.clone());
         if build.pinned == Pinned::No {
             self.purgeable.insert(entry.clone());
@@ -232,11 +240,29 @@ impl Index {
         *self.count_of(build.state) += 1;
     }
 
-    pub(crate) fn remove_finished(&mut self, id: &BuildId, build: &FinishedBuild) {
+    pub(crate) fn remove_finished(&mut self, id: &BuildId, build: &FinishedBuild, policy: &Policy) {
         let entry = (build.completed_at, build.sequence, id.clone());
+        for group in lifetimes(build, policy) {
+            if let Some(entries) = self.lifetimes.get_mut(&group) {
+                entries.remove(&entry);
+                if entries.is_empty() {
+                    self.lifetimes.remove(&group);
+                }
+            }
+        }
         self.purgeable.remove(&entry);
         self.by_end.remove(&entry);
         *self.count_of(build.state) -= 1;
+    }
+
+    pub(crate) fn add_lifetimes(&mut self, id: &BuildId, build: &FinishedBuild, policy: &Policy) {
+        for group in lifetimes(build, policy) {
+            self.lifetimes.entry(group).or_default().insert((build.completed_at, build.sequence, id.clone()));
+        }
+    }
+
+    pub(crate) fn forget_lifetimes(&mut self) {
+        self.lifetimes.clear();
     }
 
     fn count_of(&mut self, state: BuildState) -> &mut u64 {
@@ -261,6 +287,18 @@ impl Waiting {
 fn standing(build: &BuildRecord) -> BuildState {
     let runs = build.tasks.iter().any(|task| task.running().is_some());
     if runs { BuildState::Running } else { BuildState::Queued }
+}
+
+/// What of a finished build will go by age, and how long after its end.
+fn lifetimes(build: &FinishedBuild, policy: &Policy) -> impl Iterator<Item = (Kept, u64)> {
+    let whole = policy.lifetime_ms(Kept::Build, build);
+    let unpinned = build.pinned == Pinned::No;
+    let all = Kept::ALL.map(|kept| {
+        let keep_ms = policy.lifetime_ms(kept, build);
+        let goes = unpinned && build.expired.at(kept).is_none() && (kept == Kept::Build || keep_ms < whole);
+        goes.then_some((kept, keep_ms))
+    });
+    all.into_iter().flatten()
 }
 
 /// What more the worker may be given: nothing unless it stands ready.

@@ -60,7 +60,7 @@ impl State {
         for row in rows {
             match row {
                 Row::Counters(counters) => state.counters = counters,
-                Row::Policy(policy) => state.policy = policy,
+                Row::Policy(policy) => state.replace_policy(policy),
                 Row::Node(node) => {
                     let id = node.id;
                     unique(state.nodes.insert(id, node), "node", id)?;

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use helix_core::command::{self as cmd, Command, Outcome, WorkerOffer};
 use helix_core::record::{Pinned, Policy};
+use helix_core::retention::{Kept, Rules};
 use helix_core::{Applied, State};
 use helix_model::{BuildSpec, Executor, LogTime, NodeId, OnWorkerLoss, Reason, Resources};
 use proptest::prelude::*;
@@ -56,6 +57,7 @@ fn any_spec() -> impl Strategy<Value = BuildSpec> {
                 executor: Some(if podman { Executor::Podman } else { Executor::Exec }),
                 push: if podman { "registry/app:1".to_owned() } else { String::new() },
                 platforms,
+                labels: if command.is_some() { [("k".to_owned(), "v".to_owned())].into() } else { BTreeMap::new() },
                 priority,
                 retries,
                 on_worker_loss,
@@ -115,17 +117,32 @@ fn any_command() -> impl Strategy<Value = Command> {
         }),
         1 => (build_id(), 0..3u8).prop_map(|(id, byte)| register_artifact(&id, "x", byte)),
         1 => (build_id(), 0..200_000u64).prop_map(|(id, cutoff)| purge(&[&id], cutoff)),
+        1 => (build_id(), any::<bool>())
+            .prop_map(|(id, logs)| let_go(if logs { Kept::Logs } else { Kept::Artifacts }, &[&id])),
         1 => build_id().prop_map(|id| Command::ExpireTombstones(cmd::ExpireTombstones { builds: vec![build(&id)] })),
         1 => (build_id(), any::<bool>()).prop_map(|(id, yes)| pin(&id, if yes { Pinned::Yes } else { Pinned::No })),
         1 => (any_key(), any_worker()).prop_map(|(key, worker)| pin_source(&key, &worker, &"a".repeat(40))),
         1 => (1..4u64, 1..3u64).prop_map(|(node, epoch)| register_node(node, epoch)),
         1 => (1..4u64).prop_map(retire_node),
-        1 => (1..10u64, 0..3u32, 0..3u32).prop_map(|(queue_max, infra_retries, quarantine_after)| {
-            let policy =
-                Policy { queue_max, infra_retries, quarantine_after, tombstone_ms: 1_000, ..Policy::default() };
+        1 => (1..10u64, 0..3u32, 0..3u32, any_rules()).prop_map(|(queue_max, infra_retries, quarantine_after, retain_rules)| {
+            let policy = Policy {
+                queue_max,
+                infra_retries,
+                quarantine_after,
+                tombstone_ms: 1_000,
+                retain_logs_ms: if queue_max > 5 { 10_000 } else { Policy::default().retain_logs_ms },
+                retain_rules,
+                ..Policy::default()
+            };
             Command::SetPolicy(cmd::SetPolicy { policy, expected: None })
         }),
     ]
+}
+
+fn any_rules() -> impl Strategy<Value = Rules> {
+    let name = (0..3usize, prop::sample::select(vec!["failed", "succeeded", "failed,k=v", "k=v", "cancelled"]));
+    let rules = name.prop_map(|(kept, of)| rule(&format!("{}[{of}]", Kept::ALL[kept].key())));
+    prop::collection::btree_map(rules, 0..60_000u64, 0..3)
 }
 
 fn any_step() -> impl Strategy<Value = Step> {

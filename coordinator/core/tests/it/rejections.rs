@@ -303,7 +303,7 @@ fn artifacts_pins_purges_policies_nodes() {
         story.apply(register_artifact("q", &format!("a{number}"), 1));
     }
     assert!(matches!(rejected(&mut story, register_artifact("q", "one-more", 1)), Rejection::ReportInvalid(_)));
-    let breaks: [fn(&mut Policy); 7] = [
+    let breaks: [fn(&mut Policy); 9] = [
         |p| p.worker_lease_ms = 0,
         |p| p.queue_max = 0,
         |p| p.copies = 0,
@@ -311,6 +311,8 @@ fn artifacts_pins_purges_policies_nodes() {
         |p| p.store_deadline_ms = 0,
         |p| p.log_bytes_max = 0,
         |p| p.retain_ms = u64::MAX,
+        |p| p.retain_rules.extend([(rule("retain_ms[failed]"), u64::MAX)]),
+        |p| p.retain_rules.extend((0..65).map(|n| (rule(&format!("retain_logs_ms[n={n}]")), 1))),
     ];
     for change in breaks {
         let mut policy = Policy::default();

@@ -12,6 +12,7 @@ use helix_core::effect::Effect;
 use helix_core::record::{
     Applied, Artifact, BlobRef, BuildRecord, DrainedBy, Image, Pinned, Row, RowChange, RowKey, SealedLog, TaskPhase,
 };
+use helix_core::retention::{Kept, Rule};
 use helix_core::{InFlight, Known, Liveness, Reply, SessionState, State, WorkerLiveness, due, invariants, schedule};
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, Command as Run, Death, Digest, Executor, Instance, LogTime, Measure,
@@ -219,6 +220,13 @@ pub fn store(rows: &mut BTreeMap<RowKey, Row>, changes: &[RowChange]) {
             RowChange::DeleteAddenda(build) => {
                 rows.retain(|key, _| !matches!(key, RowKey::Addendum(attempt, _) if attempt.build == *build));
             }
+            RowChange::Expire(build, kept, at) => {
+                if let Some(Row::Build(record)) = rows.get_mut(&RowKey::Build(build.clone())) {
+                    std::sync::Arc::make_mut(record).expire(*kept, *at);
+                }
+                let about = |key: &RowKey| matches!(key, RowKey::Addendum(attempt, _) if attempt.build == *build);
+                rows.retain(|key, _| !about(key) || Kept::of_key(key) != Some(*kept));
+            }
         }
     }
 }
@@ -374,6 +382,14 @@ pub fn drain(name: &str, deadline: Option<u64>) -> Command {
 pub fn purge(ids: &[&str], cutoff: u64) -> Command {
     let builds = ids.iter().map(|id| build(id)).collect();
     Command::PurgeBuilds(cmd::PurgeBuilds { builds, cutoff: LogTime(cutoff) })
+}
+
+pub fn rule(name: &str) -> Rule {
+    Rule::parse(name).unwrap().unwrap()
+}
+
+pub fn let_go(kept: Kept, ids: &[&str]) -> Command {
+    Command::ExpireBytes(cmd::ExpireBytes { kept, builds: ids.iter().map(|id| build(id)).collect() })
 }
 
 pub fn pin(id: &str, pinned: Pinned) -> Command {

@@ -13,30 +13,32 @@ use super::*;
 use crate::plane::recorded::{Ledger, Recorded, Server, listen, serve};
 use crate::rpc::blob::BlobRpc;
 
-struct Node {
-    id: NodeId,
-    root: TempDir,
-    blobs: Arc<Blobs>,
-    collection: Collection,
-    server: Option<Server>,
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) root: TempDir,
+    pub(super) blobs: Arc<Blobs>,
+    pub(super) collection: Collection,
+    pub(super) scrub: Scrub,
+    pub(super) server: Option<Server>,
 }
 
-struct Cluster {
-    ledger: Arc<Ledger>,
-    nodes: Vec<Node>,
+pub(super) struct Cluster {
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) nodes: Vec<Node>,
 }
 
-async fn cluster(size: u64, lease: Duration) -> Cluster {
+pub(super) async fn cluster(size: u64, lease: Duration) -> Cluster {
     let ledger = Ledger::new();
     let mut nodes = Vec::new();
     for id in 1..=size {
         let listener = listen(id, &ledger);
         let root = tempfile::tempdir().unwrap();
-        let Opened { blobs, collection } = Blobs::open_with(root.path(), Recorded::new(id, &ledger), lease).unwrap();
+        let Opened { blobs, collection, scrub } =
+            Blobs::open_with(root.path(), Recorded::new(id, &ledger), lease).unwrap();
         let service = BlobServiceServer::new(BlobRpc::new(Arc::clone(&blobs)))
             .max_decoding_message_size(helix_model::limits::MESSAGE_BYTES_MAX);
         let server = serve(listener, TonicServer::builder().add_service(service));
-        nodes.push(Node { id: NodeId(id), root, blobs, collection, server: Some(server) });
+        nodes.push(Node { id: NodeId(id), root, blobs, collection, scrub, server: Some(server) });
     }
     Cluster { ledger, nodes }
 }
@@ -52,7 +54,7 @@ impl Cluster {
     }
 }
 
-const LEASE: Duration = Duration::from_secs(3600);
+pub(super) const LEASE: Duration = Duration::from_secs(3600);
 
 fn requests(data: &Bytes, copies: u32, offset: usize) -> Vec<v1::PutBlobRequest> {
     let header = v1::PutBlobHeader {

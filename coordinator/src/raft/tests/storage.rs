@@ -27,7 +27,7 @@ fn open_log(path: &Path) -> io::Result<LogStore> {
     LogStore::open(path, LogLimits::default(), Arc::default())
 }
 
-fn open_machine(path: &Path) -> (StateMachine, Writer) {
+pub(super) fn open_machine(path: &Path) -> (StateMachine, Writer) {
     let store = Arc::new(Store::open(&path.join("registry"), 1 << 20).unwrap());
     let counters: Arc<Counters> = Arc::default();
     let shared = Arc::new(Shared::new(NodeId(1), State::default(), Applied::default(), Arc::clone(&counters)));
@@ -143,7 +143,7 @@ async fn a_flipped_bit_anywhere_but_in_the_last_record_is_refused_and_cuts_nothi
     }
 }
 
-fn apply(state: &mut State, at: u64, commands: &[Command]) -> Changes {
+pub(super) fn apply(state: &mut State, at: u64, commands: &[Command]) -> Changes {
     let mut changes = Changes::default();
     for command in commands {
         state.apply(LogTime(at), command, &mut changes);
@@ -152,7 +152,7 @@ fn apply(state: &mut State, at: u64, commands: &[Command]) -> Changes {
     changes
 }
 
-fn meta(index: u64) -> SnapshotMeta {
+pub(super) fn meta(index: u64) -> SnapshotMeta {
     SnapshotMeta { last_log_id: Some(log_id(index)), ..SnapshotMeta::default() }
 }
 

@@ -48,14 +48,13 @@ impl BuildRpc {
         let wanted = terminal_state(&request.state)?;
         self.services.freshen(Consistency::Linearizable).await?;
         // What ends from here on is not meant. Each proposal is checked again by `apply`.
-        let ids: Vec<BuildId> = self.services.registry.with_state(|state| {
+        let (pinned, ids): (Vec<_>, Vec<_>) = self.services.registry.with_state(|state| {
             let finished = state.finished_builds().filter(|(_, build)| {
-                build.completed_at <= LogTime(cutoff)
-                    && build.pinned == Pinned::No
-                    && wanted.is_none_or(|wanted| build.state == wanted)
+                build.completed_at <= LogTime(cutoff) && wanted.is_none_or(|wanted| build.state == wanted)
             });
-            finished.map(|(id, _)| id.clone()).collect()
+            finished.map(|(id, build)| (id.clone(), build.pinned)).partition(|(_, pinned)| *pinned == Pinned::Yes)
         });
+        let ids: Vec<BuildId> = ids.into_iter().map(|(id, _)| id).collect();
         let mut purged = 0;
         for chunk in ids.chunks(PURGE_IDS_MAX) {
             let command = PurgeBuilds { builds: chunk.to_vec(), cutoff: LogTime(cutoff) };
@@ -70,7 +69,7 @@ impl BuildRpc {
                 | Reply::SourcePinned(_)) => return Err(answer::unexpected(&reply)),
             }
         }
-        Ok(v1::PurgeBuildsResponse { purged })
+        Ok(v1::PurgeBuildsResponse { purged, pinned: pinned.len() as u64 })
     }
 
     pub(super) async fn pin(

@@ -18,6 +18,7 @@ use tonic::Status;
 
 use super::{Answers, BuildRpc, view};
 use crate::logs::LogQuery;
+use crate::rpc::answer;
 use crate::rpc::services::{build_id, consistency};
 
 /// Messages between the feeding task and a reader: a slow reader slows its own feeder, and nobody else.
@@ -31,6 +32,7 @@ impl BuildRpc {
         let id = build_id(&request.build_id)?;
         self.services.freshen(consistency(request.stale)).await?;
         let record = self.services.record(&id).await?;
+        expect_kept(&record)?;
         let tasks = wanted_tasks(&record, &request.task)?;
         let attempts = match (request.all_attempts, request.attempt) {
             (true, 0) => Attempts::All,
@@ -65,6 +67,7 @@ impl BuildRpc {
         let id = build_id(&request.build_id)?;
         self.services.freshen(consistency(request.stale)).await?;
         let record = self.services.record(&id).await?;
+        expect_kept(&record)?;
         let task = u16::try_from(request.task).ok().map(TaskIndex).filter(|task| record.task(*task).is_some());
         let Some(task) = task else {
             let why = format!("the build has {} tasks, numbered from 0", record.tasks.len());
@@ -266,6 +269,12 @@ impl Reader {
             heard = changed.changed() => heard.map_err(|_| End::Failed(services.moved())),
         }
     }
+}
+
+// A status is what the caller answers with; boxing it would only be undone there.
+#[allow(clippy::result_large_err)]
+fn expect_kept(record: &BuildRecord) -> Result<(), Status> {
+    record.expired.logs.map_or(Ok(()), |_| Err(answer::expired(&record.id, "logs")))
 }
 
 fn wanted_tasks(record: &BuildRecord, platform: &str) -> Result<Vec<TaskIndex>, Status> {

@@ -85,7 +85,11 @@ impl BuildRpc {
     pub(super) async fn artifacts(&self, request: v1::GetArtifactsRequest) -> Result<v1::GetArtifactsResponse, Status> {
         let id = build_id(&request.build_id)?;
         self.services.freshen(consistency(request.stale)).await?;
-        Ok(v1::GetArtifactsResponse { artifacts: view::artifacts_of(&*self.services.record(&id).await?) })
+        let record = self.services.record(&id).await?;
+        if record.expired.artifacts.is_some() {
+            return Err(answer::expired(&id, "artifacts"));
+        }
+        Ok(v1::GetArtifactsResponse { artifacts: view::artifacts_of(&record) })
     }
 
     pub(super) async fn explain(&self, request: v1::ExplainBuildRequest) -> Result<v1::ExplainBuildResponse, Status> {

@@ -53,6 +53,8 @@ pub(crate) fn status_of(record: &BuildRecord) -> v1::BuildStatus {
         message: end.map_or_else(String::new, |end| end.message.clone()),
         cancel_requested: record.cancel.is_some(),
         pinned: record.pinned == Pinned::Yes,
+        logs_expired_at_ms: record.expired.logs.map_or(0, unix_ms),
+        artifacts_expired_at_ms: record.expired.artifacts.map_or(0, unix_ms),
         cancel_reason: record.cancel.as_ref().map_or_else(String::new, |cancel| cancel.reason.clone()),
     }
 }

@@ -1,0 +1,120 @@
+//! Replacing damaged blobs by good copies of other coordinators, and telling where there is none.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use futures::StreamExt;
+use helix_model::{Digest, NodeId};
+use tonic::Status;
+
+use super::store::blocking;
+use super::{Announce, BlobError, Blobs, Room};
+
+/// What became of a damaged blob.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mended {
+    /// There is a good copy here.
+    Repaired,
+    /// There was one already.
+    Sound,
+    /// Nothing names it: it would be collected.
+    Unwanted,
+    /// Everybody was asked, and nobody has a good copy.
+    Lost,
+    /// Somebody did not answer, or the disk is full.
+    Later,
+}
+
+impl Blobs {
+    /// Looks after everything that is known to be damaged here, once.
+    pub(super) async fn mend_all(self: &Arc<Self>) {
+        for (digest, _) in self.health().list() {
+            match self.mend(digest).await {
+                Mended::Repaired => {
+                    tracing::info!(%digest, "a damaged blob was fetched again");
+                    self.health().repaired(&digest);
+                }
+                Mended::Sound | Mended::Unwanted => self.health().settled(&digest),
+                Mended::Lost => {
+                    if self.health().lost(digest) {
+                        tracing::error!(%digest, "a damaged blob has no good copy on any coordinator: its bytes are lost");
+                    }
+                }
+                Mended::Later => {}
+            }
+        }
+    }
+
+    async fn mend(self: &Arc<Self>, digest: Digest) -> Mended {
+        if self.store.size(&digest).is_some() {
+            return Mended::Sound;
+        }
+        if self.is_unwanted(digest).await {
+            return Mended::Unwanted;
+        }
+        match self.fetch(digest).await {
+            Ok(()) => Mended::Repaired,
+            Err(error) => {
+                let silent = self.silent(digest).await;
+                if silent.is_empty() && matches!(error, BlobError::Absent(_)) {
+                    return Mended::Lost;
+                }
+                tracing::warn!(%digest, %error, ?silent, "a damaged blob cannot be fetched again yet");
+                Mended::Later
+            }
+        }
+    }
+
+    /// In doubt it is wanted.
+    async fn is_unwanted(&self, digest: Digest) -> bool {
+        if self.store.is_leased(&digest) || self.plane.barrier().await.is_err() {
+            return false;
+        }
+        let plane = Arc::clone(&self.plane);
+        blocking(move || Ok(!plane.names_blob(&digest))).await.unwrap_or(false)
+    }
+
+    /// Who does not say whether they have it.
+    async fn silent(&self, digest: Digest) -> BTreeSet<NodeId> {
+        let request = helix_proto::v1::HeadBlobsRequest { sha256: vec![digest.0.to_vec().into()], local: true };
+        let asked = self.others().into_iter().map(|node| {
+            let request = request.clone();
+            async move { (node, self.ask_head(node, request).await.is_err()) }
+        });
+        futures::future::join_all(asked).await.into_iter().filter(|(_, silent)| *silent).map(|(node, _)| node).collect()
+    }
+
+    /// As [`Self::fetch`], and leases it; how large it is.
+    pub(crate) async fn obtain(self: &Arc<Self>, digest: Digest) -> Result<u64, BlobError> {
+        self.fetch(digest).await?;
+        self.store.lease(&digest).ok_or(BlobError::Absent(digest))
+    }
+
+    /// Fetches a blob from a peer into the own store, unless it is there. A peer whose bytes have another digest is damaged, too:
+    /// the next is asked.
+    pub(super) async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<(), BlobError> {
+        let mut bad = BTreeSet::new();
+        while self.store.size(&digest).is_none() {
+            let (node, reading) = self.read_elsewhere(digest, bad.clone()).await?;
+            let size = reading.size();
+            let chunks = futures::stream::unfold(Some(reading), |reading| async {
+                let mut reading = reading?;
+                match reading.next().await {
+                    Ok(Some(chunk)) => Some((Ok(chunk), Some(reading))),
+                    Ok(None) => None,
+                    Err(error) => Some((Err(Status::unavailable(error.to_string())), None)),
+                }
+            });
+            let room = Room { blob_bytes_max: u64::MAX, ..self.room() };
+            match self.put_here(Announce { digest, size, offset: 0, copies: 1 }, chunks.boxed(), room).await {
+                Ok(()) => return Ok(()),
+                Err(error @ (BlobError::Digest { .. } | BlobError::Size { .. })) => {
+                    tracing::error!(%digest, %node, %error, "a coordinator's copy of a blob is not what its name says");
+                    bad.insert(node);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}

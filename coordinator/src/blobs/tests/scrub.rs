@@ -1,0 +1,192 @@
+//! Reading all blobs again: whatever is flipped or cut short is found, never served, and replaced while anybody has it.
+
+use std::os::unix::fs::FileExt;
+
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{Cluster, LEASE, cluster};
+use super::*;
+
+/// Where the bytes of a blob lie on a node's disk, and how many there are.
+fn place_of(root: &Path, data: &Bytes) -> (std::path::PathBuf, u64) {
+    let file = file_of(root, &digest_of(data));
+    if file.exists() {
+        return (file, 0);
+    }
+    for entry in std::fs::read_dir(root.join("segments")).unwrap() {
+        let path = entry.unwrap().path();
+        let bytes = std::fs::read(&path).unwrap();
+        if let Some(at) = bytes.windows(data.len()).position(|window| window == &data[..]) {
+            return (path, at as u64);
+        }
+    }
+    panic!("the blob is not on the disk");
+}
+
+fn flip(root: &Path, data: &Bytes, offset: u64) {
+    let (path, at) = place_of(root, data);
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at + offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at + offset).unwrap();
+}
+
+fn cut(root: &Path, data: &Bytes, offset: u64) {
+    let (path, at) = place_of(root, data);
+    std::fs::File::options().write(true).open(path).unwrap().set_len(at + offset).unwrap();
+}
+
+/// Reads as fast as it goes.
+fn hurry(cluster: &Cluster) {
+    cluster.ledger.policy.lock().unwrap().scrub_bytes = 1 << 40;
+}
+
+fn name(cluster: &Cluster, data: &Bytes) {
+    cluster.ledger.named.lock().unwrap().insert(digest_of(data));
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(tokio::time::Instant::now() < deadline, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_damaged_is_found_set_aside_and_replaced() {
+    let mut cluster = cluster(3, LEASE).await;
+    hurry(&cluster);
+    let sound: Vec<Bytes> = [40, 70_000, 1_000_000].map(|len| bytes_of(len as u64, len)).into();
+    // In a segment, and in files: in the first chunk, in the last, in the table, in the footer.
+    let flipped: Vec<(Bytes, u64)> =
+        [(50, 7), (65_536, 65_535), (300_000, 5), (600_000, 599_999), (300_001, 300_003), (300_002, 300_020)]
+            .map(|(len, at)| (bytes_of(1_000 + len as u64, len), at))
+            .into();
+    let short: Vec<(Bytes, u64)> =
+        [(400_000, 399_000), (80_000, 0)].map(|(len, at)| (bytes_of(2_000 + len as u64, len), at)).into();
+    for data in sound.iter().chain(flipped.iter().chain(&short).map(|(data, _)| data)) {
+        cluster.nodes[0].blobs.put(announce(data, 2), chunks(data)).await.unwrap();
+        name(&cluster, data);
+    }
+    // The last in its segment, which is then cut short while it is in use.
+    let last = bytes_of(3_000, 900);
+    cluster.nodes[0].blobs.put(announce(&last, 2), chunks(&last)).await.unwrap();
+    name(&cluster, &last);
+    let root = cluster.nodes[0].root.path().to_owned();
+    flipped.iter().for_each(|(data, at)| flip(&root, data, *at));
+    short.iter().for_each(|(data, at)| cut(&root, data, *at));
+    cut(&root, &last, 100);
+    let node = cluster.nodes.remove(0);
+    node.scrub.pass().await;
+    let bad: Vec<Digest> =
+        flipped.iter().chain(&short).map(|(data, _)| digest_of(data)).chain([digest_of(&last)]).collect();
+    for digest in &bad {
+        assert_eq!(node.blobs.store().size(digest), None, "{digest} is served no more");
+        assert!(matches!(node.blobs.read(*digest, 0, 0, Reach::Local).await, Err(BlobError::Absent(_))));
+    }
+    for data in &sound {
+        assert_eq!(read_all(&node.blobs, digest_of(data)).await.unwrap(), *data);
+    }
+    let totals = node.blobs.health().totals();
+    assert_eq!((totals.found, totals.waiting, totals.lost, totals.passes), (bad.len() as u64, bad.len() as u64, 0, 1));
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn(node.collection.run(Schedule::default(), shutdown.clone()));
+    until("all are replaced", || node.blobs.health().list().is_empty()).await;
+    assert_eq!(node.blobs.health().totals().repaired, bad.len() as u64);
+    for data in flipped.iter().chain(&short).map(|(data, _)| data).chain([&last]) {
+        assert_eq!(read_all(&node.blobs, digest_of(data)).await.unwrap(), *data);
+        assert_eq!(node.blobs.store().size(&digest_of(data)), Some(data.len() as u64));
+    }
+    node.scrub.pass().await;
+    assert_eq!(node.blobs.health().totals().found, bad.len() as u64, "what was fetched is sound");
+    shutdown.cancel();
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reader_of_damaged_bytes_gets_them_elsewhere() {
+    let cluster = cluster(2, LEASE).await;
+    for (len, at) in [(900, 450), (800_000, 700_000)] {
+        let data = bytes_of(len as u64, len);
+        cluster.nodes[0].blobs.put(announce(&data, 2), chunks(&data)).await.unwrap();
+        flip(cluster.nodes[0].root.path(), &data, at);
+        assert_eq!(read_all(&cluster.nodes[0].blobs, digest_of(&data)).await.unwrap(), data);
+        assert!(cluster.nodes[0].blobs.health().list().contains(&(digest_of(&data), Damage::Waiting)));
+    }
+}
+
+#[tokio::test]
+async fn that_no_good_copy_is_left_is_only_said_when_everybody_was_asked() {
+    let mut cluster = cluster(3, LEASE).await;
+    hurry(&cluster);
+    let data = bytes_of(5, 300_000);
+    let (digest, small) = (digest_of(&data), bytes_of(6, 80));
+    for data in [&data, &small] {
+        let holders = cluster.nodes[0].blobs.put(announce(data, 3), chunks(data)).await.unwrap();
+        assert_eq!(holders.len(), 3);
+        name(&cluster, data);
+    }
+    // Two copies go bad, and who has the third is away.
+    for node in &cluster.nodes[..2] {
+        flip(node.root.path(), &data, 5);
+        flip(node.root.path(), &small, 5);
+        node.scrub.pass().await;
+    }
+    cluster.nodes[2].server = None;
+    let blobs = Arc::clone(&cluster.nodes[0].blobs);
+    blobs.mend_all().await;
+    let stands = |damage| vec![(digest.min(digest_of(&small)), damage), (digest.max(digest_of(&small)), damage)];
+    assert_eq!(blobs.health().list(), stands(Damage::Waiting), "it may be back");
+    // Away for good, as far as the registry knows.
+    cluster.ledger.addresses.lock().unwrap().remove(&NodeId(3));
+    blobs.mend_all().await;
+    assert_eq!(blobs.health().list(), stands(Damage::Lost));
+    assert_eq!(blobs.health().totals().lost, 2);
+    assert!(matches!(read_all(&blobs, digest).await, Err(BlobError::Absent(_))), "never wrong bytes");
+    // Somebody brings it again.
+    blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
+    blobs.mend_all().await;
+    assert_eq!(blobs.health().list(), [(digest_of(&small), Damage::Lost)]);
+}
+
+#[tokio::test]
+async fn what_nothing_names_is_not_mourned() {
+    let cluster = cluster(1, Duration::ZERO).await;
+    hurry(&cluster);
+    let data = bytes_of(5, 300_000);
+    cluster.nodes[0].blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
+    flip(cluster.nodes[0].root.path(), &data, 5);
+    cluster.nodes[0].scrub.pass().await;
+    assert_eq!(cluster.nodes[0].blobs.health().totals().waiting, 1);
+    // While the registry cannot be asked, it may be named.
+    cluster.ledger.reachable.store(false, std::sync::atomic::Ordering::SeqCst);
+    cluster.nodes[0].blobs.mend_all().await;
+    assert_eq!(cluster.nodes[0].blobs.health().list().len(), 1);
+    cluster.ledger.reachable.store(true, std::sync::atomic::Ordering::SeqCst);
+    cluster.nodes[0].blobs.mend_all().await;
+    assert_eq!(cluster.nodes[0].blobs.health().list(), []);
+}
+
+#[tokio::test]
+async fn a_copy_that_is_another_blob_is_found_by_its_name() {
+    let cluster = cluster(3, LEASE).await;
+    hurry(&cluster);
+    let (data, other) = (bytes_of(5, 300_000), bytes_of(6, 300_000));
+    for data in [&data, &other] {
+        assert_eq!(cluster.nodes[0].blobs.put(announce(data, 3), chunks(data)).await.unwrap().len(), 3);
+        name(&cluster, data);
+    }
+    // Sound checksums, wrong name.
+    for node in &cluster.nodes[..2] {
+        std::fs::copy(file_of(node.root.path(), &digest_of(&other)), file_of(node.root.path(), &digest_of(&data)))
+            .unwrap();
+    }
+    let blobs = &cluster.nodes[0].blobs;
+    cluster.nodes[0].scrub.pass().await;
+    assert_eq!(blobs.health().list(), [(digest_of(&data), Damage::Waiting)]);
+    // Whoever is asked first, the copy that is not what it should be is refused, and the third is taken.
+    blobs.mend_all().await;
+    assert_eq!(blobs.health().totals().repaired, 1);
+    assert_eq!(read_all(blobs, digest_of(&data)).await.unwrap(), data);
+}
