@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use helix_tests::sim;
 
 /// Coordinators' cores over a simulated log, with agents, hosts and clients, under faults.
 #[derive(Parser)]
@@ -26,7 +25,7 @@ fn main() -> ExitCode {
     let (from, count) = options.seed.map_or((options.from, options.seeds), |seed| (seed, 1));
     let start = Instant::now();
     for seed in from..from.saturating_add(count) {
-        match sim::run(seed, None) {
+        match helix_sim::run(seed, None) {
             Ok(summary) if options.seed.is_some() => println!("seed {seed} held: {summary:?}"),
             Ok(_) => {}
             Err(failure) => {
