@@ -1,16 +1,21 @@
-//! Clients: they submit, repeat what was not answered under the same id, take ids that are theirs already, and cancel.
+//! Clients: they submit, repeat what was not answered under the same id, take ids that are theirs already, cancel, pin
+//! and look. What they ask may arrive twice, late, or never, and so may what they are told.
 
 use std::sync::Arc;
 
 use helix_core::command::{self as cmd, Authority, Command};
-use helix_core::{Rejection, Reply};
-use helix_model::{BuildId, BuildSpec, Digest, Executor, OnWorkerLoss, Platform, Resources};
+use helix_core::record::Pinned;
+use helix_core::{Known, Rejection, Reply, State};
+use helix_model::{BuildId, BuildSpec, BuildState, Digest, Executor, OnWorkerLoss, Outputs, Platform, Resources};
 
 use super::Bug;
 use super::host::MEMORY_MAX;
 use super::random::Random;
-use super::registry::Origin;
+use super::registry::{NODES, Origin};
 use super::world::{Event, World};
+
+/// Clients of the cluster.
+pub(super) const CLIENTS: usize = 3;
 
 /// What a client wants.
 #[derive(Clone, Debug)]
@@ -19,23 +24,51 @@ pub(super) enum Op {
     /// The same id with another spec.
     Steal(BuildId),
     Cancel(BuildId),
+    Pin(BuildId),
+    Look(BuildId),
+}
+
+/// What a client is told.
+#[derive(Clone, Debug)]
+pub(super) enum Answered {
+    Reply(Reply),
+    Seen(Stage),
+}
+
+/// How far a build is, for whoever looks.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub(super) enum Stage {
+    #[default]
+    Absent,
+    There,
+    Ended(BuildState),
 }
 
 #[derive(Debug)]
 pub(super) struct Client {
     name: String,
-    /// What is still to be wanted, and when at the earliest.
+    /// What is still to be wanted, and when at the earliest; the next one last.
     ops: Vec<(u64, Op)>,
-    /// The request that is not answered yet, and when to repeat it.
-    current: Option<(u64, Op, u64)>,
+    current: Option<Current>,
     requests: u64,
+}
+
+/// The request that is not answered yet.
+#[derive(Debug)]
+struct Current {
+    request: u64,
+    op: Op,
+    asked_at: u64,
+    again_at: u64,
+    /// How far the build was for whoever was answered before this was asked.
+    known: Stage,
 }
 
 impl Client {
     pub(super) fn new(number: usize, random: &mut Random) -> Self {
         let mut ops = Vec::new();
         for build in 0..random.between(4, 14) {
-            let id = BuildId::new(&format!("c{number}-{build}")).unwrap_or_else(|error| panic!("{error}"));
+            let id = build_id(number, build);
             let at = random.between(500, 45_000);
             let spec = Arc::new(any_spec(random));
             ops.push((at, Op::Submit(id.clone(), Arc::clone(&spec))));
@@ -45,9 +78,14 @@ impl Client {
             if random.chance(10) {
                 ops.push((at + random.between(1, 9_000), Op::Steal(id.clone())));
             }
+            if random.chance(5) {
+                ops.push((at + random.between(1, 9_000), Op::Pin(id.clone())));
+            }
             if random.chance(30) {
                 ops.push((at + random.between(1, 12_000), Op::Cancel(id)));
             }
+            let other = build_id(random.below(CLIENTS), random.between(0, 13));
+            ops.push((random.between(1_000, 59_000), Op::Look(other)));
         }
         ops.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
         Self { name: format!("client/c{number}"), ops, current: None, requests: 0 }
@@ -56,6 +94,15 @@ impl Client {
     pub(super) fn is_done(&self) -> bool {
         self.ops.is_empty() && self.current.is_none()
     }
+
+    /// Whether a request was asked for the first time before then.
+    pub(super) fn was_sent_before(&self, request: u64, at: u64) -> bool {
+        self.current.as_ref().is_some_and(|current| current.request == request && current.asked_at < at)
+    }
+}
+
+fn build_id(client: usize, build: u64) -> BuildId {
+    BuildId::new(&format!("c{client}-{build}")).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn any_spec(random: &mut Random) -> BuildSpec {
@@ -67,9 +114,11 @@ fn any_spec(random: &mut Random) -> BuildSpec {
     };
     let pushes = platforms.len() > 1 && random.chance(60);
     BuildSpec {
+        repo_url: if random.chance(40) { "https://host/repository".to_owned() } else { String::new() },
         executor: Some(if pushes { Executor::Podman } else { Executor::Exec }),
         command: (!pushes).then(|| helix_model::Command::Shell("make".to_owned())),
         push: if pushes { "registry/app:1".to_owned() } else { String::new() },
+        outputs: if !pushes && random.chance(60) { Outputs::Named(vec!["out".to_owned()]) } else { Outputs::None },
         platforms,
         priority: i32::from(random.chance(20)),
         retries: u32::from(random.chance(20)),
@@ -93,31 +142,64 @@ fn digest(spec: &BuildSpec) -> Digest {
     Digest(out)
 }
 
+/// How far a build is, as a state has it.
+fn stage(state: &State, id: &BuildId) -> Stage {
+    match state.build(id) {
+        None => Stage::Absent,
+        Some(Known::Open(_)) => Stage::There,
+        Some(Known::Finished(build)) => Stage::Ended(build.state),
+        Some(Known::Purged(tombstone)) => Stage::Ended(tombstone.state),
+    }
+}
+
 impl World {
     pub(super) fn client_tick(&mut self, client: usize) {
         let now = self.now;
         let this = &mut self.clients[client];
-        if this.current.is_none() && this.ops.last().is_some_and(|(at, _)| *at <= now) {
-            this.requests += 1;
-            this.current = this.ops.pop().map(|(_, op)| (this.requests, op, now));
-        }
-        let request = this.requests;
-        let repeat = this.current.as_mut().filter(|(_, _, again)| *again <= now).map(|(_, op, again)| {
-            *again = now + 700;
-            op.clone()
-        });
-        if let Some(op) = repeat
-            && (self.healed || !self.random.chance(10))
+        if this.current.is_none()
+            && let Some((_, op)) = this.ops.pop_if(|(at, _)| *at <= now)
         {
-            let ms = self.random.between(1, 40);
-            self.after(ms, Event::Request { client, request, op });
+            this.requests += 1;
+            let known = if let Op::Look(id) = &op { self.oracle.stage(id) } else { Stage::Absent };
+            if let Op::Submit(id, _) = &op {
+                self.oracle.wished.insert(id.clone());
+            }
+            let request = this.requests;
+            self.trace.note(
+                now,
+                format_args!("client c{client} wants, as its request {request}: {}", super::words::wanted(&op)),
+            );
+            this.current = Some(Current { request, op, asked_at: now, again_at: now, known });
+        }
+        let repeat = this.current.as_mut().filter(|current| current.again_at <= now).map(|current| {
+            current.again_at = now + 700;
+            (current.request, current.op.clone())
+        });
+        if let Some((request, op)) = repeat {
+            self.send_request(client, request, op);
         }
         if !self.clients[client].is_done() {
             self.after(100, Event::ClientTick(client));
         }
     }
 
+    fn send_request(&mut self, client: usize, request: u64, op: Op) {
+        let faulty = !self.healed;
+        if faulty && self.random.chance(6) {
+            // The network brings it once more, and late.
+            let ms = self.random.between(40, 8_000);
+            self.after(ms, Event::Request { client, request, op: op.clone() });
+        }
+        if !(faulty && self.random.chance(10)) {
+            let ms = self.random.between(1, 40);
+            self.after(ms, Event::Request { client, request, op });
+        }
+    }
+
     pub(super) fn hear_client(&mut self, client: usize, request: u64, op: &Op) {
+        if let Op::Look(id) = op {
+            return self.look(client, request, id);
+        }
         if self.registry.leader.is_none() {
             return;
         }
@@ -134,28 +216,70 @@ impl World {
             Op::Cancel(build) => {
                 Command::CancelBuild(cmd::CancelBuild { build: build.clone(), authority, reason: String::new() })
             }
+            Op::Pin(build) => Command::PinBuild(cmd::PinBuild { build: build.clone(), authority, pinned: Pinned::Yes }),
+            Op::Look(_) => return,
         };
-        if self.bug == Some(Bug::AckBeforeCommit) && matches!(op, Op::Submit(..)) {
-            self.after(1, Event::Answer { client, request, reply: Reply::Submitted });
+        if !self.acknowledged_early(client, request, &command) {
+            self.propose(vec![(command, Origin::Request { client, request })]);
         }
-        self.propose(vec![(command, Origin::Request { client, request })]);
     }
 
-    pub(super) fn client_hears(&mut self, client: usize, request: u64, reply: &Reply) {
+    /// A read at any node: it asks the leader how far the log is, and answers when it is as far.
+    fn look(&mut self, client: usize, request: u64, id: &BuildId) {
+        let node = self.random.below(NODES);
+        let serves = self.registry.nodes[node].up && self.registry.nodes[node].joined;
+        let stale = self.bug == Some(Bug::StaleRead);
+        if !serves || (!self.registry.is_led() && !stale) {
+            return;
+        }
+        if !stale {
+            self.catch_up(node);
+        }
+        let seen = stage(&self.registry.nodes[node].state, id);
+        self.answer_client(client, request, Answered::Seen(seen));
+    }
+
+    /// Sends a client an answer, which may be lost.
+    pub(super) fn answer_client(&mut self, client: usize, request: u64, answer: Answered) {
+        if self.healed || !self.random.chance(10) {
+            let ms = self.random.between(1, 40);
+            self.after(ms, Event::Answer { client, request, answer });
+        }
+    }
+
+    pub(super) fn client_hears(&mut self, client: usize, request: u64, answer: &Answered) {
         let current = &mut self.clients[client].current;
-        let Some((_, op, _)) = current.take_if(|(number, _, _)| *number == request) else { return };
-        let verdict = match (&op, reply) {
-            (Op::Submit(build, _), Reply::Submitted | Reply::SameBuild | Reply::SamePurged(_)) => {
-                self.oracle.submitted.insert(build.clone());
+        let Some(Current { op, known, .. }) = current.take_if(|current| current.request == request) else { return };
+        let now = self.now;
+        self.trace.note(
+            now,
+            format_args!("client c{client} is told, of its request {request}: {}", super::words::answered(answer)),
+        );
+        let verdict = match (&op, answer) {
+            (Op::Look(id), Answered::Seen(seen)) => self.oracle.saw(id, known, *seen),
+            (Op::Submit(id, _), Answered::Reply(Reply::Submitted | Reply::SameBuild | Reply::SamePurged(_))) => {
+                self.oracle.submitted.insert(id.clone());
                 Ok(())
             }
-            (Op::Steal(_), Reply::Rejected(Rejection::IdTaken(_))) => Ok(()),
-            (Op::Cancel(build), Reply::Done | Reply::Unchanged) => {
-                self.oracle.cancelled.insert(build.clone());
+            (Op::Steal(_), Answered::Reply(Reply::Rejected(Rejection::IdTaken(_)))) => Ok(()),
+            (Op::Cancel(id), Answered::Reply(Reply::Done | Reply::Unchanged)) => {
+                self.oracle.cancelled.insert(id.clone());
+                self.oracle.judge_cancelled(id)
+            }
+            (Op::Pin(id), Answered::Reply(Reply::Done | Reply::Unchanged)) => {
+                self.oracle.pinned.insert(id.clone());
                 Ok(())
             }
-            (Op::Cancel(_), Reply::Rejected(Rejection::WrongState { .. } | Rejection::BuildPurged(_))) => Ok(()),
-            (op, reply) => Err(format!("{op:?} was answered with {reply:?}")),
+            (
+                Op::Cancel(_),
+                Answered::Reply(Reply::Rejected(Rejection::WrongState { .. } | Rejection::BuildPurged(_))),
+            )
+            | (Op::Pin(_), Answered::Reply(Reply::Rejected(Rejection::BuildPurged(_)))) => Ok(()),
+            (op, answer) => Err(format!(
+                "client c{client} asked to {} and was told: {}",
+                super::words::wanted(op),
+                super::words::answered(answer)
+            )),
         };
         self.check(verdict);
     }

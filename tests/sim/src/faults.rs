@@ -8,6 +8,9 @@ use super::Bug;
 use super::registry::{NODES, Origin};
 use super::world::{Event, World};
 
+/// Between two rounds of an operator who boots hosts that nobody can prove clean.
+const TEND_EVERY_MS: u64 = 5_000;
+
 impl World {
     /// One fault, and the next one some time later.
     pub(super) fn fault(&mut self) {
@@ -17,83 +20,152 @@ impl World {
         let ms = self.random.between(200, 4_000);
         self.after(ms, Event::Fault);
         let agent = self.random.below(self.agents.len());
-        match self.random.below(14) {
-            0..2 => self.fell_leader(),
-            2..4 => self.restart_node(),
-            4 => self.crash_agent(agent, 1, 8_000),
-            5 => self.reboot_host(agent),
-            6 => self.wipe_agent(agent),
-            7 => {
-                self.note(|| format!("w{agent} is cut off"));
-                let ms = self.random.between(500, 15_000);
-                self.agents[agent].cut_off_until = self.now + ms;
-            }
-            8 => {
-                self.send_detach(agent);
-                self.crash_agent(agent, 100, 8_000);
-            }
-            9 => self.operate(agent),
-            10 | 11 => self.kill_runner(agent),
-            12 => {
-                self.agents[agent].capacity = self.random.between(1, 3) as u32;
-                self.agents[agent].disconnect();
-            }
-            _ => self.agents[agent].disconnect(),
-        }
-    }
-
-    fn fell_leader(&mut self) {
-        if self.registry.leader.take().is_some() {
-            self.note(|| "the leader is gone".to_owned());
-            self.sessions.clear();
-            let ms = self.random.between(50, 2_000);
-            self.after(ms, Event::Elect);
-        }
-    }
-
-    /// A follower restarts from what its disk has, or the leader falls and does.
-    fn restart_node(&mut self) {
         let node = self.random.below(NODES);
-        if self.registry.leader == Some(node) {
+        match self.random.below(20) {
+            0 => self.fell_leader(),
+            1 => self.isolate_leader(),
+            2..5 => self.crash_node(node),
+            5 => self.lose_disk(node),
+            6 => self.set_clock(node),
+            7 => self.crash_agent(agent),
+            8 => self.reboot_host(agent),
+            9 => self.wipe_agent(agent),
+            10 | 11 => self.cut_off(agent),
+            12 => self.ask_agent_to_go(agent),
+            13 => self.operate(agent),
+            14..17 => self.kill_runner(agent),
+            17 => {
+                self.agents[agent].capacity = self.random.between(1, 3) as u32;
+                self.trace.note(self.now, format_args!("w{agent} is configured anew"));
+                self.disconnect(agent);
+            }
+            _ => {
+                self.trace.note(self.now, format_args!("the connection of w{agent} breaks"));
+                self.disconnect(agent);
+            }
+        }
+    }
+
+    /// A coordinator crashes: it starts from what its disk has, soon, or much later.
+    fn crash_node(&mut self, node: usize) {
+        if !self.registry.nodes[node].up || !self.registry.nodes[node].joined {
+            return;
+        }
+        let id = self.registry.nodes[node].id;
+        self.trace.note(self.now, format_args!("node {id} crashes"));
+        self.registry.nodes[node].up = false;
+        if self.registry.leader == Some(node) || !self.registry.has_quorum() {
             self.fell_leader();
         }
-        self.note(|| format!("node {node} restarts"));
-        let skipping = usize::from(self.bug == Some(Bug::SkippedEntry));
-        let restarted = self.registry.restart(node, skipping);
-        self.check(restarted);
+        let long = self.random.chance(30);
+        let ms = if long { self.random.between(4_000, 15_000) } else { self.random.between(1, 1_500) };
+        self.after(ms, Event::NodeStart(node));
     }
 
-    fn crash_agent(&mut self, agent: usize, least_ms: u64, most_ms: u64) {
-        if self.agents[agent].up {
-            self.note(|| format!("w{agent} crashes"));
-            self.agents[agent].up = false;
-            self.agents[agent].disconnect();
-            let ms = self.random.between(least_ms, most_ms);
-            self.after(ms, Event::AgentStart(agent));
+    pub(super) fn start_node(&mut self, node: usize) {
+        let rebuilt = self.random.chance(15);
+        let id = self.registry.nodes[node].id;
+        let how = if rebuilt { "whose rows are damaged: it begins from its snapshot" } else { "from its rows" };
+        self.trace.note(self.now, format_args!("node {id} starts, {how}"));
+        self.registry.nodes[node].up = true;
+        let skipping = usize::from(self.bug == Some(Bug::SkippedEntry));
+        let started = if rebuilt { self.registry.rebuild(node) } else { self.registry.restart(node, skipping) };
+        self.check(started);
+        self.blobs_restart(node);
+    }
+
+    /// A coordinator's blobs are lost, or all that it has. There is never a second such loss before all copies were looked
+    /// after: nobody promises more.
+    fn lose_disk(&mut self, node: usize) {
+        let whole = self.registry.nodes.iter().all(|node| node.up && node.joined);
+        if !whole || !self.registry.is_led() || !self.blobs.may_lose_one() {
+            return;
         }
+        let id = self.registry.nodes[node].id;
+        if self.random.chance(50) || self.registry.leader == Some(node) {
+            self.trace.note(self.now, format_args!("the blobs of node {id} are lost"));
+            return self.lose_blobs(node);
+        }
+        self.trace.note(self.now, format_args!("the disk of node {id} is lost; another node is to take its place"));
+        self.lose_blobs(node);
+        let old = self.registry.replace(node, &mut self.random);
+        self.oracle.summary.replaced += 1;
+        self.registry.commit_voters();
+        self.propose(vec![(Command::RetireNode(cmd::RetireNode { node: old }), Origin::Nobody)]);
+        let ms = self.random.between(200, 6_000);
+        self.after(ms, Event::NodeJoins(node));
+    }
+
+    /// A node that took a lost one's place has the log and gets its vote.
+    pub(super) fn join_node(&mut self, node: usize) {
+        if !self.registry.is_led() {
+            return self.after(200, Event::NodeJoins(node));
+        }
+        let id = self.registry.nodes[node].id;
+        self.trace.note(self.now, format_args!("node {id} joins"));
+        self.catch_up(node);
+        self.registry.nodes[node].joined = true;
+        self.registry.commit_voters();
+        self.register_node(node);
+    }
+
+    /// Somebody sets a coordinator's clock. Nothing that is measured may follow from it.
+    fn set_clock(&mut self, node: usize) {
+        let id = self.registry.nodes[node].id;
+        let ms = self.random.between(1_000, 100_000);
+        self.trace.note(self.now, format_args!("the clock of node {id} is set {ms} ms ahead"));
+        self.registry.nodes[node].wall_ahead_ms += ms;
+    }
+
+    fn crash_agent(&mut self, agent: usize) {
+        self.trace.note(self.now, format_args!("the agent of w{agent} crashes"));
+        let ms = self.random.between(1, 8_000);
+        self.agent_down(agent, ms);
     }
 
     fn reboot_host(&mut self, agent: usize) {
-        self.note(|| format!("w{agent}'s host boots"));
-        self.crash_agent(agent, 500, 5_000);
-        self.hosts[agent].boot += 1;
-        self.hosts[agent].processes.clear();
-        self.hosts[agent].unproven.clear();
-        self.hosts[agent].hidden.clear();
-        self.agents[agent].wipe();
+        self.trace.note(self.now, format_args!("the host of w{agent} boots"));
+        let ms = self.random.between(500, 5_000);
+        self.agent_down(agent, ms);
+        self.hosts[agent].boots();
     }
 
-    /// The data directory is gone; processes of the earlier life are found and killed by the next one.
+    /// The data directory is gone; what its runners ran ends when they see that.
     fn wipe_agent(&mut self, agent: usize) {
-        self.note(|| format!("w{agent}'s data is gone"));
-        self.crash_agent(agent, 100, 3_000);
+        self.trace.note(self.now, format_args!("the data of w{agent} is gone"));
+        let ms = self.random.between(100, 3_000);
+        self.agent_down(agent, ms);
         self.agents[agent].data += 1;
-        self.agents[agent].wipe();
+        self.agents[agent].spool.clear();
+        self.hosts[agent].ended.clear();
         let boot = self.hosts[agent].boot;
         let orphans: Vec<AttemptKey> = self.hosts[agent].processes.keys().cloned().collect();
         for key in orphans {
             let ms = self.random.between(3_000, 6_000);
             self.after(ms, Event::Killed { host: agent, boot, key });
+        }
+    }
+
+    fn cut_off(&mut self, agent: usize) {
+        let ms = self.random.between(500, 15_000);
+        self.trace.note(self.now, format_args!("w{agent} is cut off for {ms} ms"));
+        self.agents[agent].cut_off_until = self.now + ms;
+    }
+
+    /// The agent is to go: when its work is done, at once, or for an upgrade.
+    fn ask_agent_to_go(&mut self, agent: usize) {
+        use helix_agent_core::Event as Happening;
+        let (how, happening) = match self.random.below(3) {
+            0 => ("when it is done", Happening::DrainAsked),
+            1 => ("and to stop everything", Happening::StopAllAsked),
+            _ => ("for an upgrade", Happening::DetachAsked),
+        };
+        self.trace.note(self.now, format_args!("the agent of w{agent} is asked to go, {how}"));
+        let upgrade = happening == Happening::DetachAsked;
+        self.take(agent, happening);
+        if upgrade {
+            let life = self.agents[agent].life;
+            self.after(1_500, Event::DetachTimedOut { agent, life });
         }
     }
 
@@ -114,22 +186,31 @@ impl World {
         self.propose(vec![(command, Origin::Nobody)]);
     }
 
-    /// Ends all faults. Agents that are down come back by themselves; a cluster without a leader gets one.
+    /// Ends all faults. What is down comes back by itself; a cluster without a leader gets one.
     pub(super) fn heal(&mut self) {
-        if self.registry.leader.is_none() {
+        if !self.registry.is_led() {
             // Its election is under way.
             return self.after(100, Event::Heal);
         }
-        self.note(|| "all is healed".to_owned());
+        self.trace.note(self.now, format_args!("all is healed"));
         self.healed = true;
         for agent in 0..self.agents.len() {
             self.agents[agent].cut_off_until = 0;
-            // What cannot be proven dead holds its worker until somebody boots the host.
-            if !self.hosts[agent].unproven.is_empty() {
-                self.reboot_host(agent);
-            }
             let worker = self.agents[agent].name.clone();
             self.propose(vec![(Command::UndrainWorker(cmd::UndrainWorker { worker }), Origin::Nobody)]);
+        }
+        self.after(0, Event::Tend);
+    }
+
+    /// What cannot be proven dead holds its worker until somebody boots the host.
+    pub(super) fn tend(&mut self) {
+        self.after(TEND_EVERY_MS, Event::Tend);
+        for agent in 0..self.agents.len() {
+            let row = self.registry.state().and_then(|state| state.worker(&self.agents[agent].name));
+            let held = row.is_some_and(|row| !row.held.is_empty());
+            if self.agents[agent].up && (held || !self.hosts[agent].hidden.is_empty()) {
+                self.reboot_host(agent);
+            }
         }
     }
 }
