@@ -55,3 +55,15 @@ fn a_failure_is_the_same_when_it_is_replayed_and_has_a_story() {
     assert!(told(&format!("submit {build}")) && told(&format!("assign {build}.0.1")), "{failure}");
     assert_eq!(story.last(), failure.lines.iter().rev().find(|line| line.text.contains(build)));
 }
+
+#[test]
+fn the_table_of_bugs_is_true() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    for (bug, budget) in Bug::ALL {
+        let name = format!("| `{bug:?}` |");
+        let row = text.lines().find(|line| line.starts_with(&name));
+        let told = row.is_some_and(|row| row.ends_with(&format!("| {budget} |")));
+        assert!(told, "tests/README.md does not say that {bug:?} is found within {budget} seeds");
+    }
+}
