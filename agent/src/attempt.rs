@@ -127,6 +127,17 @@ enum Left {
     Unknown,
 }
 
+/// How far an attempt is when its task begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Progressed {
+    /// It is to be prepared.
+    Assigned,
+    /// Its order was written: a runner has it, or had it.
+    Ordered,
+    /// It was assigned to an earlier life of this host and never begun.
+    Outlived,
+}
+
 /// How the part of an attempt that needs processes came to its end.
 #[derive(Debug)]
 enum Ending {
@@ -177,14 +188,14 @@ impl Attempt {
     }
 
     async fn live(&mut self, begin: Begin) -> Left {
-        let (assignment, ordered) = match begin {
+        let (assignment, progressed) = match begin {
             Begin::Fresh(assignment) => match self.begin(&assignment).await {
                 Ok(()) => {
                     // The log opens with what came before it.
                     if !assignment.previous.is_empty() {
                         self.log_line(assignment.previous.clone()).await;
                     }
-                    (*assignment, false)
+                    (*assignment, Progressed::Assigned)
                 }
                 Err(error) => {
                     // Half a directory of an attempt that never began would be taken for one that did.
@@ -203,7 +214,7 @@ impl Attempt {
                 }
             },
         };
-        let ending = match self.process(&assignment, ordered).await {
+        let ending = match self.process(&assignment, progressed).await {
             Ok(ending) => ending,
             Err(error) => {
                 // What cannot be followed may run on: it is not reported as ended before it has.
@@ -218,12 +229,22 @@ impl Attempt {
     }
 
     /// Goes as far as the end of all processes, from wherever the attempt stands.
-    async fn process(&mut self, assignment: &Assignment, ordered: bool) -> io::Result<Ending> {
-        if ordered {
-            // What an earlier agent saw of its log is not known.
-            self.progress.send_modify(|progress| progress.grown += 1);
-            self.start_push();
-        } else if let Err(verdict) = self.prepare(assignment).await {
+    async fn process(&mut self, assignment: &Assignment, progressed: Progressed) -> io::Result<Ending> {
+        let prepared = match progressed {
+            Progressed::Ordered => {
+                // What an earlier agent saw of its log is not known.
+                self.progress.send_modify(|progress| progress.grown += 1);
+                self.start_push();
+                Ok(())
+            }
+            Progressed::Assigned => self.prepare(assignment).await,
+            // With that life the registry ended it, as dead: begun now, it would run beside another attempt.
+            Progressed::Outlived => {
+                let message = "its host booted before it began".to_owned();
+                Err(Verdict::Failed { reason: Reason::Internal, message })
+            }
+        };
+        if let Err(verdict) = prepared {
             return Ok(Ending::NotRun(verdict, Death::Proven));
         }
         self.say(Event::CommandStarted(self.key.clone())).await;
@@ -247,14 +268,14 @@ impl Attempt {
         blocking(move || {
             services.disks.admit(&services.work_root, assignment.spec.resources.disk_bytes)?;
             crate::data_dir::make_private(dir.root())?;
-            record::write_assignment(&dir, &assignment)
+            record::write_assignment(&dir, &assignment, services.data.instance())
         })
         .await
     }
 
-    /// Reads the assignment of an attempt that was found, and whether its order was written; `None` when its report was
+    /// Reads the assignment of an attempt that was found, and how far it is; `None` when its report was
     /// made already, and all that is left was done here.
-    async fn read_back(&mut self) -> io::Result<Option<(Assignment, bool)>> {
+    async fn read_back(&mut self) -> io::Result<Option<(Assignment, Progressed)>> {
         let dir = self.dir.clone();
         let journal = blocking(move || Journal::read(&dir)).await?;
         if let Some(report) = record::report(&journal)? {
@@ -266,7 +287,13 @@ impl Attempt {
         }
         let gone = || io::Error::new(io::ErrorKind::NotFound, "its assignment is gone");
         let assignment = record::assignment(&journal)?.ok_or_else(gone)?;
-        Ok(Some((assignment, journal.is_ordered())))
+        let outlived = record::is_outlived(&journal, self.services.data.instance())?;
+        let progressed = match (journal.is_ordered(), outlived) {
+            (true, _) => Progressed::Ordered,
+            (false, true) => Progressed::Outlived,
+            (false, false) => Progressed::Assigned,
+        };
+        Ok(Some((assignment, progressed)))
     }
 
     /// The directory of the attempt cannot be written: nothing ran, and there is no log.

@@ -119,6 +119,7 @@ pub fn assignment_to_wire(assignment: &Assignment) -> agent::Assign {
         platform: assignment.platform.as_ref().map_or_else(String::new, |platform| platform.as_str().to_owned()),
         previous: assignment.previous.clone(),
         created_at_ms: 0,
+        instance: String::new(),
     }
 }
 

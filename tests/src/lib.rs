@@ -6,5 +6,4 @@ pub mod chaos;
 pub mod cluster;
 pub mod isolation_start;
 pub mod joining;
-pub mod sim;
 pub mod skip;

@@ -4,6 +4,7 @@
 use std::io;
 
 use helix_agent_core::{Assignment, Report};
+use helix_model::Instance;
 use helix_proto::agent;
 use helix_runner::AttemptDir;
 use helix_runner::journal::{self, Journal, Kind};
@@ -11,12 +12,24 @@ use prost::Message as _;
 
 use crate::wire;
 
-/// Writes what is to be run.
+/// Writes what is to be run, and which life of the worker was given it.
 ///
 /// # Errors
 /// Those of the file system.
-pub fn write_assignment(dir: &AttemptDir, assignment: &Assignment) -> io::Result<()> {
-    journal::append(dir, Kind::Assignment, &wire::assignment_to_wire(assignment).encode_to_vec())
+pub fn write_assignment(dir: &AttemptDir, assignment: &Assignment, instance: &Instance) -> io::Result<()> {
+    let kept = agent::Assign { instance: instance.as_str().to_owned(), ..wire::assignment_to_wire(assignment) };
+    journal::append(dir, Kind::Assignment, &kept.encode_to_vec())
+}
+
+/// Whether the assignment was given to another life of the worker than `instance`. The registry has ended it with that life,
+/// so it must not begin any more.
+///
+/// # Errors
+/// `InvalidData` when it cannot be read.
+pub fn is_outlived(journal: &Journal, instance: &Instance) -> io::Result<bool> {
+    let Some(bytes) = journal.last(Kind::Assignment) else { return Ok(false) };
+    let kept = agent::Assign::decode(bytes).map_err(invalid)?;
+    Ok(!kept.instance.is_empty() && kept.instance != instance.as_str())
 }
 
 /// Takes out what is to be run; `None` when the agent died before it was written.
@@ -49,4 +62,29 @@ pub fn report(journal: &Journal) -> io::Result<Option<Report>> {
 
 fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use helix_model::BuildSpec;
+
+    use super::*;
+
+    #[test]
+    fn an_assignment_knows_which_life_it_was_given_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = AttemptDir::new(dir.path());
+        let key = "b.0.1".parse().unwrap();
+        let spec = BuildSpec { repo_url: "https://h/p".to_owned(), ..BuildSpec::default() };
+        let given = Assignment { key, spec, commit: None, platform: None, previous: String::new() };
+        let (before, now) = (Instance::new("d.boot1").unwrap(), Instance::new("d.boot2").unwrap());
+        let outlived = |instance: &Instance| is_outlived(&Journal::read(&dir).unwrap(), instance).unwrap();
+        assert!(!outlived(&now), "nothing was given");
+        write_assignment(&dir, &given, &before).unwrap();
+        assert!(!outlived(&before) && outlived(&now));
+        assert_eq!(assignment(&Journal::read(&dir).unwrap()).unwrap(), Some(given.clone()));
+        // As an older agent wrote it.
+        journal::append(&dir, Kind::Assignment, &wire::assignment_to_wire(&given).encode_to_vec()).unwrap();
+        assert!(!outlived(&now));
+    }
 }

@@ -7,6 +7,7 @@ mod cluster;
 mod disks;
 mod host;
 mod limits;
+mod outlived;
 mod secrets;
 #[allow(unreachable_pub)] // Another crate exports it.
 #[path = "../../../tests/src/skip.rs"]

@@ -211,6 +211,7 @@ pub(crate) fn assign(state: &State, key: &AttemptKey) -> Option<Message> {
         platform: task.platform.as_ref().map_or_else(String::new, |platform| platform.as_str().to_owned()),
         previous: previous.unwrap_or_default(),
         created_at_ms: i64::try_from(build.created_at.0).unwrap_or(i64::MAX),
+        instance: String::new(),
     }))
 }
 

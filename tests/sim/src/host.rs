@@ -1,4 +1,5 @@
-//! A build host as it really is, whatever agents and coordinators believe: which processes live on it.
+//! A build host as it really is, whatever agents and coordinators believe: which processes live on it, and how those
+//! ended that do not.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +20,14 @@ pub(super) enum Fate {
     Hangs,
 }
 
+/// How a process ended, as its runner wrote it down, or as the runner's absence tells.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ended {
+    Exited(Fate),
+    Killed,
+    RunnerLost,
+}
+
 /// A host: its boots and its processes.
 #[derive(Debug, Default)]
 pub(super) struct Host {
@@ -26,6 +35,8 @@ pub(super) struct Host {
     pub(super) boot: u64,
     /// Living processes, the fate of each, and when it began.
     pub(super) processes: BTreeMap<AttemptKey, (Fate, u64)>,
+    /// What runners left in their attempts' directories.
+    pub(super) ended: BTreeMap<AttemptKey, Ended>,
     /// Whether what a dead runner leaves is killed and known.
     pub(super) cgroups: bool,
     /// Attempts whose runners died here without one, in this boot: nobody can prove them dead.
@@ -41,6 +52,15 @@ impl Host {
     pub(super) fn new(number: usize, random: &mut Random) -> Self {
         let memory = if number == 0 { MEMORY_MAX } else { random.between(0, MEMORY_MAX) };
         Self { cgroups: random.chance(50), memory, ..Self::default() }
+    }
+
+    /// It boots: no process survives that, and everything is seen to be dead.
+    pub(super) fn boots(&mut self) {
+        self.boot += 1;
+        self.processes.clear();
+        self.ended.clear();
+        self.unproven.clear();
+        self.hidden.clear();
     }
 
     /// Whether something lives that its agent finds and can kill.

@@ -10,6 +10,11 @@ impl Random {
         Self(seed ^ 0x5851_f42d_4c95_7f2d)
     }
 
+    /// Where the stream is: two runs that drew the same so far agree on it.
+    pub(super) fn place(&self) -> u64 {
+        self.0
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let value = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
