@@ -56,7 +56,13 @@ impl Watcher {
             }
             tokio::select! {
                 () = self.stop.cancelled() => break,
-                changed = metrics.changed() => if changed.is_err() { break },
+                changed = metrics.changed() => if changed.is_err() {
+                    // Ended in order it says so itself; ended by a panic it says nothing to anybody, ever.
+                    if !self.stop.is_cancelled() {
+                        self.peers.fail("consensus has ended without a word: its panic stands above".to_owned());
+                    }
+                    break;
+                },
                 changed = applied.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(RENEW_EVERY) => {}
             }

@@ -19,6 +19,9 @@ use crate::chaos::site::Site;
 /// How long one question may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
+/// By how much log time may differ from the true time: clocks that agree do so within ten seconds.
+const CLOCK_SLACK: Duration = Duration::from_secs(15);
+
 /// Builds that are looked at together.
 const AT_ONCE: usize = 16;
 
@@ -47,18 +50,19 @@ pub(super) fn judge(runtime: &Runtime, site: &Site, load: &Load, patience: Durat
                 Ok(Seen::Absent) => break,
                 Ok(other) if Instant::now() > deadline => {
                     let explained = site.helix(&["explain", id]).unwrap_or_else(|error| error.to_string());
-                    wrong.push(format!("{id} has not ended {patience:?} after healing: {other:?}; {explained}"));
+                    wrong.push(format!("{id}: it has not ended {patience:?} after healing: {other:?}; {explained}"));
                     break;
                 }
                 Ok(_) => std::thread::sleep(Duration::from_millis(100)),
                 Err(why) => {
-                    wrong.push(format!("nobody tells of {id}: {why}"));
+                    wrong.push(format!("{id}: nobody tells of it: {why}"));
                     break;
                 }
             }
         }
     }
     wrong.extend(load.history().check());
+    wrong.extend(dated(load));
     wrong.extend(phantoms(site, &ids)?);
     wrong.extend(counted(site, &ends)?);
     let looked = futures::stream::iter(&ends)
@@ -71,11 +75,21 @@ pub(super) fn judge(runtime: &Runtime, site: &Site, load: &Load, patience: Durat
     Ok(wrong)
 }
 
+/// Ends whose time is not when they were: log time goes with the majority of clocks, whatever one of them says.
+fn dated(load: &Load) -> Vec<String> {
+    let slack = i64::try_from(CLOCK_SLACK.as_millis()).unwrap_or(i64::MAX);
+    let first = load.wall_ms(Duration::ZERO) - slack;
+    let history = load.history();
+    let off = history.ends().filter(|(_, seen, end)| end.at_ms < first || end.at_ms > load.wall_ms(seen.end) + slack);
+    off.map(|(id, seen, end)| format!("{id}: it is said to have ended at another time than it did: {end:?}, {seen:?}"))
+        .collect()
+}
+
 /// Builds that nobody submitted.
 fn phantoms(site: &Site, tried: &[String]) -> anyhow::Result<Vec<String>> {
     let listed = site.helix(&["list", "--all", "--limit", "1000000", "-o", "quiet"])?;
     let tried: BTreeSet<&str> = tried.iter().map(String::as_str).collect();
-    Ok(listed.lines().filter(|id| !tried.contains(id)).map(|id| format!("{id} was never submitted")).collect())
+    Ok(listed.lines().filter(|id| !tried.contains(id)).map(|id| format!("{id}: it was never submitted")).collect())
 }
 
 /// What builds' side effects say: no attempt began or ended twice, and what succeeded ran to its end.
@@ -85,13 +99,15 @@ fn counted(site: &Site, ends: &BTreeMap<String, End>) -> anyhow::Result<Vec<Stri
     let (starts, finishes) = (read("starts")?, read("ends")?);
     for (what, text) in [("began", &starts), ("ended", &finishes)] {
         let mut seen = BTreeSet::new();
-        wrong
-            .extend(text.lines().filter(|line| !seen.insert(*line)).map(|line| format!("attempt {line} {what} twice")));
+        wrong.extend(text.lines().filter(|line| !seen.insert(*line)).map(|line| {
+            let (id, attempt) = line.split_once(' ').unwrap_or((line, "?"));
+            format!("{id}: attempt {attempt} {what} twice")
+        }));
     }
     let finished: BTreeSet<&str> = finishes.lines().collect();
     for (id, end) in ends.iter().filter(|(_, end)| end.state == "succeeded") {
         if !finished.contains(format!("{id} {}", end.attempt).as_str()) {
-            wrong.push(format!("{id} succeeded in attempt {}, which never ran to its end", end.attempt));
+            wrong.push(format!("{id}: it succeeded in attempt {}, which never ran to its end", end.attempt));
         }
     }
     Ok(wrong)
