@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use crate::chaos::fault::Fault;
+use crate::chaos::judge::Judge;
 use crate::chaos::load::{Load, Window};
 use crate::chaos::nemesis::{Nemesis, RECOVERY_LIMIT, Scene};
 use crate::chaos::site::Site;
@@ -31,6 +32,12 @@ const LEASE: Duration = Duration::from_secs(3);
 
 /// How long it may take to end all builds once healed.
 const SETTLE_LIMIT: Duration = Duration::from_secs(180);
+
+/// How often builds are judged in a run that is longer than that.
+const SETTLE_EVERY: Duration = Duration::from_secs(6 * 60);
+
+/// Builds that were submitted so long ago are asked for by no client any more; and log time differs from ours by less.
+const OLD: Duration = Duration::from_secs(20);
 
 /// How long what is left of builds may take to be gone then.
 const CLEAR_LIMIT: Duration = Duration::from_secs(60);
@@ -102,8 +109,9 @@ pub fn run(plan: &Plan, say: fn(&str)) -> anyhow::Result<Report> {
         .collect::<anyhow::Result<Vec<_>>>()?;
     let mut nemesis = Nemesis::new(plan.seed, LEASE, faults, say);
     let endpoints = site.endpoints()?;
+    let mut judge = Judge::default();
     let mut scene = Scene { site: &mut site, load: Arc::clone(&load), endpoints, runtime: &runtime };
-    let broken = rampage(plan, &mut nemesis, &mut scene);
+    let broken = rampage(plan, &mut nemesis, &mut scene, &mut judge);
     let whole = broken.and_then(|()| heal(&mut nemesis, &mut site));
     load.stop();
     for client in clients {
@@ -113,7 +121,10 @@ pub fn run(plan: &Plan, say: fn(&str)) -> anyhow::Result<Report> {
     report.wrong.append(&mut nemesis.wrong);
     report.wrong.extend(stalls(&load, &nemesis.windows));
     match whole {
-        Ok(()) => report.wrong.extend(judge::judge(&runtime, &site, &load, SETTLE_LIMIT)?),
+        Ok(()) => {
+            judge.look(&runtime, &site, &load, Duration::MAX, SETTLE_LIMIT)?;
+            report.wrong.extend(judge.conclude(&site, &load)?);
+        }
         Err(error) => report.wrong.push(format!("{error:#}")),
     }
     report.wrong.extend(left(&site));
@@ -128,9 +139,14 @@ pub fn run(plan: &Plan, say: fn(&str)) -> anyhow::Result<Report> {
 }
 
 /// Breaks things for as long as the plan says, and until each fault has met something if it is long enough for that.
-fn rampage(plan: &Plan, nemesis: &mut Nemesis, scene: &mut Scene<'_>) -> anyhow::Result<()> {
+fn rampage(plan: &Plan, nemesis: &mut Nemesis, scene: &mut Scene<'_>, judge: &mut Judge) -> anyhow::Result<()> {
     let begun = Instant::now();
+    let mut settled = Instant::now();
     while begun.elapsed() < plan.duration {
+        if settled.elapsed() >= SETTLE_EVERY {
+            settle(nemesis, scene, judge)?;
+            settled = Instant::now();
+        }
         let fault = nemesis.deck.draw();
         nemesis.strike(scene, fault)?;
     }
@@ -138,6 +154,22 @@ fn rampage(plan: &Plan, nemesis: &mut Nemesis, scene: &mut Scene<'_>) -> anyhow:
         let Some(fault) = nemesis.deck.draw_unmet() else { break };
         nemesis.strike(scene, fault)?;
     }
+    Ok(())
+}
+
+/// Judges what was built so far, while clients go on, and purges it, so that a long run does not pile up builds without end.
+fn settle(nemesis: &mut Nemesis, scene: &mut Scene<'_>, judge: &mut Judge) -> anyhow::Result<()> {
+    nemesis.expect_whole(scene, "before builds are judged");
+    let begun = Instant::now();
+    let before = scene.load.start.elapsed().saturating_sub(OLD);
+    let looked = judge.look(scene.runtime, scene.site, &scene.load, before, SETTLE_LIMIT)?;
+    let age = scene.load.start.elapsed().saturating_sub(before) + OLD;
+    let purged = scene.site.helix(&["purge", "--before", &format!("{}s", age.as_secs()), "-o", "quiet"])?;
+    nemesis.write(&format!(
+        "{looked} builds were judged within {:.1?}; {} were purged",
+        begun.elapsed(),
+        purged.trim()
+    ));
     Ok(())
 }
 

@@ -106,9 +106,10 @@ impl History {
         self.events.entry(build.to_owned()).or_default().push(event);
     }
 
-    /// Builds of which a submit was tried.
-    pub(super) fn tried(&self) -> impl Iterator<Item = &String> {
-        self.tried.keys()
+    /// Builds of which a submit was tried before some time.
+    pub(super) fn tried_before(&self, before: Duration) -> Vec<String> {
+        let tried = self.tried.iter().filter(|(_, at)| **at < before);
+        tried.map(|(build, _)| build.clone()).collect()
     }
 
     /// Answers in all.

@@ -203,7 +203,7 @@ impl Nemesis {
     }
 
     /// For what has to begin on a whole cluster.
-    fn expect_whole(&mut self, scene: &mut Scene<'_>, when: &str) {
+    pub(super) fn expect_whole(&mut self, scene: &mut Scene<'_>, when: &str) {
         let begun = Instant::now();
         while let Some(missing) = scene.site.missing() {
             if begun.elapsed() > PATIENCE {
