@@ -87,6 +87,7 @@ impl Judge {
     pub(super) fn conclude(mut self, site: &Site, load: &Load) -> anyhow::Result<Vec<String>> {
         self.wrong.extend(load.history().check());
         self.wrong.extend(dated(load));
+        self.wrong.extend(load.refused());
         self.wrong.extend(phantoms(site, load)?);
         self.wrong.extend(counted(site, &self.ends)?);
         Ok(self.wrong)

@@ -45,6 +45,8 @@ pub(super) struct Load {
     stop: AtomicBool,
     /// When clients were told to end.
     stopped: Mutex<Option<Duration>>,
+    /// Submits that were refused without need, in words.
+    refused: Mutex<Vec<String>>,
     /// Submits acknowledged.
     pub(super) submitted: AtomicU64,
     /// When each was, in order.
@@ -98,6 +100,7 @@ impl Load {
             stop: AtomicBool::new(false),
             stopped: Mutex::default(),
             submitted: AtomicU64::new(0),
+            refused: Mutex::default(),
             acknowledged: Mutex::default(),
             wall_ms: unix_ms(),
         })
@@ -112,6 +115,11 @@ impl Load {
     /// What was seen.
     pub(super) fn history(&self) -> MutexGuard<'_, History> {
         lock(&self.history)
+    }
+
+    /// Submits that were refused although somebody could have taken them, in words.
+    pub(super) fn refused(&self) -> Vec<String> {
+        lock(&self.refused).clone()
     }
 
     /// The times without an acknowledged submit, from the load's begin to its end, longest first.
@@ -235,6 +243,10 @@ impl Load {
             }
             Err(CallError::Answered(status)) if error_code(&status) == Some(ErrorCode::IdTaken) => {
                 self.note(id, begin, Seen::Taken(content.to_owned()));
+            }
+            // Nothing is wrong with it, and others could take it.
+            Err(CallError::Answered(status)) if error_code(&status) == Some(ErrorCode::DiskReserve) => {
+                lock(&self.refused).push(format!("{id}: its submit was refused for good: {}", status.message()));
             }
             // Whether it was taken is unknown.
             Err(_) => {}
