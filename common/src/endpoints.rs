@@ -90,6 +90,8 @@ pub fn judge(status: &Status) -> Verdict {
     match word {
         // Committed or not: the same call again finds out.
         Some(ErrorCode::OutcomeUnknown) => return Verdict::Again(retry_after(status)),
+        // It speaks of that coordinator's disk alone.
+        Some(ErrorCode::DiskReserve) => return Verdict::Elsewhere(None),
         Some(_) if status.code() != Code::Unavailable => return Verdict::Final,
         _ => {}
     }
@@ -285,7 +287,7 @@ impl Endpoints {
         let started = Instant::now();
         let end = started + deadline;
         let mut backoff = Backoff::new(BACKOFF_BASE, BACKOFF_CAP);
-        let mut hints = 0;
+        let (mut hints, mut full) = (0, 0);
         loop {
             let (endpoint, channel) = self
                 .channel(traffic)
@@ -294,7 +296,10 @@ impl Endpoints {
                 Ok(value) => return Ok(value),
                 Err(status) => status,
             };
+            full += usize::from(error_code(&status) == Some(ErrorCode::DiskReserve));
             let least = match self.observe(&endpoint, &status) {
+                // All are full: that is an answer, and waiting does not change it.
+                Verdict::Elsewhere(_) if full >= self.list().len() => return Err(CallError::Answered(status)),
                 Verdict::Final => return Err(CallError::Answered(status)),
                 Verdict::Leader(_) if hints < HINTS_IN_A_ROW_MAX => {
                     hints += 1;

@@ -1,10 +1,10 @@
 //! Log time on the leader: monotonic, and moved to the wall clock only where most coordinators' clocks agree.
 //!
 //! Peers' wall clocks arrive with consensus messages. Invariant: what [`Clock::stamp`] answers never runs backwards
-//! on one node, nor below the last stamp applied.
+//! on one node, nor below the last stamp applied. By how much it leaps is known, so that nobody takes that for time that passed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,12 +16,16 @@ const AGREEMENT_MS: u64 = 10_000;
 /// A peer's clock counts for so long after it was heard.
 const SAMPLE_AGE_MAX: Duration = Duration::from_secs(30);
 
+/// Steps smaller than this are a clock's drift, which is time that passed.
+const LEAP_MS_MIN: u64 = 200;
+
 /// The leader's clock, and what is known of the others'.
 #[derive(Debug)]
 pub struct Clock {
     own: NodeId,
     inner: Mutex<Inner>,
     skewed: AtomicBool,
+    leapt_ms: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -36,7 +40,7 @@ impl Clock {
     #[must_use]
     pub fn new(own: NodeId) -> Self {
         let inner = Inner { base: LogTime(0), base_at: Instant::now(), samples: BTreeMap::new() };
-        Self { own, inner: Mutex::new(inner), skewed: AtomicBool::new(false) }
+        Self { own, inner: Mutex::new(inner), skewed: AtomicBool::new(false), leapt_ms: AtomicU64::new(0) }
     }
 
     /// Takes note of a peer's wall clock.
@@ -54,13 +58,20 @@ impl Clock {
     fn stamp_at(&self, applied: LogTime, voters: &BTreeSet<NodeId>, now: Instant, wall: u64) -> LogTime {
         let mut inner = self.lock();
         let elapsed = u64::try_from(now.saturating_duration_since(inner.base_at).as_millis()).unwrap_or(u64::MAX);
-        let mut time = inner.base.plus_ms(elapsed).max(applied);
+        let steady = inner.base.plus_ms(elapsed);
+        let mut time = steady.max(applied);
         let agreed = inner.majority_agrees(self.own, voters, now, wall);
         if agreed {
             time = time.max(LogTime(wall));
         }
         inner.base = time;
-        inner.base_at = now;
+        // What is left of a millisecond counts next time: many stamps in one must not stop the clock.
+        inner.base_at += Duration::from_millis(elapsed);
+        let leap_ms = time.since_ms(steady);
+        if leap_ms >= LEAP_MS_MIN {
+            // Within the lock: whoever sees a time sees the leap that led there.
+            self.leapt_ms.fetch_add(leap_ms, Ordering::SeqCst);
+        }
         drop(inner);
         // Of a single voter there is nobody to disagree; a voter that is not heard from is silent, not skewed.
         if self.skewed.swap(!agreed, Ordering::Relaxed) == agreed {
@@ -80,6 +91,12 @@ impl Clock {
     #[must_use]
     pub fn is_skewed(&self) -> bool {
         self.skewed.load(Ordering::Relaxed)
+    }
+
+    /// By how much log time has leapt ahead of the time that passed, ever: to the wall clock, or to what others had stamped.
+    #[must_use]
+    pub fn leapt_ms(&self) -> u64 {
+        self.leapt_ms.load(Ordering::SeqCst)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -126,6 +143,34 @@ mod tests {
         let later = start + Duration::from_millis(50);
         assert_eq!(clock.stamp_at(LogTime(5), &voters(1), later, 10), LogTime(1_050));
         assert_eq!(clock.stamp_at(LogTime(9_000), &voters(1), later, 10), LogTime(9_000));
+    }
+
+    #[test]
+    fn a_leap_is_told_from_time_that_passes() {
+        let clock = Clock::new(NodeId(1));
+        let start = Instant::now();
+        assert_eq!(clock.stamp_at(LogTime(5_000), &voters(3), start, 9_000), LogTime(5_000));
+        let before = clock.leapt_ms();
+        // Nobody was heard so far; then somebody is, who agrees.
+        clock.lock().samples = BTreeMap::from([(NodeId(2), (9_100, start))]);
+        assert_eq!(
+            clock.stamp_at(LogTime(5_000), &voters(3), start + Duration::from_millis(100), 9_100),
+            LogTime(9_100)
+        );
+        assert_eq!(clock.leapt_ms() - before, 4_000);
+        assert_eq!(clock.stamp_at(LogTime(5_000), &voters(3), start + Duration::from_secs(9), 18_050), LogTime(18_050));
+        assert_eq!(clock.leapt_ms() - before, 4_000, "drift is no leap");
+    }
+
+    #[test]
+    fn many_stamps_in_a_millisecond_do_not_stop_the_clock() {
+        let clock = Clock::new(NodeId(1));
+        let start = Instant::now();
+        clock.stamp_at(LogTime(1_000), &voters(3), start, 0);
+        for number in 1..=10_000 {
+            clock.stamp_at(LogTime(0), &voters(3), start + Duration::from_micros(100) * number, 0);
+        }
+        assert_eq!(clock.stamp_at(LogTime(0), &voters(3), start + Duration::from_secs(1), 0), LogTime(2_000));
     }
 
     #[test]

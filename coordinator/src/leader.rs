@@ -168,7 +168,8 @@ impl<C: Consensus> LeaderLoop<C> {
         self.stop_leading(leadership.leader);
         let Some(term) = term else { return };
         let (now, cluster) = (self.consensus.now(), self.consensus.cluster());
-        self.leading = Some(self.consensus.with_state(|state| Leading::begin(term, now, state, &cluster)));
+        let leapt_ms = self.consensus.leapt_ms();
+        self.leading = Some(self.consensus.with_state(|state| Leading::begin(term, leapt_ms, now, state, &cluster)));
         info!(term, "leading");
         self.ticked_at = Instant::now();
         self.tick = Duration::from_millis(TICK_MS_MIN);

@@ -62,6 +62,17 @@ pub(crate) struct Ports {
     pub(crate) failure: watch::Receiver<Option<String>>,
 }
 
+/// Who may take a proposal.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Route {
+    /// Whoever leads.
+    Anywhere,
+    /// It came from another coordinator: this node, or nobody.
+    Forwarded,
+    /// This node, while it leads in this term: what a leader decides follows from what it alone knows.
+    InTerm(u64),
+}
+
 /// Commands on their way into the log, in order.
 pub(crate) struct Proposal {
     pub(crate) commands: Vec<Command>,
@@ -71,8 +82,8 @@ pub(crate) struct Proposal {
     pub(crate) format: u32,
     /// Their size in that form.
     pub(crate) bytes: usize,
-    /// Came from another coordinator: it is not sent on a second time.
-    pub(crate) forwarded: bool,
+    /// Who may take it.
+    pub(crate) route: Route,
     pub(crate) reply: oneshot::Sender<Result<Vec<Reply>, ProposeError>>,
 }
 
@@ -293,12 +304,21 @@ impl Registry {
     /// # Errors
     /// [`ProposeError`]; `OutcomeUnknown` as soon as that holds for one of them.
     pub async fn propose_all(&self, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
-        self.enqueue(commands, false).await
+        self.enqueue(commands, Route::Anywhere).await
+    }
+
+    /// Like [`Self::propose_all`], for what this node decided as the leader of a term: taken by nobody else, and in no other
+    /// term. Who leads then may know better.
+    ///
+    /// # Errors
+    /// [`ProposeError`]; `NoLeader` when this node does not lead in that term any more.
+    pub async fn propose_in_term(&self, term: u64, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
+        self.enqueue(commands, Route::InTerm(term)).await
     }
 
     /// Like [`Self::propose_all`], for commands that another coordinator sent here: never sent on.
     pub(crate) async fn propose_forwarded(&self, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
-        self.enqueue(commands, true).await
+        self.enqueue(commands, Route::Forwarded).await
     }
 
     /// A node that waits to be added has nobody to ask, however long it waits.
@@ -306,12 +326,12 @@ impl Registry {
         self.inner.identity.members.is_empty() && self.inner.shared.members().is_empty()
     }
 
-    async fn enqueue(&self, commands: Vec<Command>, forwarded: bool) -> Result<Vec<Reply>, ProposeError> {
+    async fn enqueue(&self, commands: Vec<Command>, route: Route) -> Result<Vec<Reply>, ProposeError> {
         if self.is_alone() {
             return Err(ProposeError::NoLeader { hint: None });
         }
         let mut answers = Vec::new();
-        for (proposal, answer) in proposals(commands, forwarded) {
+        for (proposal, answer) in proposals(commands, route) {
             if self.inner.proposals.send(proposal).await.is_err() {
                 // Of those before nobody knows.
                 let error = if answers.is_empty() { ProposeError::ShuttingDown } else { ProposeError::OutcomeUnknown };
@@ -415,6 +435,12 @@ impl Registry {
     pub fn now(&self) -> LogTime {
         let is_leader = self.inner.leadership.borrow().is_leader;
         if is_leader { self.inner.shared.stamp() } else { self.with_state(State::last_at) }
+    }
+
+    /// By how much log time has leapt ahead of the time that passed, ever since this node runs.
+    #[must_use]
+    pub fn leapt_ms(&self) -> u64 {
+        self.inner.shared.clock.leapt_ms()
     }
 
     /// All coordinators that ever made themselves known.
@@ -530,7 +556,7 @@ impl Registry {
 type Answer = oneshot::Receiver<Result<Vec<Reply>, ProposeError>>;
 
 /// Commands in pieces that each fit into an entry.
-fn proposals(commands: Vec<Command>, forwarded: bool) -> Vec<(Proposal, Answer)> {
+fn proposals(commands: Vec<Command>, route: Route) -> Vec<(Proposal, Answer)> {
     let mut out: Vec<(Proposal, Answer)> = Vec::new();
     for command in commands {
         let wire = command_to_wire(&command);
@@ -542,7 +568,7 @@ fn proposals(commands: Vec<Command>, forwarded: bool) -> Vec<(Proposal, Answer)>
         };
         if !out.last().is_some_and(|(proposal, _)| fits(proposal)) {
             let (reply, answer) = oneshot::channel();
-            out.push((Proposal { commands: Vec::new(), wire: Vec::new(), format, bytes: 0, forwarded, reply }, answer));
+            out.push((Proposal { commands: Vec::new(), wire: Vec::new(), format, bytes: 0, route, reply }, answer));
         }
         if let Some((proposal, _)) = out.last_mut() {
             proposal.commands.push(command);

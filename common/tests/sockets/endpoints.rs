@@ -54,6 +54,21 @@ async fn an_endpoint_that_hangs_is_given_up() {
 }
 
 #[tokio::test]
+async fn one_full_disk_sends_the_client_elsewhere_and_full_disks_everywhere_are_an_answer() {
+    let cluster = Cluster::new();
+    let (one, two) = (server(&cluster, "1").await, server(&cluster, "2").await);
+    let list = [one.url(), two.url()];
+    one.answer.set(Some(status(ErrorCode::DiskReserve, "full")));
+    for _ in 0..4 {
+        endpoints(&cluster, &list).call(PATIENCE, check).await.unwrap();
+    }
+    two.answer.set(Some(status(ErrorCode::DiskReserve, "full")));
+    let error = endpoints(&cluster, &list).call(PATIENCE, check).await.unwrap_err();
+    assert!(matches!(error, CallError::Answered(_)), "{error}");
+    assert_eq!(error.code(), Some(ErrorCode::DiskReserve));
+}
+
+#[tokio::test]
 async fn leader_hints_are_followed_even_off_the_list() {
     let cluster = Cluster::new();
     let (follower, leader) = (server(&cluster, "1").await, server(&cluster, "2").await);

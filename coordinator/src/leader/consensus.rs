@@ -17,6 +17,12 @@ pub trait Consensus: Clone + Send + Sync + 'static {
     fn propose(&self, command: Command) -> impl Future<Output = Result<Reply, ProposeError>> + Send;
     /// Commits several, in order.
     fn propose_all(&self, commands: Vec<Command>) -> impl Future<Output = Result<Vec<Reply>, ProposeError>> + Send;
+    /// Commits what this node decided as the leader of a term, in that term alone.
+    fn propose_in_term(
+        &self,
+        term: u64,
+        commands: Vec<Command>,
+    ) -> impl Future<Output = Result<Vec<Reply>, ProposeError>> + Send;
     /// Reads the state; short, and never across an await.
     fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R;
     /// What followed from each applied entry.
@@ -25,6 +31,8 @@ pub trait Consensus: Clone + Send + Sync + 'static {
     fn leadership(&self) -> watch::Receiver<Leadership>;
     /// The log clock.
     fn now(&self) -> LogTime;
+    /// By how much that clock has leapt ahead of the time that passed, ever.
+    fn leapt_ms(&self) -> u64;
     /// The cluster's name.
     fn cluster(&self) -> String;
 }
@@ -36,6 +44,10 @@ impl Consensus for Registry {
 
     async fn propose_all(&self, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
         Registry::propose_all(self, commands).await
+    }
+
+    async fn propose_in_term(&self, term: u64, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
+        Registry::propose_in_term(self, term, commands).await
     }
 
     fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R {
@@ -52,6 +64,10 @@ impl Consensus for Registry {
 
     fn now(&self) -> LogTime {
         Registry::now(self)
+    }
+
+    fn leapt_ms(&self) -> u64 {
+        Registry::leapt_ms(self)
     }
 
     fn cluster(&self) -> String {

@@ -64,10 +64,13 @@ impl<C: Consensus> LeaderLoop<C> {
         // Back-offs may have ended.
         self.dirty = true;
         let now = self.consensus.now();
+        // Asked for after the time: whatever is in that is in this, too.
+        leading.forgive_leaps(self.consensus.leapt_ms(), now);
         let (commands, next, lease_ms) = self.consensus.with_state(|state| {
             let lease_ms = state.policy().worker_lease_ms;
             let stood_still_ms = u64::try_from(stood_still.as_millis()).unwrap_or(u64::MAX);
             if stood_still_ms > lease_ms / TICKS_PER_LEASE {
+                warn!(ms = stood_still_ms, "the leader stood still: leases are extended by as much");
                 leading.forgive(stood_still_ms);
             }
             leading.update_settings(state);
@@ -94,9 +97,9 @@ impl<C: Consensus> LeaderLoop<C> {
         for command in &commands {
             enter(&mut leading.in_flight, command);
         }
-        let consensus = self.consensus.clone();
+        let (consensus, term) = (self.consensus.clone(), leading.term);
         self.proposals.spawn(async move {
-            let outcome = consensus.propose_all(commands.clone()).await;
+            let outcome = consensus.propose_in_term(term, commands.clone()).await;
             Completed { batch, commands, outcome }
         });
     }

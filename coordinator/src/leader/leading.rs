@@ -28,17 +28,21 @@ pub(crate) struct Leading {
     pub(crate) in_flight: InFlight,
     pub(crate) sessions: Sessions,
     settings: agent::Settings,
+    /// How far the log clock had leapt when that was last looked at.
+    leapt_ms: u64,
 }
 
 impl Leading {
     /// The beginning of a term: nobody has spoken, and everybody has a full lease.
-    pub(crate) fn begin(term: u64, now: LogTime, state: &State, cluster: &str) -> Self {
+    /// `leapt_ms` was asked for after `now` had brought the clock up to date.
+    pub(crate) fn begin(term: u64, leapt_ms: u64, now: LogTime, state: &State, cluster: &str) -> Self {
         Self {
             term,
             liveness: Liveness { leader_since: now, ..Liveness::default() },
             in_flight: InFlight::default(),
             sessions: Sessions::default(),
             settings: settings(state, cluster),
+            leapt_ms,
         }
     }
 
@@ -185,9 +189,24 @@ impl Leading {
         }
     }
 
+    /// Log time that leaps to where most clocks are is no time in which anybody could have spoken.
+    pub(crate) fn forgive_leaps(&mut self, leapt_ms: u64, now: LogTime) {
+        let ms = leapt_ms.saturating_sub(self.leapt_ms);
+        self.leapt_ms = leapt_ms;
+        if ms == 0 {
+            return;
+        }
+        warn!(ms, "log time has leapt: leases are extended by as much");
+        self.forgive(ms);
+        // Who was heard behind the leap was not heard in the future.
+        self.liveness.leader_since = self.liveness.leader_since.min(now);
+        for live in self.liveness.workers.values_mut() {
+            live.last_seen = live.last_seen.min(now);
+        }
+    }
+
     /// Time in which this node did not listen does not count against anybody.
     pub(crate) fn forgive(&mut self, ms: u64) {
-        warn!(ms, "the leader stood still: leases are extended by as much");
         self.liveness.leader_since = self.liveness.leader_since.plus_ms(ms);
         for live in self.liveness.workers.values_mut() {
             live.last_seen = live.last_seen.plus_ms(ms);

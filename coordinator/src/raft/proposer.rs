@@ -22,7 +22,7 @@ use super::formats::hold;
 use super::types::{Batch, Raft, TypeConfig};
 use crate::codec::{CodecError, command_from_wire, reply_from_wire};
 use crate::peers::Peers;
-use crate::registry::{ENTRY_BYTES, Leadership, Proposal, ProposeError, Shared};
+use crate::registry::{ENTRY_BYTES, Leadership, Proposal, ProposeError, Route, Shared};
 
 const ENTRY_COMMANDS: usize = 4_096;
 /// How long a proposal waits for somebody to lead.
@@ -122,23 +122,21 @@ impl Proposer {
     async fn settle(&mut self, mut batch: Vec<Proposal>) {
         let deadline = Instant::now() + LEADER_WAIT;
         loop {
-            let Leadership { leader, is_leader, .. } = *self.leadership.borrow_and_update();
-            let own = self.peers.own();
+            let now = *self.leadership.borrow_and_update();
+            let leader = now.leader;
+            self.refuse_misplaced(&mut batch, now);
+            if batch.is_empty() {
+                return;
+            }
             let attempt = match leader {
-                _ if is_leader => {
+                _ if now.is_leader => {
                     hold(&mut batch, &self.shared, &self.peers);
                     if batch.is_empty() {
                         return;
                     }
                     self.commit(&batch).await
                 }
-                Some(other) if other != own => {
-                    self.refuse_forwarded(&mut batch, other);
-                    if batch.is_empty() {
-                        return;
-                    }
-                    self.send_on(&batch, other).await
-                }
+                Some(other) if other != self.peers.own() => self.send_on(&batch, other).await,
                 Some(_) | None => Attempt::NotTaken,
             };
             match attempt {
@@ -157,12 +155,21 @@ impl Proposer {
         }
     }
 
-    /// Two coordinators that take each other for the leader must not play ball.
-    fn refuse_forwarded(&self, batch: &mut Vec<Proposal>, leader: NodeId) {
-        let hint = self.shared.grpc_of(leader);
-        let (forwarded, own) = std::mem::take(batch).into_iter().partition(|proposal| proposal.forwarded);
-        *batch = own;
-        fail(forwarded, &ProposeError::NoLeader { hint });
+    /// Two coordinators that take each other for the leader must not play ball; and what a leader decided is nobody else's to
+    /// carry out: one that was away decides that everybody has been silent.
+    fn refuse_misplaced(&self, batch: &mut Vec<Proposal>, now: Leadership) {
+        let elsewhere = !now.is_leader && now.leader.is_some_and(|leader| leader != self.peers.own());
+        let misplaced = |proposal: &Proposal| match proposal.route {
+            Route::Anywhere => false,
+            Route::Forwarded => elsewhere,
+            Route::InTerm(term) => !now.is_leader || now.term != term,
+        };
+        let (misplaced, kept): (Vec<_>, _) = std::mem::take(batch).into_iter().partition(misplaced);
+        *batch = kept;
+        if !misplaced.is_empty() {
+            let hint = now.leader.and_then(|leader| self.shared.grpc_of(leader));
+            fail(misplaced, &ProposeError::NoLeader { hint });
+        }
     }
 
     async fn commit(&self, batch: &[Proposal]) -> Attempt {

@@ -57,7 +57,15 @@ impl Watcher {
             }
             tokio::select! {
                 () = self.stop.cancelled() => break,
-                changed = metrics.changed() => if changed.is_err() { break },
+                changed = metrics.changed() => if changed.is_err() {
+                    // Ended for a reason it has said so; ended by a panic it says nothing to anybody, ever.
+                    if !self.stop.is_cancelled() {
+                        self.peers.fail("consensus has ended without a word: its panic stands above".to_owned());
+                    }
+                    // Not before: whoever waits for a change of leadership would be told at once, again and again.
+                    self.stop.cancelled().await;
+                    break;
+                },
                 changed = applied.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(RENEW_EVERY) => {}
             }

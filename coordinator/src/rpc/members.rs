@@ -25,7 +25,7 @@ use crate::registry::COMMAND_FORMAT;
 const DIGESTS_MAX: usize = 256;
 
 /// Blobs that are fetched at a time for one caller.
-const FETCHES_MAX: usize = 8;
+const FETCHES_MAX: usize = 32;
 
 /// Whoever waits for a large blob hears this often that it is still being fetched.
 const STILL_FETCHING: Duration = Duration::from_secs(5);

@@ -9,7 +9,7 @@ use clap::Parser;
 use helix_tests::chaos::{self, Plan};
 use helix_tests::cluster::programs;
 
-/// Set in the namespace of a run's own.
+/// Set in the namespaces of a run's own.
 const INSIDE: &str = "HELIX_CHAOS_INSIDE";
 
 /// Three coordinators and three agents on hosts of their own, under load and faults. Needs root.
@@ -24,6 +24,9 @@ struct Options {
     /// Clients at work
     #[arg(long, default_value_t = 8)]
     clients: u64,
+    /// This fault and no other; may be repeated
+    #[arg(long, value_name = "FAULT")]
+    only: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -31,7 +34,7 @@ fn main() -> ExitCode {
     if std::env::var_os(INSIDE).is_none() {
         // Built before, where the network is the usual one.
         let error = Command::new("unshare")
-            .args(["--net", "--"])
+            .args(["--net", "--mount", "--"])
             .arg(std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into()))
             .args(std::env::args_os().skip(1))
             .env(INSIDE, "1")
@@ -42,8 +45,9 @@ fn main() -> ExitCode {
     }
     let seed = options.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
     println!("seed {seed}");
-    let plan = Plan { duration: Duration::from_secs(options.minutes * 60), seed, clients: options.clients };
-    match chaos::run(plan) {
+    let duration = Duration::from_secs(options.minutes * 60);
+    let plan = Plan { duration, seed, clients: options.clients, only: options.only };
+    match chaos::run(&plan, |line| println!("{line}")) {
         Ok(report) => {
             for line in &report.lines {
                 println!("{line}");

@@ -106,15 +106,39 @@ impl History {
         self.events.entry(build.to_owned()).or_default().push(event);
     }
 
-    /// Builds of which a submit was tried.
-    pub(super) fn tried(&self) -> impl Iterator<Item = &String> {
-        self.tried.keys()
+    /// Builds of which a submit was tried before some time.
+    pub(super) fn tried_before(&self, before: Duration) -> Vec<String> {
+        let tried = self.tried.iter().filter(|(_, at)| **at < before);
+        tried.map(|(build, _)| build.clone()).collect()
     }
 
     /// Answers in all.
     #[must_use]
     pub(super) fn len(&self) -> usize {
         self.events.values().map(Vec::len).sum()
+    }
+
+    /// All that is known of a build, in order: for people.
+    #[must_use]
+    pub(super) fn story(&self, build: &str) -> Option<Vec<String>> {
+        let tried = self.tried.get(build)?;
+        let mut lines = vec![format!("first submit tried at {:.3} s", tried.as_secs_f64())];
+        let mut events: Vec<&Event> = self.events.get(build).into_iter().flatten().collect();
+        events.sort_by_key(|event| event.begin);
+        lines.extend(events.into_iter().map(|event| {
+            format!("{:8.3} to {:8.3}: {:?}", event.begin.as_secs_f64(), event.end.as_secs_f64(), event.seen)
+        }));
+        Some(lines)
+    }
+
+    /// Ends as they were seen first, by build.
+    pub(super) fn ends(&self) -> impl Iterator<Item = (&String, &Event, &End)> {
+        self.events.iter().filter_map(|(build, events)| {
+            events.iter().find_map(|event| match &event.seen {
+                Seen::Ended { end, .. } => Some((build, event, end)),
+                _ => None,
+            })
+        })
     }
 
     /// Everything that no order of events explains, in words.

@@ -1,4 +1,4 @@
-//! What must be true of a healed cluster.
+//! What must be true of builds, looked at when nothing is broken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,6 +19,9 @@ use crate::chaos::site::Site;
 /// How long one question may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
+/// By how much log time may differ from the true time: clocks that agree do so within ten seconds.
+const CLOCK_SLACK: Duration = Duration::from_secs(15);
+
 /// Builds that are looked at together.
 const AT_ONCE: usize = 16;
 
@@ -26,56 +29,113 @@ const AT_ONCE: usize = 16;
 const IMPOSSIBLE: [&str; 9] =
     ["exit", "timeout", "silence", "oom", "no_command", "artifact_missing", "policy", "source", "disk_full"];
 
-/// Waits until every build has ended, and judges all that is known. Gives what is wrong.
-///
-/// # Errors
-/// When the cluster cannot be asked.
-pub(super) fn judge(runtime: &Runtime, site: &Site, load: &Load, patience: Duration) -> anyhow::Result<Vec<String>> {
-    let endpoints = site.endpoints()?;
-    let mut wrong = Vec::new();
-    let ids: Vec<String> = load.history().tried().cloned().collect();
-    let mut ends: BTreeMap<String, End> = BTreeMap::new();
-    let deadline = Instant::now() + patience;
-    for id in &ids {
-        loop {
-            match runtime.block_on(load.look(&endpoints, id)) {
-                Ok(Seen::Ended { end, .. }) => {
-                    ends.insert(id.clone(), end);
-                    break;
-                }
-                // Never acknowledged, and never there. The history says if somebody was told otherwise.
-                Ok(Seen::Absent) => break,
-                Ok(other) if Instant::now() > deadline => {
+/// What was judged so far.
+#[derive(Default)]
+pub(super) struct Judge {
+    /// Builds that need not be looked at again.
+    judged: BTreeSet<String>,
+    ends: BTreeMap<String, End>,
+    wrong: Vec<String>,
+}
+
+impl Judge {
+    /// Waits until the builds that were tried before some time have ended, and looks at what is kept of them. How many.
+    ///
+    /// # Errors
+    /// When the cluster cannot be asked.
+    pub(super) fn look(
+        &mut self,
+        runtime: &Runtime,
+        site: &Site,
+        load: &Load,
+        before: Duration,
+        patience: Duration,
+    ) -> anyhow::Result<usize> {
+        let endpoints = site.endpoints()?;
+        let tried: Vec<String> = load.history().tried_before(before);
+        let ids: Vec<String> = tried.into_iter().filter(|id| !self.judged.contains(id)).collect();
+        let deadline = Instant::now() + patience;
+        let looked = futures::stream::iter(&ids)
+            .map(|id| {
+                let endpoints = &endpoints;
+                async move { (id, judge_one(load, endpoints, id, deadline).await) }
+            })
+            .buffer_unordered(AT_ONCE);
+        for (id, found) in runtime.block_on(looked.collect::<Vec<_>>()) {
+            match found {
+                Ok(end) => self.ends.extend(end.map(|end| (id.clone(), end))),
+                Err(Flaw::Live(seen)) => {
                     let explained = site.helix(&["explain", id]).unwrap_or_else(|error| error.to_string());
-                    wrong.push(format!("{id} has not ended {patience:?} after healing: {other:?}; {explained}"));
-                    break;
+                    self.wrong.push(format!(
+                        "{id}: it has not ended after {patience:?} without faults: {seen:?}; {explained}"
+                    ));
                 }
-                Ok(_) => std::thread::sleep(Duration::from_millis(100)),
-                Err(why) => {
-                    wrong.push(format!("nobody tells of {id}: {why}"));
-                    break;
+                Err(Flaw::Other(end, why)) => {
+                    self.ends.extend(end.map(|end| (id.clone(), end)));
+                    self.wrong.push(format!("{id}: {why}"));
                 }
             }
+            self.judged.insert(id.clone());
         }
+        Ok(ids.len())
     }
-    wrong.extend(load.history().check());
-    wrong.extend(phantoms(site, &ids)?);
-    wrong.extend(counted(site, &ends)?);
-    let looked = futures::stream::iter(&ends)
-        .map(|(id, end)| {
-            let endpoints = &endpoints;
-            async move { whole(endpoints, id, end).await.err().map(|why| format!("{id}: {why}")) }
-        })
-        .buffer_unordered(AT_ONCE);
-    wrong.extend(runtime.block_on(looked.filter_map(async |why| why).collect::<Vec<_>>()));
-    Ok(wrong)
+
+    /// Everything that is wrong, once everything was looked at.
+    ///
+    /// # Errors
+    /// When the cluster cannot be asked.
+    pub(super) fn conclude(mut self, site: &Site, load: &Load) -> anyhow::Result<Vec<String>> {
+        self.wrong.extend(load.history().check());
+        self.wrong.extend(dated(load));
+        self.wrong.extend(load.refused());
+        self.wrong.extend(phantoms(site, load)?);
+        self.wrong.extend(counted(site, &self.ends)?);
+        Ok(self.wrong)
+    }
+}
+
+/// What is wrong with a build.
+enum Flaw {
+    /// It does not end.
+    Live(Seen),
+    /// In words.
+    Other(Option<End>, String),
+}
+
+/// Waits for a build's end, if it has ever begun, and looks at what is kept of it.
+async fn judge_one(load: &Load, endpoints: &Endpoints, id: &str, deadline: Instant) -> Result<Option<End>, Flaw> {
+    let end = loop {
+        match load.look(endpoints, id).await {
+            Ok(Seen::Ended { end, .. }) => break end,
+            // Never acknowledged, and never there. The history says if somebody was told otherwise.
+            Ok(Seen::Absent) => return Ok(None),
+            Ok(other) if Instant::now() > deadline => return Err(Flaw::Live(other)),
+            Ok(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            Err(why) => return Err(Flaw::Other(None, format!("nobody tells of it: {why}"))),
+        }
+    };
+    match whole(endpoints, id, &end).await {
+        Ok(()) => Ok(Some(end)),
+        Err(why) => Err(Flaw::Other(Some(end), why)),
+    }
+}
+
+/// Ends whose time is not when they were: log time goes with the majority of clocks, whatever one of them says.
+fn dated(load: &Load) -> Vec<String> {
+    let slack = i64::try_from(CLOCK_SLACK.as_millis()).unwrap_or(i64::MAX);
+    let first = load.wall_ms(Duration::ZERO) - slack;
+    let history = load.history();
+    let off = history.ends().filter(|(_, seen, end)| end.at_ms < first || end.at_ms > load.wall_ms(seen.end) + slack);
+    off.map(|(id, seen, end)| format!("{id}: it is said to have ended at another time than it did: {end:?}, {seen:?}"))
+        .collect()
 }
 
 /// Builds that nobody submitted.
-fn phantoms(site: &Site, tried: &[String]) -> anyhow::Result<Vec<String>> {
+fn phantoms(site: &Site, load: &Load) -> anyhow::Result<Vec<String>> {
+    let tried = load.history().tried_before(Duration::MAX);
     let listed = site.helix(&["list", "--all", "--limit", "1000000", "-o", "quiet"])?;
     let tried: BTreeSet<&str> = tried.iter().map(String::as_str).collect();
-    Ok(listed.lines().filter(|id| !tried.contains(id)).map(|id| format!("{id} was never submitted")).collect())
+    Ok(listed.lines().filter(|id| !tried.contains(id)).map(|id| format!("{id}: it was never submitted")).collect())
 }
 
 /// What builds' side effects say: no attempt began or ended twice, and what succeeded ran to its end.
@@ -85,13 +145,15 @@ fn counted(site: &Site, ends: &BTreeMap<String, End>) -> anyhow::Result<Vec<Stri
     let (starts, finishes) = (read("starts")?, read("ends")?);
     for (what, text) in [("began", &starts), ("ended", &finishes)] {
         let mut seen = BTreeSet::new();
-        wrong
-            .extend(text.lines().filter(|line| !seen.insert(*line)).map(|line| format!("attempt {line} {what} twice")));
+        wrong.extend(text.lines().filter(|line| !seen.insert(*line)).map(|line| {
+            let (id, attempt) = line.split_once(' ').unwrap_or((line, "?"));
+            format!("{id}: attempt {attempt} {what} twice")
+        }));
     }
     let finished: BTreeSet<&str> = finishes.lines().collect();
     for (id, end) in ends.iter().filter(|(_, end)| end.state == "succeeded") {
         if !finished.contains(format!("{id} {}", end.attempt).as_str()) {
-            wrong.push(format!("{id} succeeded in attempt {}, which never ran to its end", end.attempt));
+            wrong.push(format!("{id}: it succeeded in attempt {}, which never ran to its end", end.attempt));
         }
     }
     Ok(wrong)

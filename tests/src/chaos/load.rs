@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use helix_common::channel::Traffic;
 use helix_common::endpoints::{CallError, Endpoints};
@@ -43,11 +43,45 @@ pub(super) struct Load {
     recent: Mutex<Vec<String>>,
     counts: PathBuf,
     stop: AtomicBool,
+    /// When clients were told to end.
+    stopped: Mutex<Option<Duration>>,
+    /// Submits that were refused without need, in words.
+    refused: Mutex<Vec<String>>,
     /// Submits acknowledged.
     pub(super) submitted: AtomicU64,
-    /// The longest time without an acknowledged submit, in milliseconds.
-    longest_gap_ms: AtomicU64,
-    last: Mutex<Instant>,
+    /// When each was, in order.
+    acknowledged: Mutex<Vec<Duration>>,
+    /// By how much the wall clock is ahead of `start`'s time.
+    wall_ms: i64,
+}
+
+/// A stretch of the run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    /// Since the run began.
+    pub(super) begin: Duration,
+    /// Likewise.
+    pub(super) end: Duration,
+}
+
+impl Window {
+    /// How long it is.
+    pub(super) fn length(self) -> Duration {
+        self.end.saturating_sub(self.begin)
+    }
+
+    /// How much of it lies in one of these, which may overlap each other.
+    pub(super) fn within(self, others: &[Self]) -> Duration {
+        let mut others = others.to_vec();
+        others.sort_by_key(|other| other.begin);
+        let (mut sum, mut at) = (Duration::ZERO, self.begin);
+        for other in others {
+            let (begin, end) = (other.begin.max(at), other.end.min(self.end));
+            sum += end.saturating_sub(begin);
+            at = at.max(end);
+        }
+        sum
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -64,15 +98,18 @@ impl Load {
             recent: Mutex::default(),
             counts: counts.to_owned(),
             stop: AtomicBool::new(false),
+            stopped: Mutex::default(),
             submitted: AtomicU64::new(0),
-            longest_gap_ms: AtomicU64::new(0),
-            last: Mutex::new(Instant::now()),
+            refused: Mutex::default(),
+            acknowledged: Mutex::default(),
+            wall_ms: unix_ms(),
         })
     }
 
     /// Clients end after what they do now.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+        *lock(&self.stopped) = Some(self.start.elapsed());
     }
 
     /// What was seen.
@@ -80,18 +117,39 @@ impl Load {
         lock(&self.history)
     }
 
-    /// The longest time without an acknowledged submit.
-    pub(super) fn longest_gap(&self) -> Duration {
-        Duration::from_millis(self.longest_gap_ms.load(Ordering::Relaxed))
+    /// Submits that were refused although somebody could have taken them, in words.
+    pub(super) fn refused(&self) -> Vec<String> {
+        lock(&self.refused).clone()
+    }
+
+    /// The times without an acknowledged submit, from the load's begin to its end, longest first.
+    pub(super) fn gaps(&self) -> Vec<Window> {
+        let end = lock(&self.stopped).unwrap_or_else(|| self.start.elapsed());
+        let mut acknowledged = lock(&self.acknowledged).clone();
+        acknowledged.retain(|at| *at < end);
+        let begins = std::iter::once(Duration::ZERO).chain(acknowledged.iter().copied());
+        let ends = acknowledged.iter().copied().chain([end]);
+        let mut gaps: Vec<Window> = begins.zip(ends).map(|(begin, end)| Window { begin, end }).collect();
+        gaps.sort_by_key(|gap| std::cmp::Reverse(gap.length()));
+        gaps
+    }
+
+    /// A time of the run by the wall clock, in Unix milliseconds.
+    pub(super) fn wall_ms(&self, at: Duration) -> i64 {
+        self.wall_ms + i64::try_from(at.as_millis()).unwrap_or(i64::MAX)
     }
 
     fn spec(&self, id: &str, content: &str, random: &mut StdRng) -> BuildSpec {
         // Some are over at once, some last long enough for a fault to meet them.
         let pause = match random.random_range(0..10) {
             0..6 => 0.0,
-            6..9 => random.random_range(0.01..0.1),
+            6..9 => random.random_range(0.01..0.05),
             _ => random.random_range(0.1..0.6),
         };
+        self.spec_of(id, content, pause)
+    }
+
+    fn spec_of(&self, id: &str, content: &str, pause: f64) -> BuildSpec {
         let counts = self.counts.display();
         let line = format!(
             "set -e; echo \"$HELIX_BUILD_ID $HELIX_ATTEMPT\" >> {counts}/starts; i=1; \
@@ -157,10 +215,21 @@ impl Load {
         (!latest.is_empty()).then(|| latest[random.random_range(0..latest.len())].clone())
     }
 
+    /// A build that nobody cancels, which sleeps so many seconds after each of its lines.
+    pub(super) async fn witness(&self, endpoints: &Endpoints, id: &str, pause: f64) {
+        // It is waited for, and is not to wait.
+        let spec = BuildSpec { priority: 10, ..self.spec_of(id, "only", pause) };
+        self.submit_unseen(endpoints, id, spec, "only").await;
+    }
+
     async fn submit(&self, endpoints: &Endpoints, id: &str, spec: BuildSpec, content: &str) {
+        lock(&self.recent).push(id.to_owned());
+        self.submit_unseen(endpoints, id, spec, content).await;
+    }
+
+    async fn submit_unseen(&self, endpoints: &Endpoints, id: &str, spec: BuildSpec, content: &str) {
         let begin = self.start.elapsed();
         self.history().trying(id, begin);
-        lock(&self.recent).push(id.to_owned());
         let request = submit_of_spec(&spec, id);
         let call = |channel| {
             let request = request.clone();
@@ -169,12 +238,15 @@ impl Load {
         match endpoints.call(SUBMIT_LIMIT, call).await {
             Ok(_) => {
                 self.submitted.fetch_add(1, Ordering::Relaxed);
-                let gap = std::mem::replace(&mut *lock(&self.last), Instant::now()).elapsed();
-                self.longest_gap_ms.fetch_max(u64::try_from(gap.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+                lock(&self.acknowledged).push(self.start.elapsed());
                 self.note(id, begin, Seen::Submitted(content.to_owned()));
             }
             Err(CallError::Answered(status)) if error_code(&status) == Some(ErrorCode::IdTaken) => {
                 self.note(id, begin, Seen::Taken(content.to_owned()));
+            }
+            // Nothing is wrong with it, and others could take it.
+            Err(CallError::Answered(status)) if error_code(&status) == Some(ErrorCode::DiskReserve) => {
+                lock(&self.refused).push(format!("{id}: its submit was refused for good: {}", status.message()));
             }
             // Whether it was taken is unknown.
             Err(_) => {}
@@ -227,6 +299,11 @@ impl Load {
     }
 }
 
+fn unix_ms() -> i64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
 fn seen_of(answer: Result<tonic::Response<v1::BuildStatus>, Status>) -> Option<Seen> {
     let status = match answer {
         Ok(answer) => answer.into_inner(),
@@ -245,4 +322,20 @@ fn seen_of(answer: Result<tonic::Response<v1::BuildStatus>, Status>) -> Option<S
             },
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn window(begin: u64, end: u64) -> Window {
+        Window { begin: Duration::from_secs(begin), end: Duration::from_secs(end) }
+    }
+
+    #[test]
+    fn what_lies_within_others_counts_once() {
+        let others = [window(5, 8), window(0, 2), window(6, 10), window(30, 40)];
+        assert_eq!(window(1, 9).within(&others), Duration::from_secs(1 + 4));
+        assert_eq!(window(10, 30).within(&others), Duration::ZERO);
+    }
 }

@@ -85,6 +85,9 @@ impl Podman {
     pub async fn sweep_all_but(&self, tracker: &TaskTracker, alive: &BTreeSet<AttemptKey>) -> io::Result<()> {
         let ((base, prefix), living) = (self.cgroups.clone(), alive.clone());
         blocking(move || remove_stale_cgroups(&base, &prefix, &living)).await?;
+        if !self.config.podman.enabled {
+            return Ok(());
+        }
         if alive.is_empty()
             && let Some(_alone) = self.have_alone(Duration::ZERO).await?
         {

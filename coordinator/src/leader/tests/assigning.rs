@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 
 use helix_core::command::SetPolicy;
 use helix_core::record::Standing;
+use helix_core::state::State;
 use helix_core::{Command, Policy};
 use helix_model::BuildId;
+use helix_proto::agent::agent_message::Message as Said;
 use helix_proto::agent::coordinator_message::Message;
-use helix_proto::agent::{Finished, Hello};
+use helix_proto::agent::{Detaching, Finished, Hello};
 use helix_proto::convert::attempt_from_wire;
 
 use super::agents::{Agent, hello, offered, succeeded, worker};
@@ -96,6 +98,30 @@ async fn a_thousand_builds_are_each_assigned_once_and_never_over_capacity() {
     assert!(world.refused().is_empty(), "{:?}", world.refused().first());
     drop(finished);
     agents.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_clock_that_leaps_costs_nobody_a_lease() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    let build = world.submit("b");
+    let key = agent.assigned().await;
+    let mut away = Agent::connect(&leader, hello("v", 1)).await;
+    away.say(Said::Detaching(Detaching {})).await;
+    assert!(matches!(away.next().await, Message::DetachAck(_)));
+    drop(away);
+    // As when a leader that was restarted hears from the others what time it is. Who said by when it would be back is lost by
+    // that, in the same look at the clock in which a lease would lapse.
+    world.leap_ms(400_000);
+    world.until("the detached worker is lost", |state| standing(state, "v") == Some(Standing::Lost)).await;
+    assert_eq!(world.with(|state| standing(state, "w")), Some(Standing::Present));
+    agent.finish(succeeded(&key)).await;
+    assert_eq!(agent.forgotten().await, key);
+    world.until_finished(&build).await;
+}
+
+fn standing(state: &State, name: &str) -> Option<Standing> {
+    state.worker(&worker(name)).map(|worker| worker.standing)
 }
 
 #[tokio::test]

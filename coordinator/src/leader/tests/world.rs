@@ -40,6 +40,7 @@ struct Inner {
     effects: broadcast::Sender<Arc<[Effect]>>,
     leadership: watch::Sender<Leadership>,
     now_ms: AtomicU64,
+    leapt_ms: AtomicU64,
     faults: Mutex<VecDeque<(Matcher, Fault)>>,
     history: Mutex<Vec<(Command, Reply)>>,
 }
@@ -53,6 +54,7 @@ impl World {
             effects: broadcast::Sender::new(64),
             leadership: watch::Sender::new(leadership),
             now_ms: AtomicU64::new(1_000_000),
+            leapt_ms: AtomicU64::new(0),
             faults: Mutex::default(),
             history: Mutex::default(),
         }));
@@ -67,6 +69,12 @@ impl World {
 
     pub(crate) fn advance_ms(&self, ms: u64) {
         self.0.now_ms.fetch_add(ms, Ordering::SeqCst);
+    }
+
+    /// The clock is moved, and no time passes.
+    pub(crate) fn leap_ms(&self, ms: u64) {
+        self.0.leapt_ms.fetch_add(ms, Ordering::SeqCst);
+        self.advance_ms(ms);
     }
 
     pub(crate) fn lead(&self, term: u64) {
@@ -215,6 +223,13 @@ impl Consensus for World {
         Ok(replies)
     }
 
+    async fn propose_in_term(&self, term: u64, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
+        if self.0.leadership.borrow().term != term {
+            return Err(ProposeError::NoLeader { hint: None });
+        }
+        self.propose_all(commands).await
+    }
+
     fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R {
         read(&self.0.state.read().unwrap())
     }
@@ -229,6 +244,10 @@ impl Consensus for World {
 
     fn now(&self) -> LogTime {
         LogTime(self.0.now_ms.load(Ordering::SeqCst))
+    }
+
+    fn leapt_ms(&self) -> u64 {
+        self.0.leapt_ms.load(Ordering::SeqCst)
     }
 
     fn cluster(&self) -> String {

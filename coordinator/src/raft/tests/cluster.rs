@@ -5,7 +5,7 @@ use std::time::Duration;
 use helix_model::NodeId;
 
 use super::harness::{Cluster, PATIENCE, submit, submit_with, until, wipe};
-use crate::registry::Consistency;
+use crate::registry::{Consistency, ProposeError};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_takes_proposals_and_reads_what_is_acknowledged() {
@@ -27,6 +27,24 @@ async fn a_follower_takes_proposals_and_reads_what_is_acknowledged() {
     assert!(cluster.registry(leader).counters().entries.get() < 400, "commands share entries");
     let leading = cluster.registry(leader).clone();
     until("the status names all members", || leading.status().members.len() == 3).await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_leader_decided_is_taken_in_its_term_and_by_nobody_else() {
+    let mut cluster = Cluster::new(3).await;
+    cluster.start_all().await;
+    let leader = cluster.leader().await;
+    let follower = cluster.follower().await;
+    let term = cluster.registry(leader).leadership().borrow().term;
+    let decided = |node: NodeId, term: u64, name: &str| {
+        let (registry, command) = (cluster.registry(node).clone(), submit(name));
+        async move { registry.propose_in_term(term, vec![command]).await }
+    };
+    assert!(matches!(decided(follower, term, "a").await, Err(ProposeError::NoLeader { .. })), "it is not sent on");
+    assert!(matches!(decided(leader, term - 1, "b").await, Err(ProposeError::NoLeader { .. })), "of an earlier term");
+    assert_eq!(decided(leader, term, "c").await.unwrap().len(), 1);
+    assert!(cluster.has(leader, "c").await && !cluster.has(leader, "a").await && !cluster.has(leader, "b").await);
     cluster.stop_all().await;
 }
 
