@@ -35,6 +35,13 @@ const WELCOME_LIMIT: Duration = Duration::from_secs(10);
 /// Leader hints followed without a pause.
 const HINTS_IN_A_ROW_MAX: u32 = 3;
 
+/// Between tries at finding the leader, at first and at most.
+const WAIT_BASE: Duration = Duration::from_millis(50);
+const WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// Tries in one lease, at least: who looks for a new leader less often than that loses its builds to a lease that it could keep.
+const TRIES_PER_LEASE: u32 = 12;
+
 /// What the agent hears of its sessions.
 #[derive(Debug)]
 pub enum SessionEvent {
@@ -84,7 +91,7 @@ pub async fn keep(
 ) {
     let mut number = 0;
     let mut hints = 0;
-    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    let mut backoff = Backoff::new(WAIT_BASE, WAIT_MAX);
     while !agent.is_closed() {
         number += 1;
         let session = SessionNumber(number);
@@ -133,7 +140,9 @@ pub async fn keep(
         if backoff.failures() == 10 {
             tracing::warn!(%endpoint, %status, "no coordinator takes this agent; builds go on");
         }
-        tokio::time::sleep(backoff.next_wait()).await;
+        let lease = settings.borrow().as_ref().map(|settings| settings.worker_lease);
+        let longest = lease.map_or(WAIT_MAX, |lease| (lease / TRIES_PER_LEASE).max(WAIT_BASE));
+        tokio::time::sleep(backoff.next_wait().min(longest)).await;
     }
 }
 

@@ -10,6 +10,8 @@ use helix_proto::agent;
 pub struct Settings {
     /// How often to send a heartbeat.
     pub heartbeat_interval: Duration,
+    /// How long the leader trusts a silent agent.
+    pub worker_lease: Duration,
     /// Where logs and blobs can be put.
     pub coordinators: Vec<(NodeId, String)>,
     /// How many coordinators must hold a blob.
@@ -32,6 +34,7 @@ impl From<agent::Settings> for Settings {
         let or = |value: u64, default: u64| if value == 0 { default } else { value };
         Self {
             heartbeat_interval: Duration::from_millis(or(wire.heartbeat_interval_ms, 1000)).max(HEARTBEAT_MIN),
+            worker_lease: Duration::from_millis(or(wire.worker_lease_ms, 15_000)),
             coordinators: wire.coordinators.into_iter().map(|node| (NodeId(node.id), node.grpc)).collect(),
             copies: wire.copies.max(1),
             store_deadline: Duration::from_millis(or(wire.store_deadline_ms, 600_000)),
