@@ -183,6 +183,8 @@ impl Attempt {
             }
         };
         self.push = None;
+        // A runner makes its socket when nobody holds this any more.
+        self.runner = None;
         let death = self.remove(left).await;
         self.say(Event::AttemptRemoved(self.key.clone(), death)).await;
     }
@@ -289,6 +291,12 @@ impl Attempt {
         let assignment = record::assignment(&journal)?.ok_or_else(gone)?;
         let outlived = record::is_outlived(&journal, self.services.data.instance())?;
         let progressed = match (journal.is_ordered(), outlived) {
+            // The host booted before any runner took the order: none may any more.
+            (true, true) if !journal.is_taken() => {
+                let dir = self.dir.clone();
+                let withdrawn = blocking(move || journal::withdraw(&dir)).await?;
+                if withdrawn { Progressed::Outlived } else { Progressed::Ordered }
+            }
             (true, _) => Progressed::Ordered,
             (false, true) => Progressed::Outlived,
             (false, false) => Progressed::Assigned,

@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 
 use helix_runner::{AttemptDir, Forker, Order};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::limits::Slots;
 
@@ -29,6 +30,8 @@ struct Start {
     dir: AttemptDir,
     /// What is written first; none, if that was done before.
     order: Option<Box<Order>>,
+    /// Held until it is known whether there is a runner: an attempt that is removed meanwhile waits for that.
+    _token: Option<TaskTrackerToken>,
     done: oneshot::Sender<Result<UnixStream, NotStarted>>,
 }
 
@@ -65,7 +68,7 @@ impl Starter {
         };
         let (tx, mut rx) = mpsc::channel::<Start>(WAITING_MAX);
         let serve = move || {
-            while let Some(Start { dir, order, done }) = rx.blocking_recv() {
+            while let Some(Start { dir, order, done, _token }) = rx.blocking_recv() {
                 let ordered = order.map_or(Ok(()), |order| order.write(&dir)).map_err(NotStarted::Unordered);
                 let mut start = || forkers.start_runner(&dir).map_err(NotStarted::Ordered);
                 // Nobody waits for the answer when the attempt was dropped; what started is found by its directory.
@@ -81,22 +84,33 @@ impl Starter {
     /// # Errors
     /// When it cannot be started.
     pub async fn start(&self, dir: AttemptDir) -> io::Result<UnixStream> {
-        self.ask(dir, None).await.map_err(|(NotStarted::Unordered(error) | NotStarted::Ordered(error))| error)
+        self.ask(dir, None, None).await.map_err(|(NotStarted::Unordered(error) | NotStarted::Ordered(error))| error)
     }
 
-    /// Writes an order, starts a runner for it, and gives a connection to it.
+    /// Writes an order, starts a runner for it, and gives a connection to it. The token is held until that is done, also when
+    /// nobody waits for it any more.
     ///
     /// # Errors
     /// How far it came.
-    pub async fn start_ordered(&self, dir: AttemptDir, order: Order) -> Result<UnixStream, NotStarted> {
-        self.ask(dir, Some(Box::new(order))).await
+    pub async fn start_ordered(
+        &self,
+        dir: AttemptDir,
+        order: Order,
+        token: TaskTrackerToken,
+    ) -> Result<UnixStream, NotStarted> {
+        self.ask(dir, Some(Box::new(order)), Some(token)).await
     }
 
-    async fn ask(&self, dir: AttemptDir, order: Option<Box<Order>>) -> Result<UnixStream, NotStarted> {
+    async fn ask(
+        &self,
+        dir: AttemptDir,
+        order: Option<Box<Order>>,
+        token: Option<TaskTrackerToken>,
+    ) -> Result<UnixStream, NotStarted> {
         let gone = || NotStarted::Ordered(io::Error::other("the agent is ending"));
         let (done, answer) = oneshot::channel();
         let tx = self.tx.as_ref().ok_or_else(gone)?;
-        tx.send(Start { dir, order, done }).await.map_err(|_| gone())?;
+        tx.send(Start { dir, order, _token: token, done }).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 }

@@ -77,7 +77,7 @@ struct Inner {
     live: LiveLogs,
     bells: Bells,
     /// Attempts that have ended and whose logs are here and not sealed, and since when this node knows.
-    left: Mutex<HashMap<AttemptKey, Instant>>,
+    left: Mutex<HashMap<AttemptKey, seal::Left>>,
     remote_followers: Semaphore,
     /// Free bytes of the disk, and when that was looked up.
     room: Mutex<Option<(Instant, u64)>>,

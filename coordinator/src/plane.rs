@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use helix_core::command::SealLog;
-use helix_core::record::{AttemptRecord, BuildRecord, Policy, SealedLog};
+use helix_core::record::{AttemptRecord, BuildRecord, Policy, SealedLog, Standing};
 use helix_core::{Command, Effect, Reply};
 use helix_model::{AttemptKey, Digest, LogTime, NodeId, Reason, WorkerName};
 use tokio::sync::broadcast;
@@ -85,6 +85,9 @@ pub struct EndFacts {
     pub at: LogTime,
     /// Why, unless it succeeded.
     pub reason: Option<Reason>,
+    /// Whether the life of the worker that ran it is still counted on: its agent then brings the log itself, however long
+    /// that takes.
+    pub agent_lives: bool,
 }
 
 impl EndFacts {
@@ -141,7 +144,13 @@ impl Plane for ClusterPlane {
     fn attempt<'a>(&'a self, key: &'a AttemptKey) -> BoxFuture<'a, Result<AttemptFacts, Unavailable>> {
         Box::pin(async {
             let view = self.registry.build(&key.build).await.map_err(|error| Unavailable(error.to_string()))?;
-            Ok(view.map_or(AttemptFacts::Unknown, |view| facts_of(&view.record, key)))
+            let lives = |attempt: &AttemptRecord| {
+                self.registry.with_state(|state| {
+                    let row = state.worker(&attempt.worker);
+                    row.is_some_and(|row| row.instance == attempt.instance && row.standing != Standing::Lost)
+                })
+            };
+            Ok(view.map_or(AttemptFacts::Unknown, |view| facts_of(&view.record, key, lives)))
         })
     }
 
@@ -164,7 +173,7 @@ impl Plane for ClusterPlane {
     }
 }
 
-fn facts_of(record: &BuildRecord, key: &AttemptKey) -> AttemptFacts {
+fn facts_of(record: &BuildRecord, key: &AttemptKey, lives: impl Fn(&AttemptRecord) -> bool) -> AttemptFacts {
     let task = record.tasks.get(usize::from(key.task.0));
     let attempt = task.and_then(|task| task.attempts.iter().find(|attempt| attempt.number == key.attempt));
     match attempt {
@@ -172,7 +181,11 @@ fn facts_of(record: &BuildRecord, key: &AttemptKey) -> AttemptFacts {
         Some(_) if record.expired.logs.is_some() => AttemptFacts::Expired,
         Some(AttemptRecord { log: Some(log), .. }) => AttemptFacts::Sealed { log: log.clone() },
         Some(attempt) => {
-            let end = attempt.end.as_ref().map(|end| EndFacts { at: end.at, reason: end.reason });
+            let end = attempt.end.as_ref().map(|end| EndFacts {
+                at: end.at,
+                reason: end.reason,
+                agent_lives: lives(attempt),
+            });
             AttemptFacts::Open { worker: attempt.worker.clone(), end }
         }
     }

@@ -14,7 +14,7 @@ pub enum AttemptState {
     /// No runner has taken the order. One may be about to: it can be started again safely, because only the first one
     /// that comes runs the command.
     NotStarted,
-    /// A runner lives and answers on its socket, at once or very soon.
+    /// A runner lives. Unless whoever started it holds the first connection, it answers on its socket, at once or very soon.
     Running {
         /// The runner's pid.
         pid: u32,

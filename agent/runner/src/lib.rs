@@ -6,7 +6,7 @@
 //! 1. Make the attempt's directory, mode 0700 ([`AttemptDir`]). Write own lines with [`SpoolWriter`], if any; drop it.
 //! 2. [`Order::write`], then [`Forker::start_runner`]. Only the first runner that comes to a directory runs the command;
 //!    starting one again after a doubt is safe.
-//! 3. [`control::connect`] (retry shortly while the runner is not listening yet), send [`control::Request::Watch`], and
+//! 3. Over the connection that came of that, or by [`control::connect`] once it is gone (retry shortly), send [`control::Request::Watch`], and
 //!    on every [`control::Event::Grew`] read with [`SpoolReader::next_record`] and [`Growth::Open`] until `None`.
 //! 4. To end it early, send [`control::Request::Stop`].
 //! 5. When the connection closes, ask [`inspect`]. `Ended`: the result is there and no process is left; add last

@@ -95,7 +95,7 @@ impl Attempt {
             let handed_over = blocking(move || services.isolated.hand_over(&workdir, &key)).await;
             handed_over.map_err(|error| host("cannot hand over the workdir", &error))?;
         }
-        match self.services.starter.start_ordered(self.dir.clone(), order).await {
+        match self.services.starter.start_ordered(self.dir.clone(), order, self.steps.token()).await {
             Ok(connection) => self.runner = Some(connection),
             Err(NotStarted::Unordered(error)) => return Err(host("cannot write the order", &error)),
             // From the order on a runner may have it: whatever failed, the directory tells.

@@ -26,7 +26,7 @@ async fn what_an_earlier_life_was_given_does_not_begin() {
     // As after a boot: the agent is another instance.
     let instance = world.dir().join("data/instance");
     assert!(!std::fs::read_to_string(&instance).unwrap().is_empty());
-    std::fs::write(&instance, "0123456789abcdef").unwrap();
+    std::fs::write(&instance, "0123456789abcdef0123456789abcdef").unwrap();
     world.host.start();
 
     let finished = world.cluster.finished(&id).await;

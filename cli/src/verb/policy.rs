@@ -40,8 +40,8 @@ enum PolicyVerb {
     /// Change keys, all of them or none; operators only
     Set {
         /// A value is a number in the key's unit, a duration such as 90s, a size such as 10GiB, or `default`. Lifetimes
-        /// have rules, too: retain_ms, retain_logs_ms and retain_artifacts_ms with [STATE], [K=V] or [STATE,K=V] behind them, such as
-        /// 'retain_logs_ms[failed]=90d'; of those that fit a build the longest counts, and `default` takes one away
+        /// have rules, too: retain_ms, retain_logs_ms and retain_artifacts_ms with `[STATE]`, `[K=V]` or `[STATE,K=V]` behind them, such as
+        /// `retain_logs_ms[failed]=90d`; of those that fit a build the longest counts, and `default` takes one away
         #[arg(value_name = "KEY=VALUE", required = true)]
         values: Vec<String>,
         /// Change nothing unless this key has this value

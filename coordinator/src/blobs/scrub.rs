@@ -59,6 +59,8 @@ impl Scrub {
                         // It was set aside, and whoever mends knows of it; or the system is short of something.
                         Err(error) => {
                             tracing::debug!(%digest, %error, "a blob was not read to its end");
+                            // A disk that fails everywhere is not gone through at its speed.
+                            self.pace(SEEK_BYTES).await;
                             break;
                         }
                     }

@@ -160,6 +160,16 @@ impl LiveLog {
         Ok(last_seq)
     }
 
+    /// Gives up what cannot be read behind a line, and what lies behind that: others may have it. Blocks.
+    pub(super) fn cut_back(&self, last_seq: u64, at: u64) -> io::Result<()> {
+        let mut writer = self.lock();
+        writer.open(&self.path)?.set_len(at)?;
+        writer.file = None;
+        writer.index.retain(|(_, place)| *place < at);
+        self.head.send_modify(|head| (head.last_seq, head.end, head.complete) = (last_seq, at, false));
+        Ok(())
+    }
+
     /// No more lines will come.
     pub(super) fn complete(&self) {
         self.lock().file = None;
@@ -320,6 +330,11 @@ impl LiveReader {
             writer.index.get(after.saturating_sub(1)).map_or(0, |(_, at)| *at)
         };
         Self { log, file: None, at, next }
+    }
+
+    /// Where the frame begins that is read next.
+    pub(super) fn place(&self) -> u64 {
+        self.at
     }
 
     /// Some of the lines that are there; none at the end. Blocks.

@@ -1,4 +1,4 @@
-//! Sealing the logs of attempts whose agents will not: of workers that were lost, and of those that never brought a log.
+//! Sealing the logs of attempts whose agents will not: of workers that were lost, before an attempt's end or before they brought its log.
 //!
 //! Who has the most of such a log seals it, some time after the attempt's end. Until then its agent may come back: it goes on pushing lines, and
 //! seals the whole itself, which counts. Afterwards what it brings is acknowledged and dropped, and it is told to forget the attempt. The sealed
@@ -11,7 +11,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
@@ -33,6 +33,20 @@ use crate::plane::{AttemptFacts, EndFacts};
 /// How much longer a coordinator that does not answer is waited for, as it may have more of the log.
 const SILENT_PATIENCE_MS: u64 = 600_000;
 
+/// Between two tries to seal a log, at first and at most: each reads all of it.
+const PAUSE: Duration = Duration::from_secs(10);
+const PAUSE_MAX: Duration = Duration::from_secs(600);
+
+/// A log that nobody may seal but us.
+#[derive(Debug)]
+pub(super) struct Left {
+    /// Since when that is known here.
+    seen: Instant,
+    /// Not to be tried before.
+    not_before: Instant,
+    pause: Duration,
+}
+
 /// What a log is called while it is sealed.
 pub(super) const SEALING: &str = "sealing";
 
@@ -43,6 +57,8 @@ struct Due {
     end: EndFacts,
     log: Arc<LiveLog>,
     silent: Vec<NodeId>,
+    /// The last line that any other coordinator has.
+    elsewhere: u64,
 }
 
 impl LogHub {
@@ -59,7 +75,13 @@ impl LogHub {
                     sealed += 1;
                     tracing::info!(attempt = %key, lines = last, "a log whose agent did not seal it was sealed");
                 }
-                Err(error) => tracing::warn!(attempt = %key, %error, "a log that was left here cannot be sealed yet"),
+                Err(error) => {
+                    tracing::warn!(attempt = %key, %error, "a log that was left here cannot be sealed yet");
+                    self.left().entry(key).and_modify(|left| {
+                        left.not_before = Instant::now() + left.pause;
+                        left.pause = (left.pause * 2).min(PAUSE_MAX);
+                    });
+                }
             }
         }
         sealed
@@ -74,14 +96,23 @@ impl LogHub {
             return None;
         }
         let Ok(AttemptFacts::Open { worker, end: Some(end) }) = inner.plane.attempt(&key).await else { return None };
-        let policy = inner.plane.policy();
-        // An agent that is there tries for so long to store a log.
-        let store_ms = if end.worker_gone() { 0 } else { policy.store_deadline_ms };
+        // An agent that is there seals it whole, and does not give up.
+        if end.agent_lives && !end.worker_gone() {
+            return None;
+        }
         // Log time stands still here while nothing is committed, and what this node saw begins anew when it starts.
-        let seen = *self.left().entry(key.clone()).or_insert_with(Instant::now);
+        let now = Instant::now();
+        let seen = {
+            let mut all = self.left();
+            let left = all.entry(key.clone()).or_insert(Left { seen: now, not_before: now, pause: PAUSE });
+            if now < left.not_before {
+                return None;
+            }
+            left.seen
+        };
         let seen_ms = u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
         let waited = inner.plane.now().since_ms(end.at).max(seen_ms);
-        let late = waited.checked_sub(policy.seal_lost_after_ms.saturating_add(store_ms))?;
+        let late = waited.checked_sub(inner.plane.policy().seal_lost_after_ms)?;
         let Survey { found, silent } = inner.survey(&key).await;
         let better = found.iter().any(|found| match found.source {
             Source::Here(_) => false,
@@ -89,14 +120,23 @@ impl LogHub {
             Source::Peer(node) => found.pushing || (found.last_seq, inner.plane.node()) > (head.last_seq, node),
         });
         let wait = better || (!silent.is_empty() && late < SILENT_PATIENCE_MS);
-        (!wait).then_some(Due { key, worker, end, log, silent })
+        let peers = found.iter().filter(|found| matches!(found.source, Source::Peer(_)));
+        let elsewhere = peers.map(|found| found.last_seq).max().unwrap_or(0);
+        (!wait).then_some(Due { key, worker, end, log, silent, elsewhere })
     }
 
-    fn left(&self) -> MutexGuard<'_, HashMap<AttemptKey, Instant>> {
+    fn left(&self) -> MutexGuard<'_, HashMap<AttemptKey, Left>> {
         self.inner.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As if enough time had passed since the last try.
+    #[cfg(test)]
+    pub(super) fn forget_pauses(&self) {
+        self.left().values_mut().for_each(|left| left.not_before = Instant::now());
+    }
+
     async fn seal(&self, due: Due) -> Result<(), String> {
+        self.check_room().map_err(|status| status.message().to_owned())?;
         let path = self.inner.directory.join(format!("{}.{SEALING}", due.key));
         let (key, worker) = (due.key.clone(), due.worker.clone());
         let writing = tokio::task::spawn_blocking(move || Sealing::write(&due, path));
@@ -148,6 +188,11 @@ impl Sealing {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound && head.last_seq == 0 => break None,
+                Err(error) if !is_loss(&error) => return Err(error),
+                Err(error) if due.elsewhere > last => {
+                    due.log.cut_back(last, reader.place())?;
+                    return Err(error);
+                }
                 Err(error) => break Some(error),
             }
         };
@@ -221,6 +266,11 @@ impl Write for Hashing {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Whether lines are gone for good: a system that is merely short of something is asked again.
+fn is_loss(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::NotFound)
 }
 
 fn stream_of(record: &v1::LogRecord) -> LogStream {

@@ -80,7 +80,9 @@ fn running() -> AttemptFacts {
 }
 
 fn ended(reason: Reason) -> AttemptFacts {
-    AttemptFacts::Open { worker: worker(), end: Some(EndFacts { at: LogTime(5000), reason: Some(reason) }) }
+    let agent_lives = reason != Reason::WorkerLost;
+    let end = EndFacts { at: LogTime(5000), reason: Some(reason), agent_lives };
+    AttemptFacts::Open { worker: worker(), end: Some(end) }
 }
 
 fn line(seq: u64) -> v1::LogRecord {

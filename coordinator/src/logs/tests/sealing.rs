@@ -121,19 +121,23 @@ async fn nothing_is_said_to_be_missing_of_a_whole_log_and_all_of_an_empty_one() 
 }
 
 #[tokio::test]
-async fn an_agent_that_is_there_has_its_own_time_to_store_a_log() {
+async fn an_agent_that_is_there_stores_its_log_itself_however_long_that_takes() {
     let cluster = cluster(1);
     let node = &cluster.nodes[0];
     cluster.ledger.set(&key(), running());
     push(node, 3).await;
     cluster.ledger.set(&key(), ended(Reason::Exit));
-    at(&cluster, DUE + 600_000 - 1);
+    at(&cluster, 100 * DUE);
     assert_eq!(node.hub.seal_left().await, 0);
-    at(&cluster, DUE + 600_000);
+    let AttemptFacts::Open { worker, end: Some(end) } = ended(Reason::Exit) else { panic!() };
+    let end = EndFacts { agent_lives: false, ..end };
+    cluster.ledger.set(&key(), AttemptFacts::Open { worker, end: Some(end) });
     // While the registry does not answer, nothing is lost by trying.
     cluster.ledger.reachable.store(false, SeqCst);
     assert_eq!(node.hub.seal_left().await, 0);
     cluster.ledger.reachable.store(true, SeqCst);
+    assert_eq!(node.hub.seal_left().await, 0, "it is not tried again at once");
+    node.hub.forget_pauses();
     assert_eq!(node.hub.seal_left().await, 1);
     let last = read(node, query(4, 0, false)).await;
     assert_eq!(words(&last[0]), "what followed line 3, if anything did, was never brought by worker w1");
@@ -181,4 +185,31 @@ async fn a_log_that_is_damaged_is_sealed_up_to_there() {
         words(&last).starts_with("what followed line 10 was damaged on the only coordinator that had it"),
         "{last:?}"
     );
+}
+
+#[tokio::test]
+async fn a_log_that_is_damaged_where_another_coordinator_has_more_is_sealed_there() {
+    let cluster = cluster(2);
+    cluster.ledger.set(&key(), running());
+    let node = &cluster.nodes[0];
+    let mut pusher = Pusher::to(node);
+    pusher.send(1..=10).await;
+    let path = node.root.path().join("live").join(format!("{}.log", key()));
+    let first = std::fs::metadata(&path).unwrap().len();
+    pusher.send(11..=40).await;
+    gone(node, pusher).await;
+    push(&cluster.nodes[1], 30).await;
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[usize::try_from(first).unwrap() + 40] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    cluster.ledger.set(&key(), ended(Reason::WorkerLost));
+    at(&cluster, DUE);
+    assert_eq!(cluster.nodes[1].hub.seal_left().await, 0, "the other one has more, as far as is known");
+    assert_eq!(node.hub.seal_left().await, 0, "it has not");
+    node.hub.forget_pauses();
+    assert_eq!(node.hub.seal_left().await, 0);
+    assert_eq!(cluster.nodes[1].hub.seal_left().await, 1);
+    let mut read = read(node, query(0, 0, true)).await;
+    assert_eq!(words(&read.pop().unwrap()), "what followed line 30, if anything did, was lost with worker w1");
+    assert_eq!(read, lines(1..=30));
 }
