@@ -28,7 +28,7 @@ use crate::chaos::nemesis::{Nemesis, RECOVERY_LIMIT, Scene};
 use crate::chaos::site::Site;
 
 /// Agents' leases: short, so that losing one is part of a run.
-const LEASE: Duration = Duration::from_secs(3);
+const LEASE: Duration = Duration::from_secs(5);
 
 /// How long it may take to end all builds once healed.
 const SETTLE_LIMIT: Duration = Duration::from_secs(180);
