@@ -159,7 +159,7 @@ fn rampage(plan: &Plan, nemesis: &mut Nemesis, scene: &mut Scene<'_>, judge: &mu
 
 /// Judges what was built so far, while clients go on, and purges it, so that a long run does not pile up builds without end.
 fn settle(nemesis: &mut Nemesis, scene: &mut Scene<'_>, judge: &mut Judge) -> anyhow::Result<()> {
-    nemesis.expect_whole(scene, "before builds are judged");
+    nemesis.expect_whole(scene, "before builds are judged")?;
     let begun = Instant::now();
     let before = scene.load.start.elapsed().saturating_sub(OLD);
     let looked = judge.look(scene.runtime, scene.site, &scene.load, before, SETTLE_LIMIT)?;

@@ -203,15 +203,23 @@ impl Nemesis {
     }
 
     /// For what has to begin on a whole cluster.
-    pub(super) fn expect_whole(&mut self, scene: &mut Scene<'_>, when: &str) {
+    ///
+    /// # Errors
+    /// When a node cannot be started.
+    pub(super) fn expect_whole(&mut self, scene: &mut Scene<'_>, when: &str) -> anyhow::Result<()> {
         let begun = Instant::now();
         while let Some(missing) = scene.site.missing() {
             if begun.elapsed() > PATIENCE {
                 self.wrong(format!("the cluster was not whole within {PATIENCE:?} {when}: {missing}"));
-                return;
+                break;
+            }
+            // One that stopped for its disk may have ended only after the fault before was undone.
+            for line in scene.site.start_fallen()? {
+                self.write(&line);
             }
             std::thread::sleep(Duration::from_millis(50));
         }
+        Ok(())
     }
 
     /// Makes a fault and undoes it. Whether it met anything.

@@ -52,7 +52,7 @@ impl Nemesis {
         change: Change,
         kill: Option<(Node, Duration)>,
     ) -> anyhow::Result<bool> {
-        self.expect_whole(scene, "before the members change");
+        self.expect_whole(scene, "before the members change")?;
         let node = match change {
             Change::Add => scene.site.seat()?,
             Change::Remove => {
@@ -106,7 +106,7 @@ impl Nemesis {
 
     /// Another coordinator is asked to lead, and does.
     pub(super) fn transfer(&mut self, scene: &mut Scene<'_>, to: Node) -> anyhow::Result<bool> {
-        self.expect_whole(scene, "before leadership is handed over");
+        self.expect_whole(scene, "before leadership is handed over")?;
         let before = scene.site.leader();
         let id = scene.site.id(to).to_string();
         if let Err(error) = scene.site.helix(&["cluster", "transfer-leader", &id, "--connect-timeout", "30s"]) {
@@ -120,7 +120,7 @@ impl Nemesis {
     pub(super) fn restart_all(&mut self, scene: &mut Scene<'_>, leader: Node) -> anyhow::Result<bool> {
         let others = scene.site.coordinators().filter(|node| *node != leader);
         for node in others.chain([leader]).collect::<Vec<_>>() {
-            self.expect_whole(scene, "before the next node is upgraded");
+            self.expect_whole(scene, "before the next node is upgraded")?;
             scene.site.signal(node, Signal::TERM);
             match scene.wait_until(END_LIMIT, |site| Ok(site.ended(node)?.is_some()))? {
                 true => {
