@@ -172,16 +172,12 @@ impl Attempt {
         let left = tokio::select! {
             left = self.live(begin) => {
                 // Its report is repeated by the agent until nothing of it is wanted.
-                let _ = wished.wait_for(|wishes| wishes.remove).await;
-                left
+                wished.wait_for(|wishes| wishes.remove).await.map(|_| left)
             }
-            removal = async { wished.wait_for(|wishes| wishes.remove).await.is_ok() } => {
-                if !removal {
-                    return;
-                }
-                Left::Unknown
-            }
+            removal = async { wished.wait_for(|wishes| wishes.remove).await.map(drop) } => removal.map(|()| Left::Unknown),
         };
+        // Nobody wishes any more when the agent ends: what there is stays, for the next one.
+        let Ok(left) = left else { return };
         self.push = None;
         // A runner makes its socket when nobody holds this any more.
         self.runner = None;

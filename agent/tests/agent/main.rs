@@ -307,6 +307,14 @@ async fn an_agent_told_to_go_finishes_first_and_told_twice_stops_everything() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_told_twice_to_go_waits_no_longer_for_who_does_not_answer() {
     let mut world = World::new().await;
+    // Reported, and nobody said that it was heard.
+    let mut owed = Vec::new();
+    for number in 0..12 {
+        owed.push(world.cluster.assign(&format!("owed{number}"), &line("exit 3")).await);
+    }
+    for id in &owed {
+        assert_eq!(world.cluster.finished(id).await.reason, "exit");
+    }
     let id = world.cluster.assign("unheard", &line("trap '' TERM; while :; do sleep 1; done")).await;
     eventually("it runs", || !world.host.workdirs().is_empty()).await;
     world.host.terminate();
@@ -315,10 +323,13 @@ async fn an_agent_told_twice_to_go_waits_no_longer_for_who_does_not_answer() {
     world.host.terminate();
     assert!(world.host.exited().await);
     assert!(told.elapsed() < std::time::Duration::from_secs(10), "{:?}", told.elapsed());
-    // Nothing is lost: the next agent reports what the first one stopped.
+    // Nothing is lost: the next agent reports what the first one stopped, and what it said in vain.
     world.cluster.seen().messages.clear();
     world.host.start();
     assert_eq!(world.cluster.finished(&id).await.reason, "drained");
+    for id in &owed {
+        assert_eq!(world.cluster.finished(id).await.reason, "exit");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
