@@ -353,7 +353,11 @@ impl Loop {
             if let Some(log) = &mut stored.log {
                 match services.stores.put_again(&log.blob).await {
                     Ok(blob) => log.blob = blob,
-                    Err(error) => tracing::error!(attempt = %key, %error, "the log is lost"),
+                    // Nobody has it any more, but what it was sealed from is still here.
+                    Err(error) => match attempt::store_log(&services, services.data.attempt(&key)).await {
+                        Ok(sealed) => *log = sealed,
+                        Err((_, message)) => tracing::error!(attempt = %key, %error, message, "the log is lost"),
+                    },
                 }
             }
             // Nobody listens when the agent is ending.

@@ -29,6 +29,7 @@ use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
+pub(crate) use self::finish::store_log;
 pub(crate) use self::prepare::shell_path;
 use self::workdir::{Workdir, remove_tree};
 use crate::blocking::blocking;

@@ -132,7 +132,14 @@ impl Stores {
                 if let Some(holders) = present(&mut client, &blob.digest, copies).await {
                     return Ok(Blob { holders, ..blob.clone() });
                 }
-                let bytes = self.get(&blob.digest).await?;
+                let bytes = match self.get(&blob.digest).await {
+                    Ok(bytes) => bytes,
+                    Err(lost) => {
+                        // Whoever has its bytes has to send them.
+                        self.recent.forget(&blob.digest);
+                        return Err(lost);
+                    }
+                };
                 let data = bytes.filter_map(|part| part.ok().map(|part| data_part(part.data)));
                 let requests = tokio_stream::once(header(&blob.digest, blob.size, 0, copies)).chain(data);
                 let stored = client.put_blob(requests).await.map(|answer| nodes_of(answer.into_inner().holders));

@@ -104,7 +104,7 @@ pub enum Command {
     Stop(AttemptKey, StopCause),
     /// Kill whatever runs of an attempt and remove all of it; no report is wanted.
     Remove(AttemptKey),
-    /// Store the bytes that a report names once more.
+    /// Store the bytes that a report names once more; a late log stands in the report here.
     StoreAgain(AttemptKey, Arc<Report>),
     /// Say something on the session. Loss is harmless: it is repeated.
     Send(Message),
@@ -304,11 +304,15 @@ impl Agent {
 
     fn store_again(&mut self, key: &AttemptKey, out: &mut Vec<Command>) {
         let Some(attempt) = self.attempts.get_mut(key) else { return };
-        if let Phase::Ended { report, storing_again, .. } = &mut attempt.phase
+        if let Phase::Ended { report, storing_again, late_log } = &mut attempt.phase
             && !*storing_again
         {
             *storing_again = true;
-            out.push(Command::StoreAgain(key.clone(), Arc::clone(report)));
+            let mut whole = Arc::clone(report);
+            if late_log.is_some() {
+                Arc::make_mut(&mut whole).log.clone_from(late_log);
+            }
+            out.push(Command::StoreAgain(key.clone(), whole));
         }
     }
 
@@ -353,12 +357,15 @@ impl Agent {
         }
     }
 
-    fn stored_again(&mut self, now_ms: u64, key: &AttemptKey, stored: Report, out: &mut Vec<Command>) {
+    fn stored_again(&mut self, now_ms: u64, key: &AttemptKey, mut stored: Report, out: &mut Vec<Command>) {
         let Some(attempt) = self.attempts.get_mut(key) else { return };
         if let Phase::Ended { report, storing_again, late_log } = &mut attempt.phase {
             *storing_again = false;
-            if late_log.is_some() {
-                late_log.clone_from(&stored.log);
+            // A late log that came while other bytes were stored stays as it is.
+            if let Some(late) = late_log
+                && let Some(log) = stored.log.take()
+            {
+                *late = log;
             }
             *report = Arc::new(stored);
             self.say_again(now_ms, key, out);

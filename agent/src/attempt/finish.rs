@@ -8,12 +8,13 @@ use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use helix_agent_core::{Artifact, Assignment, Death, Event, Report, SealedLog, StopCause, Verdict};
 use helix_model::parse::duration_text;
 use helix_model::{BuildSpec, Measure, Outputs, Reason, Room};
-use helix_runner::{End, MemoryKill, Outcome};
+use helix_runner::{AttemptDir, End, MemoryKill, Outcome};
 
 use super::outputs::{self, Output, Unusable, Why};
 use super::{Attempt, Ending, image, record, seal};
 use crate::blocking::blocking;
 use crate::host::unix_ms;
+use crate::services::Services;
 use crate::stores::StoreError;
 use crate::stores::body::{Body, Source};
 
@@ -21,7 +22,7 @@ use crate::stores::body::{Body, Source};
 const UPLOADS_MAX: usize = 4;
 
 /// A failure: why, and in words.
-pub(super) type Failure = (Reason, String);
+pub(crate) type Failure = (Reason, String);
 
 impl Attempt {
     /// Makes the report, clears up, says it, and sees to the log.
@@ -182,14 +183,7 @@ impl Attempt {
     }
 
     pub(super) async fn store_log(&self) -> Result<SealedLog, Failure> {
-        let dir = self.dir.clone();
-        let sealed = blocking(move || seal::seal(&dir)).await;
-        let (body, lines) =
-            sealed.map_err(|error| (crate::source::reason_of(&error), format!("the log cannot be sealed: {error}")))?;
-        let stored = self.services.stores.put(&body).await;
-        stored
-            .map(|blob| SealedLog { blob, lines })
-            .map_err(|error| (Reason::Artifact, format!("the log cannot be stored: {error}")))
+        store_log(&self.services, self.dir.clone()).await
     }
 
     async fn write_report(&self, report: &Report) {
@@ -270,6 +264,17 @@ impl Attempt {
             wait = (wait * 2).min(Duration::from_secs(60));
         }
     }
+}
+
+/// Seals what an attempt's spool has of its log, and stores that.
+pub(crate) async fn store_log(services: &Services, dir: AttemptDir) -> Result<SealedLog, Failure> {
+    let sealed = blocking(move || seal::seal(&dir)).await;
+    let (body, lines) =
+        sealed.map_err(|error| (crate::source::reason_of(&error), format!("the log cannot be sealed: {error}")))?;
+    let stored = services.stores.put(&body).await;
+    stored
+        .map(|blob| SealedLog { blob, lines })
+        .map_err(|error| (Reason::Artifact, format!("the log cannot be stored: {error}")))
 }
 
 fn check_output(work: &std::path::Path, output: &Output, name: &str, limit: u64) -> Result<(), Unusable> {

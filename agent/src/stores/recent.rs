@@ -46,6 +46,11 @@ impl Recent {
         }
     }
 
+    /// A blob turned out to be held by nobody.
+    pub(super) fn forget(&self, digest: &Digest) {
+        self.lock().remove(digest);
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Digest, Stored>> {
         // Nothing panics while holding it.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)

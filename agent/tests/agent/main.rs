@@ -18,10 +18,12 @@ use std::path::Path;
 use std::process::Command as Process;
 
 use helix_model::{BuildSpec, Command, Digest, Outputs, Source};
-use helix_proto::agent::{AttemptId, Commit, DetachAck, Forget, Stop, agent_message, coordinator_message::Message};
+use helix_proto::agent::{
+    AttemptId, Commit, DetachAck, Forget, Stop, StoreAgain, agent_message, coordinator_message::Message,
+};
 use sha2::{Digest as _, Sha256};
 
-use cluster::{Cluster, line};
+use cluster::{Cluster, Seen, line};
 use host::{Host, eventually};
 
 struct World {
@@ -330,6 +332,26 @@ async fn an_agent_told_twice_to_go_waits_no_longer_for_who_does_not_answer() {
     for id in &owed {
         assert_eq!(world.cluster.finished(id).await.reason, "exit");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_nobody_holds_any_more_is_sealed_again() {
+    let world = World::new().await;
+    let id = world.cluster.assign("again", &line("echo kept; exit 1")).await;
+    let sealed = |seen: &Seen| {
+        seen.messages.iter().any(|message| matches!(message, agent_message::Message::LogSealed(_))).then_some(())
+    };
+    world.cluster.wait_for("its log", sealed).await;
+    let before = world.cluster.sealed_log(&id).await;
+    assert!(before.iter().any(|said| said == "kept"), "{before:?}");
+    {
+        let mut seen = world.cluster.seen();
+        seen.blobs.clear();
+        seen.messages.clear();
+    }
+    world.cluster.say(Message::StoreAgain(StoreAgain { id: Some(id.clone()) })).await;
+    world.cluster.wait_for("its log once more", sealed).await;
+    assert_eq!(world.cluster.sealed_log(&id).await, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -54,6 +54,11 @@ pub(super) struct Agent {
 }
 
 impl Agent {
+    /// An attempt that it has to keep, because it has not been told that nothing more of it is wanted.
+    pub(super) fn owed(&self) -> Option<&AttemptKey> {
+        self.spool.keys().chain(self.core.attempts().map(|(key, _)| key)).next()
+    }
+
     pub(super) fn new(number: usize, random: &mut Random) -> Self {
         Self {
             name: WorkerName::new(&format!("w{number}")).unwrap_or_else(|error| panic!("{error}")),

@@ -20,6 +20,8 @@ pub enum Bug {
     SkippedEntry,
     /// A new leader sends nothing that the old one had promised to send.
     ForgottenEffects,
+    /// An agent that stores bytes once more leaves out the log that it sealed behind its report.
+    LateLogDropped,
     /// An agent calls dead what it cannot see.
     ClaimedProof,
     /// An agent offers more memory than its host has.
@@ -66,7 +68,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them, each with the seeds, from 0 on, within which it must be found.
-    pub const ALL: [(Self, u64); 29] = [
+    pub const ALL: [(Self, u64); 30] = [
         (Self::AckBeforeCommit, 10),
         (Self::AssignBeforeCommit, 40),
         (Self::StoppedBeforeDead, 10),
@@ -75,6 +77,7 @@ impl Bug {
         (Self::OutlivedAssignment, 400),
         (Self::SkippedEntry, 10),
         (Self::ForgottenEffects, 50),
+        (Self::LateLogDropped, 10),
         (Self::ClaimedProof, 40),
         (Self::InflatedOffer, 10),
         (Self::NeverProbed, 10),

@@ -212,6 +212,7 @@ impl World {
             && self.registry.proposals.is_empty()
             && self.registry.nodes.iter().all(|node| node.up && node.joined)
             && self.blobs.may_lose_one()
+            && self.agents.iter().all(|agent| agent.owed().is_none())
             && self.registry.state().is_some_and(ended)
     }
 
@@ -221,6 +222,10 @@ impl World {
         }
         for node in 0..NODES {
             self.catch_up(node);
+        }
+        if let Some((agent, key)) = self.agents.iter().find_map(|agent| Some((&agent.name, agent.owed()?))) {
+            let why = format!("{agent} still has {key}, and nobody tells it to forget it");
+            return self.check(Err(why));
         }
         let Some(leader) = self.registry.leader else { return self.check(Err("there is no leader".to_owned())) };
         let node = &self.registry.nodes[leader];

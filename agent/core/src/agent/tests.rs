@@ -254,6 +254,28 @@ fn bytes_are_stored_again_once_at_a_time() {
 }
 
 #[test]
+fn a_late_log_is_stored_again_as_a_late_log() {
+    let sealed = |holder| Command::Send(Message::LogSealed { key: key(1), log: log(holder) });
+    let whole = |holder| Report { log: Some(log(holder)), ..failed() };
+    let story = Story::connected()
+        .assigned(1)
+        .ended(1)
+        .then(Event::LogSealed(key(1), log(1)), &[finished(1, failed()), sealed(1)])
+        .said(Order::StoreAgain(key(1)), &[Command::StoreAgain(key(1), Arc::new(whole(1)))])
+        .then(Event::StoredAgain(key(1), Box::new(whole(2))), &[finished(1, failed()), sealed(2)]);
+    story
+        .said(Order::StoreAgain(key(1)), &[Command::StoreAgain(key(1), Arc::new(whole(2)))])
+        .then(Event::StoredAgain(key(1), Box::new(failed())), &[finished(1, failed()), sealed(2)]);
+    // The log is sealed while something else is being stored.
+    Story::connected()
+        .assigned(1)
+        .ended(1)
+        .said(Order::StoreAgain(key(1)), &[Command::StoreAgain(key(1), Arc::new(failed()))])
+        .then(Event::LogSealed(key(1), log(1)), &[])
+        .then(Event::StoredAgain(key(1), Box::new(failed())), &[finished(1, failed()), sealed(1)]);
+}
+
+#[test]
 fn an_agent_that_leaves_finishes_first() {
     let leaving = || Command::Send(Message::Leaving);
     Story::connected().then(Event::DrainAsked, &[leaving(), Command::Exit(ExitKind::Done)]);

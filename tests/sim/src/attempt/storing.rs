@@ -8,11 +8,14 @@ use helix_model::placement::rendezvous;
 use helix_model::{AttemptKey, Digest, NodeId, Outputs, Reason};
 
 use super::{Stage, digest_of};
+use crate::Bug;
 use crate::blobs::Put;
 use crate::world::{Event, World};
 
 /// Builds share so many different results: most bytes are there already.
 const CONTENTS: u8 = 12;
+/// How often the coordinator that took bytes finds no peer that takes them too, and says so.
+const ALONE_PERCENT: u64 = 10;
 /// A put that was not answered is repeated, maybe elsewhere.
 const PUT_AGAIN_MS: u64 = 400;
 /// As the policy has it.
@@ -37,6 +40,10 @@ impl Storing {
 
     fn is_done(&self) -> bool {
         self.blobs.iter().all(|(_, holders)| holders.len() >= 2)
+    }
+
+    fn is_somewhere(&self) -> bool {
+        self.blobs.iter().all(|(_, holders)| !holders.is_empty())
     }
 
     fn blob(&self, place: usize) -> Option<Blob> {
@@ -154,6 +161,7 @@ impl World {
             let report = Report { artifacts: storing.artifacts(), log, ..report };
             self.take(agent, Happening::StoredAgain(key.clone(), Box::new(report)));
         }
+        let alone = self.random.chance(ALONE_PERCENT);
         let Some(work) = self.agents[agent].work.get_mut(key) else { return };
         match &work.stage {
             Stage::Storing(storing) if storing.is_done() => {
@@ -161,7 +169,7 @@ impl World {
                 let report = Report { artifacts, log, ..Report::bare(Verdict::Succeeded { image_tag: String::new() }) };
                 self.results_stored(agent, key, report);
             }
-            Stage::Sealing(storing) if storing.is_done() => {
+            Stage::Sealing(storing) if storing.is_done() || (alone && storing.is_somewhere()) => {
                 let log = storing.log();
                 work.stage = Stage::Reported;
                 if let Some(log) = log {
@@ -205,11 +213,15 @@ impl World {
     /// Too few coordinators hold what a report names: all of it is stored once more.
     pub(crate) fn store_again(&mut self, agent: usize, key: &AttemptKey, report: &Report) {
         let late = || digest_of(key, 3);
+        let mut report = report.clone();
+        if self.bug == Some(Bug::LateLogDropped) && report.artifacts.is_empty() {
+            report.log = None;
+        }
         let mut digests: Vec<Digest> = report.artifacts.iter().map(|artifact| artifact.blob.digest).collect();
         digests.push(report.log.as_ref().map_or_else(late, |log| log.blob.digest));
         let now = self.now;
         if let Some(work) = self.agents[agent].work.get_mut(key) {
-            work.again = Some((Storing::new(digests, now), report.clone()));
+            work.again = Some((Storing::new(digests, now), report));
         }
     }
 }
