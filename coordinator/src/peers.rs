@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use helix_common::channel::{Traffic, lazy};
 use helix_common::identity::Role;
@@ -27,6 +28,12 @@ const EPOCH_OF: &str = "epoch_of";
 
 /// The key under which a refusal names the node that was removed.
 const REMOVED: &str = "removed";
+
+/// A node that spoke with us as with a member so long ago still counts as one that knows us.
+const KNOWN_FOR: Duration = Duration::from_secs(10);
+
+/// Between two complaints about who says that we were removed.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
 /// Why there is no channel to a peer.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -78,6 +85,10 @@ struct Inner {
     format: u32,
     /// What others say they know.
     formats: RwLock<BTreeMap<NodeId, u32>>,
+    /// When others last spoke with this node as with a member.
+    heard: Mutex<BTreeMap<NodeId, Instant>>,
+    /// When it was last said that somebody wrongly takes this node for removed.
+    complained: Mutex<Option<Instant>>,
 }
 
 impl Peers {
@@ -94,6 +105,8 @@ impl Peers {
             failure: watch::Sender::new(None),
             format,
             formats: RwLock::default(),
+            heard: Mutex::default(),
+            complained: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -291,6 +304,7 @@ impl Peers {
         match self.inner.dir.meet(from, envelope.from_epoch) {
             Ok(()) => {
                 self.note_format(from, envelope.format);
+                self.inner.heard.lock().unwrap_or_else(PoisonError::into_inner).insert(from, Instant::now());
                 Ok(from)
             }
             Err(error @ NodeDirError::EpochChanged { .. }) => {
@@ -308,11 +322,38 @@ impl Peers {
         if helix_common::status::error_code(refusal) == Some(ErrorCode::NodeRemoved)
             && metadata(refusal, REMOVED).is_some_and(|node| node == own)
         {
-            self.fail_as_removed();
+            if self.is_known_without(from) {
+                self.complain_of(from);
+            } else {
+                self.fail_as_removed();
+            }
         }
         let about_us = metadata(refusal, EPOCH_OF).is_some_and(|node| node == own);
         if about_us && helix_common::status::error_code(refusal) == Some(ErrorCode::WrongCluster) {
             self.fail_as_changed(from.0);
+        }
+    }
+
+    /// Whether a majority of the members, this node among them and `other` not, takes this node for a member: then whoever says
+    /// otherwise was made a cluster of its own while it did not see the others.
+    fn is_known_without(&self, other: NodeId) -> bool {
+        let (own, members) = (self.own(), self.ids());
+        let heard = self.inner.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = |node: &NodeId| heard.get(node).is_some_and(|at| at.elapsed() < KNOWN_FOR);
+        let knows = members.iter().filter(|node| **node == own || (**node != other && fresh(node)));
+        knows.count() > members.len() / 2
+    }
+
+    fn complain_of(&self, other: NodeId) {
+        let mut complained = self.inner.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        if complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY) {
+            *complained = Some(Instant::now());
+            tracing::error!(
+                code = ErrorCode::NodeRemoved.as_str(),
+                node = other.0,
+                "node {other} says that this node was removed, and a majority of the members knows better: node {other} was made a \
+                 cluster of its own while this one served. Stop it, keep what only it has, wipe it, and `helix cluster remove` it here"
+            );
         }
     }
 

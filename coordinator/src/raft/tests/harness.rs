@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::node_dir::{NodeDir, NodeDirError, init};
+use crate::peers::Peers;
 use crate::raft::{Options, Started, Timing, start};
 use crate::registry::{COMMAND_FORMAT, Consistency, ProposeError, Registry};
 
@@ -75,6 +76,7 @@ pub(crate) struct Cluster {
 /// A node that runs.
 pub(crate) struct Node {
     pub(crate) registry: Registry,
+    pub(crate) peers: Peers,
     stop: CancellationToken,
     server: JoinHandle<()>,
     task: JoinHandle<()>,
@@ -150,7 +152,7 @@ impl Cluster {
         let dir = Arc::new(NodeDir::open(&self.path(node)).unwrap());
         let tls = self.tls(node);
         let listener = accept::bind(self.addresses[&node]).await.unwrap();
-        let Started { registry, raft, peer, task, .. } =
+        let Started { registry, peers, raft, peer, task, .. } =
             start(dir, Arc::clone(&tls), self.options(node)).await.unwrap();
         let stop = CancellationToken::new();
         let server = {
@@ -159,7 +161,7 @@ impl Cluster {
             let router = accept::server().add_service(raft.service()).add_service(peer.service());
             tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled()).await.unwrap() })
         };
-        self.nodes.insert(node, Node { registry, stop, server, task });
+        self.nodes.insert(node, Node { registry, peers, stop, server, task });
     }
 
     pub(crate) async fn start_all(&mut self) {
@@ -170,7 +172,7 @@ impl Cluster {
 
     /// Stops a node; with no time to hand leadership over, as a crash would.
     pub(crate) async fn stop(&mut self, node: NodeId, deadline: Duration) {
-        let Node { registry, stop, server, task } = self.nodes.remove(&node).unwrap();
+        let Node { registry, stop, server, task, .. } = self.nodes.remove(&node).unwrap();
         registry.transfer_leadership_and_stop(deadline).await;
         // Connections outlive a server that is merely dropped, and would go on answering for a node that is gone.
         stop.cancel();

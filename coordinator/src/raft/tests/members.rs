@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use helix_common::status::with_metadata;
 use helix_core::command::RetireNode;
 use helix_core::{Command, Reply};
-use helix_model::NodeId;
+use helix_model::{ErrorCode, NodeId};
 
 use super::harness::{Cluster, PATIENCE, submit, until};
 use crate::registry::{MemberStep, MembershipError, ProposeError, RaftStatus, Registry};
@@ -115,6 +116,35 @@ async fn a_voter_that_slept_through_its_removal_is_not_heard_and_stops() {
     assert_ne!(cluster.registry(other).status().leader, Some(gone));
     cluster.stop_all().await;
     assert!(cluster.open(gone).unwrap_err().to_string().contains("removed it"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_a_majority_knows_is_not_told_by_another_that_it_was_removed() {
+    let mut cluster = Cluster::new(3).await;
+    cluster.start_all().await;
+    let leader = cluster.leader().await;
+    cluster.submit(leader, &submit("a")).await;
+    let strayed = cluster.follower().await;
+    let others: Vec<NodeId> = cluster.nodes.keys().copied().filter(|node| *node != strayed).collect();
+    // As one says it that was made a cluster of its own, on the wrong side of a partition.
+    cluster.stop(strayed, Duration::ZERO).await;
+    let removed = |node: NodeId| {
+        with_metadata(ErrorCode::NodeRemoved, "was removed from the cluster", [("removed", node.to_string())])
+    };
+    for node in &others {
+        cluster.nodes[node].peers.heed(strayed, &removed(*node));
+        assert_eq!(*cluster.registry(*node).failure().borrow(), None);
+    }
+    cluster.submit(others[0], &submit("b")).await;
+    // Alone with it, it believes it.
+    cluster.stop(others[1], Duration::ZERO).await;
+    let (peers, failure) = (cluster.nodes[&others[0]].peers.clone(), cluster.registry(others[0]).failure());
+    until("it believes it", || {
+        peers.heed(strayed, &removed(others[0]));
+        failure.borrow().as_ref().is_some_and(|why| why.contains("was removed"))
+    })
+    .await;
+    cluster.stop_all().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
