@@ -32,6 +32,9 @@ const FOOTER_MAGIC: &[u8; 8] = b"HELIXBLB";
 /// How long an upload that nobody goes on with is kept.
 const PART_KEPT_FOR: Duration = Duration::from_secs(86_400);
 
+/// How long a damaged file is kept that nothing has replaced.
+const DAMAGED_KEPT_FOR: Duration = Duration::from_secs(30 * 86_400);
+
 /// The store of large blobs.
 pub(super) struct Large {
     files: PathBuf,
@@ -79,7 +82,23 @@ impl Large {
             }
         }
         store.remove_stale();
+        // What was set aside and not replaced before this node ended is still looked for.
+        for (digest, _) in store.set_aside_before()? {
+            if store.size(&digest).is_none() {
+                store.health.suspect(digest);
+            }
+        }
         Ok(store)
+    }
+
+    fn set_aside_before(&self) -> io::Result<Vec<(Digest, PathBuf)>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&self.damaged)? {
+            let entry = entry?;
+            let digest = entry.file_name().to_str().and_then(|name| Digest::parse(name).ok());
+            found.extend(digest.map(|digest| (digest, entry.path())));
+        }
+        Ok(found)
     }
 
     fn load_shelf(&self, shelf: &Path) -> io::Result<()> {
@@ -142,7 +161,8 @@ impl Large {
         }
     }
 
-    /// Takes a blob out of service, keeping its bytes for a day for whoever wants to know what happened.
+    /// Takes a blob out of service, keeping its bytes until there is a good copy here, and a day for whoever wants to know what
+    /// happened.
     pub(super) fn set_aside(&self, digest: &Digest) {
         let mut index = self.write_index();
         if index.remove(digest).is_some() {
@@ -160,6 +180,41 @@ impl Large {
         if let Err(error) = moved {
             tracing::error!(%digest, %error, "a damaged blob cannot be set aside");
         }
+    }
+
+    /// Puts a blob back into service whose file was set aside, if its bytes are what its name says after all, as after an error
+    /// of the disk that has passed; whether it is here. Reads all of it.
+    pub(super) fn reinstate(&self, digest: &Digest) -> Result<bool, BlobError> {
+        let aside = self.damaged.join(digest.to_string());
+        let file = match LargeFile::open(&aside, *digest) {
+            Ok(file) => file,
+            // There is none, or its footer is what is damaged.
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => {
+                return Ok(false);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let (mut sha256, mut at) = (Sha256::new(), 0);
+        while at < file.size {
+            match file.chunk(at) {
+                Ok(chunk) => {
+                    sha256.update(&chunk);
+                    at += chunk.len() as u64;
+                }
+                Err(BlobError::Damaged(_)) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        if Digest(sha256.finalize().into()) != *digest {
+            return Ok(false);
+        }
+        let mut index = self.write_index();
+        if !index.contains_key(digest) {
+            let path = self.path_of(digest);
+            std::fs::rename(&aside, &path)?;
+            index.insert(*digest, Held { size: file.size, stored_at: SystemTime::now() });
+        }
+        Ok(true)
     }
 
     /// Removes a blob unless it is leased; whether it was removed.
@@ -219,18 +274,20 @@ impl Large {
         Ok(upload)
     }
 
-    /// Removes uploads and damaged files that are older than a day.
+    /// Removes uploads that are older than a day, and damaged files: those that were replaced as soon, others after a month, since
+    /// they may be the last there is.
     pub(super) fn remove_stale(&self) {
-        for directory in [&self.uploads, &self.damaged] {
-            let Ok(entries) = std::fs::read_dir(directory) else { continue };
-            for path in entries.flatten().map(|entry| entry.path()) {
-                let owned = digest_of_part(&path).is_some_and(|digest| self.owners().contains_key(&digest));
-                if !owned && is_stale(&path) {
-                    tracing::info!(path = %path.display(), "a stale file is removed");
-                    if let Err(error) = std::fs::remove_file(&path) {
-                        tracing::warn!(path = %path.display(), %error, "a stale file cannot be removed");
-                    }
-                }
+        let uploads = std::fs::read_dir(&self.uploads).into_iter().flatten().flatten().map(|entry| entry.path());
+        let owned = |path: &Path| digest_of_part(path).is_some_and(|digest| self.owners().contains_key(&digest));
+        let uploads = uploads.filter(|path| !owned(path) && is_older(path, PART_KEPT_FOR));
+        let damaged = self.set_aside_before().unwrap_or_default().into_iter().filter(|(digest, path)| {
+            let kept_for = if self.size(digest).is_some() { PART_KEPT_FOR } else { DAMAGED_KEPT_FOR };
+            is_older(path, kept_for)
+        });
+        for path in uploads.chain(damaged.map(|(_, path)| path)) {
+            tracing::info!(path = %path.display(), "a stale file is removed");
+            if let Err(error) = std::fs::remove_file(&path) {
+                tracing::warn!(path = %path.display(), %error, "a stale file cannot be removed");
             }
         }
     }
@@ -471,9 +528,9 @@ fn digest_of_part(path: &Path) -> Option<Digest> {
     Digest::parse(path.file_name()?.to_str()?.strip_suffix(".part")?).ok()
 }
 
-fn is_stale(path: &Path) -> bool {
+fn is_older(path: &Path, than: Duration) -> bool {
     let modified = std::fs::metadata(path).and_then(|metadata| metadata.modified());
-    modified.is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age > PART_KEPT_FOR))
+    modified.is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age > than))
 }
 
 /// Too many open files says nothing about the file.

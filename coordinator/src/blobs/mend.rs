@@ -7,6 +7,7 @@ use futures::StreamExt;
 use helix_model::{Digest, NodeId};
 use tonic::Status;
 
+use super::health::Damage;
 use super::store::blocking;
 use super::{Announce, BlobError, Blobs, Room};
 
@@ -28,10 +29,15 @@ enum Mended {
 impl Blobs {
     /// Looks after everything that is known to be damaged here, once.
     pub(super) async fn mend_all(self: &Arc<Self>) {
-        for (digest, _) in self.health().list() {
-            match self.mend(digest).await {
+        for (digest, damage) in self.health().list() {
+            let mended = match self.mend(digest).await {
+                // Once: reading it each time would be all that this disk does.
+                Mended::Lost if damage == Damage::Waiting => self.look_again(digest).await,
+                mended => mended,
+            };
+            match mended {
                 Mended::Repaired => {
-                    tracing::info!(%digest, "a damaged blob was fetched again");
+                    tracing::info!(%digest, "a damaged blob is here again");
                     self.health().repaired(&digest);
                 }
                 Mended::Sound | Mended::Unwanted => self.health().settled(&digest),
@@ -55,11 +61,23 @@ impl Blobs {
         match self.fetch(digest).await {
             Ok(()) => Mended::Repaired,
             Err(error) => {
-                let silent = self.silent(digest).await;
-                if silent.is_empty() && matches!(error, BlobError::Absent(_)) {
+                let hopes = self.hopes(digest).await;
+                if hopes.is_empty() && matches!(error, BlobError::Absent(_)) {
                     return Mended::Lost;
                 }
-                tracing::warn!(%digest, %error, ?silent, "a damaged blob cannot be fetched again yet");
+                tracing::warn!(%digest, %error, ?hopes, "a damaged blob cannot be fetched again yet");
+                Mended::Later
+            }
+        }
+    }
+
+    /// What was set aside may be all that is left, and nothing may be wrong with it: an error of the disk is not damage.
+    async fn look_again(self: &Arc<Self>, digest: Digest) -> Mended {
+        match self.store.reinstate(digest).await {
+            Ok(true) => Mended::Repaired,
+            Ok(false) => Mended::Lost,
+            Err(error) => {
+                tracing::warn!(%digest, %error, "what was set aside of a damaged blob cannot be read");
                 Mended::Later
             }
         }
@@ -74,14 +92,17 @@ impl Blobs {
         blocking(move || Ok(!plane.names_blob(&digest))).await.unwrap_or(false)
     }
 
-    /// Who does not say whether they have it.
-    async fn silent(&self, digest: Digest) -> BTreeSet<NodeId> {
+    /// Who may have it: they say so, and did not serve it just now, or they do not answer.
+    async fn hopes(&self, digest: Digest) -> BTreeSet<NodeId> {
         let request = helix_proto::v1::HeadBlobsRequest { sha256: vec![digest.0.to_vec().into()], local: true };
         let asked = self.others().into_iter().map(|node| {
             let request = request.clone();
-            async move { (node, self.ask_head(node, request).await.is_err()) }
+            async move {
+                let answer = self.ask_head(node, request).await;
+                (node, answer.map_or(true, |answer| answer.blobs.first().is_some_and(|blob| blob.present)))
+            }
         });
-        futures::future::join_all(asked).await.into_iter().filter(|(_, silent)| *silent).map(|(node, _)| node).collect()
+        futures::future::join_all(asked).await.into_iter().filter(|(_, hope)| *hope).map(|(node, _)| node).collect()
     }
 
     /// As [`Self::fetch`], and leases it; how large it is.

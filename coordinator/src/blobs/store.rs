@@ -219,6 +219,15 @@ impl BlobStore {
         .await
     }
 
+    /// Looks at a large blob that was set aside once more, and puts it back if nothing is wrong with it; whether it is here.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(super) async fn reinstate(self: &Arc<Self>, digest: Digest) -> Result<bool, BlobError> {
+        let store = Arc::clone(self);
+        blocking(move || store.large.reinstate(&digest)).await
+    }
+
     /// Blobs that are at least `age` old and not leased.
     #[must_use]
     pub fn collectable(&self, age: Duration) -> Vec<Digest> {

@@ -190,3 +190,39 @@ async fn a_copy_that_is_another_blob_is_found_by_its_name() {
     assert_eq!(blobs.health().totals().repaired, 1);
     assert_eq!(read_all(blobs, digest_of(&data)).await.unwrap(), data);
 }
+
+#[tokio::test]
+async fn what_was_set_aside_for_an_error_that_has_passed_is_put_back() {
+    let mut cluster = cluster(1, LEASE).await;
+    hurry(&cluster);
+    let data = bytes_of(5, 300_000);
+    let digest = digest_of(&data);
+    let node = cluster.nodes.pop().unwrap();
+    node.blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
+    name(&cluster, &data);
+    let aside = node.root.path().join("damaged").join(digest.to_string());
+    let right_again = || {
+        let file = std::fs::File::options().write(true).open(&aside).unwrap();
+        file.write_all_at(&data[5..6], 5).unwrap();
+    };
+    flip(node.root.path(), &data, 5);
+    node.scrub.pass().await;
+    assert!(aside.exists());
+    right_again();
+    node.blobs.mend_all().await;
+    assert_eq!((node.blobs.health().totals().repaired, node.blobs.health().list()), (1, Vec::new()));
+    assert_eq!(read_all(&node.blobs, digest).await.unwrap(), data);
+
+    // Nothing else has it: it is given up, kept, and looked for again by the next life of this node.
+    flip(node.root.path(), &data, 5);
+    node.scrub.pass().await;
+    node.blobs.mend_all().await;
+    assert_eq!(node.blobs.health().list(), [(digest, Damage::Lost)]);
+    node.blobs.store().remove_stale_uploads().await.unwrap();
+    let (next, _) = BlobStore::open(node.root.path(), LEASE).unwrap();
+    assert_eq!(next.health().list(), [(digest, Damage::Waiting)]);
+    assert!(!next.reinstate(digest).await.unwrap());
+    right_again();
+    assert!(next.reinstate(digest).await.unwrap());
+    assert_eq!(next.size(&digest), Some(300_000));
+}
