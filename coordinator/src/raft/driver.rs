@@ -35,7 +35,7 @@ use crate::registry::{
 
 mod control;
 mod members;
-mod open;
+pub(in crate::raft) mod open;
 
 use control::Controller;
 use open::Opened;

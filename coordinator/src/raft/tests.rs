@@ -1,6 +1,7 @@
 //! Consensus and storage together: the store suite, crashes, rebuilds, letting go, and clusters of three over real TLS.
 
 mod cluster;
+mod crash;
 mod harness;
 mod letting_go;
 mod members;

@@ -141,7 +141,7 @@ fn open_registry(
 }
 
 /// sled panics on some kinds of damage.
-fn try_open(path: &Path, cache_bytes: u64) -> io::Result<(Store, State, SnapshotMeta)> {
+pub(in crate::raft) fn try_open(path: &Path, cache_bytes: u64) -> io::Result<(Store, State, SnapshotMeta)> {
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let store = Store::open(path, cache_bytes)?;
         let (state, meta) = store.load()?;
