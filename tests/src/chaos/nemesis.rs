@@ -199,6 +199,16 @@ impl Nemesis {
             ));
         }
         self.hurried = false;
+        self.look_after_held(scene)
+    }
+
+    /// Plays the operator: workers that are held for what nobody has seen dead get no work until somebody acts.
+    fn look_after_held(&mut self, scene: &mut Scene<'_>) -> anyhow::Result<()> {
+        for agent in scene.site.held()? {
+            self.write(&format!("{agent:?} is held: its host is started anew"));
+            scene.site.start_anew(agent)?;
+            self.expect_whole(scene, "after a worker was removed")?;
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@ pub(super) mod disk;
 mod host;
 pub(super) mod layout;
 mod members;
+mod operator;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
