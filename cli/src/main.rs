@@ -3,6 +3,7 @@
 mod connection;
 mod context;
 mod dev;
+mod download;
 mod exit;
 mod failure;
 mod output;

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use helix_model::Digest;
 use helix_proto::v1;
-use sha2::{Digest as _, Sha256};
 
-use crate::connection::{Connection, blobs, builds};
+use crate::connection::{Connection, builds};
 use crate::context::ContextOptions;
+use crate::download::{self, NotFetched};
 use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Item, Output, size_text};
@@ -237,44 +237,15 @@ pub(crate) fn umask() -> u32 {
     mask.bits()
 }
 
-/// Streams a blob into a file, resuming by offset, and checks its sha256.
+/// Fetches an artifact's bytes, and shows how far that is.
 async fn download(connection: &Connection, digest: Digest, size: u64, file: &mut impl Write) -> Result<(), Failure> {
     let bar = progress_bar("fetching", size);
-    let mut hasher = Sha256::new();
-    let mut offset = 0u64;
-    while offset < size {
-        let request = v1::GetBlobRequest { sha256: digest.0.to_vec().into(), offset, length: 0, local: false };
-        let call = |channel| {
-            let request = request.clone();
-            async move { blobs(channel).get_blob(request).await }
-        };
-        let mut stream = connection.call(call).await?.into_inner();
-        loop {
-            match stream.message().await {
-                Ok(Some(part)) => {
-                    file.write_all(&part.data).map_err(|error| Failure::plain(format!("cannot write: {error}")))?;
-                    hasher.update(&part.data);
-                    offset += part.data.len() as u64;
-                    bar.set_position(offset);
-                    connection.succeeded();
-                }
-                Ok(None) if offset >= size => break,
-                Ok(None) => return Err(Failure::plain(format!("the blob ended after {offset} of {size} bytes"))),
-                Err(status) => {
-                    connection.pause_or_fail(status).await?;
-                    break;
-                }
-            }
+    match download::blob(connection, digest, Some(size), file, |offset| bar.set_position(offset)).await {
+        Ok(_) => {
+            bar.finish_and_clear();
+            Ok(())
         }
-    }
-    bar.finish_and_clear();
-    let found = Digest(hasher.finalize().into());
-    if found == digest && offset == size {
-        Ok(())
-    } else {
-        Err(Failure {
-            word: Some("digest_mismatch".to_owned()),
-            ..Failure::plain(format!("what arrived has sha256 {found}, not {digest}; nothing was written"))
-        })
+        Err(NotFetched::Here(error)) => Err(Failure::plain(format!("cannot write: {error}"))),
+        Err(NotFetched::There(failure)) => Err(failure),
     }
 }

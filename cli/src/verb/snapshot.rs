@@ -19,9 +19,10 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tonic::{Status, Streaming};
 
-use crate::connection::{Connection, blobs, cluster};
+use crate::connection::{Connection, cluster};
 use crate::context::ContextOptions;
 use crate::dev::layout::program;
+use crate::download::{self, NotFetched};
 use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Item, Output, size_text, time_text};
@@ -245,8 +246,10 @@ async fn fetch_all(
                 fetched.count += 1;
                 fetched.bytes += size;
             }
-            Err(failure) if failure.code == Code::UNREACHABLE => return Err(failure),
-            Err(failure) => {
+            // A full disk is no missing blob: what is there stays, and the same command goes on.
+            Err(NotFetched::Here(error)) => return Err(cannot("write blobs into", directory, &error)),
+            Err(NotFetched::There(failure)) if failure.code == Code::UNREACHABLE => return Err(failure),
+            Err(NotFetched::There(failure)) => {
                 output.say(&format!("blob {digest}: {}", failure.message));
                 fetched.missing.push(digest.to_string());
             }
@@ -261,42 +264,13 @@ async fn fetch_all(
 }
 
 /// Fetches a blob whole, or leaves nothing.
-async fn fetch(connection: &Connection, digest: Digest, directory: &Path) -> Result<u64, Failure> {
+async fn fetch(connection: &Connection, digest: Digest, directory: &Path) -> Result<u64, NotFetched> {
     let path = blob_path(directory, &digest);
-    let here = |error: std::io::Error| cannot("write", &path, &error);
     let shelf = path.parent().unwrap_or(directory);
-    std::fs::create_dir_all(shelf).map_err(here)?;
-    let mut file = tempfile::NamedTempFile::new_in(shelf).map_err(here)?;
-    let (mut hash, mut offset, mut size) = (Sha256::new(), 0u64, None);
-    while size.is_none_or(|size| offset < size) {
-        let request = v1::GetBlobRequest { sha256: digest.0.to_vec().into(), offset, length: 0, local: false };
-        let call = |channel| {
-            let request = request.clone();
-            async move { blobs(channel).get_blob(request).await }
-        };
-        let mut stream = connection.call(call).await?.into_inner();
-        loop {
-            match stream.message().await {
-                Ok(Some(part)) => {
-                    size.get_or_insert(part.size);
-                    std::io::Write::write_all(&mut file, &part.data).map_err(here)?;
-                    hash.update(&part.data);
-                    offset += part.data.len() as u64;
-                    connection.succeeded();
-                }
-                Ok(None) if size.is_some_and(|size| offset >= size) => break,
-                Ok(None) => return Err(Failure::plain(format!("it ended after {offset} bytes"))),
-                Err(status) => {
-                    connection.pause_or_fail(status).await?;
-                    break;
-                }
-            }
-        }
-    }
-    if Digest(hash.finalize().into()) != digest {
-        return Err(Failure::plain("what arrived has another sha256"));
-    }
-    file.as_file().sync_all().map_err(here)?;
-    file.persist(&path).map_err(|error| here(error.error))?;
-    Ok(offset)
+    std::fs::create_dir_all(shelf).map_err(NotFetched::Here)?;
+    let mut file = tempfile::NamedTempFile::new_in(shelf).map_err(NotFetched::Here)?;
+    let size = download::blob(connection, digest, None, &mut file, |_| {}).await?;
+    file.as_file().sync_all().map_err(NotFetched::Here)?;
+    file.persist(&path).map_err(|error| NotFetched::Here(error.error))?;
+    Ok(size)
 }

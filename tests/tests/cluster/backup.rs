@@ -128,6 +128,14 @@ fn a_backup_under_load_becomes_a_new_cluster_with_all_that_was_acknowledged() {
     assert!(before.len() >= 20 && load.so_far().len() > before.len(), "too little load to prove anything");
     assert!(saved["blobs"].as_u64().unwrap() >= 2 && saved["blobs"] == saved["fetched"], "{saved}");
     refusals(&cluster, &file, &name);
+    // What cannot be written here is not missing there.
+    let blocked = root.join("blocked");
+    fs::create_dir(&blocked).unwrap();
+    (0..=255).for_each(|first| fs::write(blocked.join(format!("{first:02x}")), "").unwrap());
+    let other = root.join("other");
+    let said = ["cluster", "snapshot", "save", other.to_str().unwrap(), "--blobs", blocked.to_str().unwrap()];
+    let said = cluster.helix(&said);
+    assert!(said.code != 0 && said.stderr.contains("cannot write blobs into"), "{}", said.stderr);
 
     // All of the old cluster's nodes are gone; its agents are still there.
     let agents = cluster.all("agent");
