@@ -29,7 +29,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Longer than anything should take on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -215,7 +215,7 @@ impl AgentService for Service {
                             worker_lease_ms: 15_000,
                             coordinators: vec![CoordinatorAddress { id: 1, grpc: this.endpoint.clone() }],
                             copies: 1,
-                            store_deadline_ms: 30_000,
+                            store_deadline_ms: 600_000,
                             blob_bytes_max: 1 << 31,
                             log_bytes_max: 1 << 28,
                             timeout_default_ms: 600_000,
