@@ -2,8 +2,8 @@
 
 #![allow(clippy::expect_used, clippy::print_stderr, clippy::missing_panics_doc, clippy::must_use_candidate)]
 
+pub mod bench;
 pub mod chaos;
 pub mod cluster;
-pub mod isolation_start;
 pub mod joining;
 pub mod skip;

@@ -3,8 +3,6 @@
 //! Ours is what namespaces add to a whole run of `helix-runner`; the peer is what `bwrap`, run directly and without any of us,
 //! adds to a bare run. Both show the same parts of the host. Times are of this machine as it is, so medians of many.
 
-#![allow(clippy::print_stdout)] // A measurement is there to be printed.
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,10 +11,9 @@ use anyhow::{Context as _, ensure};
 use helix_runner::isolation::{Entry, Isolation, Network, Tool};
 use helix_runner::{AttemptDir, End, Order, Outcome, Privileges, User};
 
+use super::Settings;
+use super::figure::{Figure, Pair, Row, Times, Unit};
 use crate::cluster::programs;
-
-/// Twice as cheap as bubblewrap is the promise.
-const LIMIT: f64 = 0.5;
 
 /// Podman takes half a second: once in so many rounds is enough for a median.
 const ROUNDS_A_CONTAINER: usize = 8;
@@ -27,49 +24,54 @@ const ETC_COUNT: usize = 40;
 /// Whom builds run as where we are root.
 const BUILD_USER: User = User { uid: 0x7000_0001, gid: 0x7000_0001 };
 
-/// Measures and prints.
+/// The parts of a round.
+const PARTS: [&str; 5] =
+    ["true alone", "true under bwrap", "runner with true", "runner with true in namespaces", "podman run"];
+
+/// Measures; the pair is of what isolation adds in the medians of all rounds.
 ///
 /// # Errors
 /// When a run fails.
-pub fn measure(quick: bool) -> anyhow::Result<()> {
-    let rounds = if quick { 40 } else { 200 };
+pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let scratch = tempfile::Builder::new().prefix("helix-bench-").tempdir()?;
     let view = view(scratch.path())?;
     let bubblewrap = Path::new("/usr/bin/bwrap").exists();
     let container = Container::find(scratch.path())?;
-    let mut times: [Vec<Duration>; 5] = Default::default();
-    for round in 0..rounds {
-        times[0].push(timed(|| run(Command::new("/usr/bin/true")))?);
+    let mut times = PARTS.map(Times::new);
+    for round in 0..settings.rounds(200, 40) {
+        times[0].add(timed(|| run(Command::new("/usr/bin/true")))?);
         if bubblewrap {
-            times[1].push(timed(|| run(bwrap(&view)))?);
+            times[1].add(timed(|| run(bwrap(&view)))?);
         }
-        times[2].push(attempt(&scratch.path().join(format!("bare-{round}")), None)?);
+        times[2].add(attempt(&scratch.path().join(format!("bare-{round}")), None)?);
         let isolation = Isolation { tool: Tool::Namespaces, network: Network::Host, view: view.clone() };
-        times[3].push(attempt(&scratch.path().join(format!("own-{round}")), Some(isolation))?);
+        times[3].add(attempt(&scratch.path().join(format!("own-{round}")), Some(isolation))?);
         if let Some(container) = &container
             && round % ROUNDS_A_CONTAINER == 0
         {
-            times[4].push(timed(|| run(container.command()))?);
+            times[4].add(timed(|| run(container.command()))?);
         }
     }
-    let [exec, peer, bare, own, contained] = times.map(median);
-    println!("true alone {:.2} ms, under bwrap {:.2} ms", ms(exec), ms(peer));
-    println!("runner with true {:.2} ms, with namespaces {:.2} ms", ms(bare), ms(own));
-    let ours = ms(own) - ms(bare);
+    let [exec, peer, bare, own, contained] = [0, 1, 2, 3, 4].map(|part| times[part].ms(50.0));
+    let ours = own - bare;
+    let pair = |peer: Option<f64>| vec![Pair { ours, peer }];
+    let mut rows = vec![Row::new("beyond bare exec", Unit::Ms, pair(bubblewrap.then_some(peer - exec)))];
+    let mut notes = vec!["the pair is of medians of all rounds, which were made in turns".to_owned()];
     match container {
-        Some(_) => {
-            let (all, cost) = (ms(contained), ms(contained) - ms(exec));
-            println!("podman run {all:.2} ms, {cost:.2} ms beyond true alone; ours is {:.3} of that", ours / cost);
-        }
-        None => println!("podman cannot run a container here"),
+        Some(_) => rows.push(Row::new("beyond bare exec, beside podman run", Unit::Ms, pair(Some(contained - exec)))),
+        None => notes.push("podman cannot run a container here".to_owned()),
     }
-    if bubblewrap {
-        let peer = ms(peer) - ms(exec);
-        println!("isolation-start ours={ours:.2}ms peer={peer:.2}ms ratio={:.2} limit={LIMIT:.2}", ours / peer);
-    } else {
-        println!("isolation-start ours={ours:.2}ms peer=- ratio=- limit={LIMIT:.2}");
-    }
-    Ok(())
+    let peer =
+        if bubblewrap { "bwrap, the same view of the host" } else { "bwrap is absent: apt-get install bubblewrap" };
+    times[0].what += ", which is the floor";
+    Ok(Figure {
+        name: "isolation-start",
+        peer: peer.to_owned(),
+        rows: rows.into_iter().map(|row| row.limit(exec, "true alone, started and waited for")).collect(),
+        times: times.into_iter().filter(|times| times.count() > 0).collect(),
+        history: "every attempt left a result and exited with 0".to_owned(),
+        notes,
+    })
 }
 
 fn view(scratch: &Path) -> anyhow::Result<Vec<Entry>> {
@@ -185,13 +187,4 @@ fn attempt(root: &Path, isolation: Option<Isolation>) -> anyhow::Result<Duration
     ensure!(outcome.end == End::Exited(0), "{:?}", outcome.end);
     std::fs::remove_dir_all(root)?;
     Ok(time)
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
 }
