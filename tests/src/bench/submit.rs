@@ -137,7 +137,8 @@ pub fn latency(settings: &Settings) -> anyhow::Result<Figure> {
     })
 }
 
-/// Many clients, and ours by batch streams beside etcd's single puts, since etcd has nothing of the kind.
+/// Many clients; and ours by batch streams beside etcd's single puts: it has transactions of many puts, all or none of which are
+/// made, but no stream of independent ones.
 ///
 /// # Errors
 /// As [`latency`].
@@ -167,8 +168,7 @@ pub fn rate(settings: &Settings) -> anyhow::Result<Figure> {
         history: HISTORY.to_owned(),
         notes: vec![
             format!("{CLIENTS} clients over {CONNECTIONS} connections to the leader, {STREAMS} streams by batch"),
-            "turns by batch were made after those of single writes, and are paired with etcd's by their order"
-                .to_owned(),
+            "a turn by batch has a cluster of its own, right after ours of single submits".to_owned(),
         ],
     })
 }
