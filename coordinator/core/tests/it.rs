@@ -22,6 +22,9 @@ mod retention;
 mod retries;
 #[path = "it/scheduling.rs"]
 mod scheduling;
+#[path = "it/stale.rs"]
+#[allow(clippy::unwrap_used)]
+mod stale;
 #[path = "it/story.rs"]
 mod story;
 #[path = "it/trust.rs"]
