@@ -42,13 +42,15 @@ fn stale_write(dice: &mut Dice) -> Command {
         let name = dice.pick(&["w1", "w1", "w1", "w2", "w3", "w4"]);
         let life = dice.pick(&["data1.boot1", "data1.boot2", "data2.boot1"]);
         let is_present = number == 2 && name == "w2";
+        let is_its_life = is_present && life == "data1.boot1";
+        let is_lost = number == 1 && name == "w1";
         match dice.roll(5) {
-            0 | 1 if is_present && life == "data1.boot1" => {}
+            0 | 1 | 3 if is_its_life => {}
             0 => return finish(&key, name, life, outcome(dice)),
             1 => return unproven(finish(&key, name, life, failed(Reason::Exit))),
             2 if !is_present => return pin_source(&key, name, &"c0ffee11".repeat(5)),
             3 => return record_image(&key, name, life, image(7)),
-            4 if !is_present && !(number == 1 && name == "w1") => return seal(&key, name),
+            4 if !is_present && !is_lost => return seal(&key, name),
             _ => {}
         }
     }
