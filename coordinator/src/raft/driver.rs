@@ -217,6 +217,9 @@ fn assemble(parts: Parts) -> Started {
 fn config(cluster: &str, timing: Timing) -> Result<Config, StartError> {
     let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let config = Config {
+        // A leader that comes back does not know what of its log was acknowledged: in its old term it would at once act on, and
+        // answer reads from, what it has applied. Elected anew, it has applied all of it before it leads.
+        enable_leader_restore: Some(false),
         cluster_name: cluster.to_owned(),
         heartbeat_interval: ms(timing.heartbeat),
         election_timeout_min: ms(timing.election_min),

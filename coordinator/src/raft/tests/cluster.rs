@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use helix_model::NodeId;
 
-use super::harness::{Cluster, PATIENCE, submit, submit_with, until, wipe};
+use super::harness::{Cluster, PATIENCE, id, submit, submit_with, until, wipe};
 use crate::registry::{Consistency, ProposeError};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -58,6 +58,29 @@ async fn what_a_leader_decided_is_taken_in_its_term_and_by_nobody_else() {
     }
     let witness = cluster.leader().await;
     assert!(cluster.has(witness, "c").await && !cluster.has(witness, "a").await && !cluster.has(witness, "b").await);
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_comes_back_leads_in_a_new_term_and_not_before_it_has_applied_all() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    cluster.start_all().await;
+    let mut before = 0;
+    for round in 0..3 {
+        cluster.submit(node, &submit(&format!("b{round}"))).await;
+        let leadership = *cluster.registry(node).leadership().borrow();
+        assert!(leadership.is_leader && leadership.term > before, "{leadership:?} after term {before}");
+        before = leadership.term;
+        cluster.stop(node, Duration::ZERO).await;
+        // What it applied is behind its log.
+        std::fs::remove_dir_all(cluster.path(node).join("registry")).unwrap();
+        cluster.start(node).await;
+        let (registry, last) = (cluster.registry(node).clone(), format!("b{round}"));
+        until("it leads", || registry.leadership().borrow().is_leader).await;
+        let known = registry.with_state(|state| state.build(&id(&last)).is_some());
+        assert!(known, "it leads and does not know what it acknowledged");
+    }
     cluster.stop_all().await;
 }
 
