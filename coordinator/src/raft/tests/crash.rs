@@ -170,6 +170,5 @@ async fn a_store_is_as_of_one_entry_or_refused_whatever_its_files_have_become() 
         }
         count(judge(&image, &states, &directory, &format!("round {round}: image {at} over the one before")));
     }
-    println!("{used} images were used, {refused} refused");
     assert!(used >= 10 && refused >= 10, "{used} used, {refused} refused: too few to prove anything");
 }
