@@ -27,7 +27,7 @@ use crate::rpc::blob::BlobRpc;
 
 mod sealing;
 
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(120);
 
 struct Node {
     root: TempDir,
