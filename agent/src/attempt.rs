@@ -26,7 +26,7 @@ use helix_agent_core::{Assignment, Death, Event, Found, PlatformImage, Report, S
 use helix_model::{AttemptKey, Reason};
 use helix_runner::journal::{self, Journal};
 use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 pub(crate) use self::finish::store_log;
@@ -99,6 +99,7 @@ pub fn start(services: Arc<Services>, key: AttemptKey, begin: Begin, events: mps
         last_output_ms: Arc::clone(&last_output_ms),
         runner: None,
         push: None,
+        over_store: Arc::default(),
         steps: TaskTracker::new(),
     };
     Handle { wishes, last_output_ms, task: AbortOnDropHandle::new(tokio::spawn(attempt.run(begin))) }
@@ -163,6 +164,8 @@ struct Attempt {
     runner: Option<std::os::unix::net::UnixStream>,
     /// Pushes the live log; ends with this task.
     push: Option<AbortOnDropHandle<()>>,
+    /// Rung when it takes more of the store of images than it may: its runner is told by who follows it.
+    over_store: Arc<Notify>,
     /// What the agent itself runs for it, besides its command.
     steps: TaskTracker,
 }

@@ -97,6 +97,9 @@ impl Attempt {
                     look_at = Some(Instant::now() + Duration::from_millis(GRACE_MS) + STOP_MARGIN);
                     stream.write_all(&stop_request(cause).encode()).await?;
                 }
+                () = self.over_store.notified() => {
+                    stream.write_all(&Request::Stop { reason: Reason::DiskFull, grace_ms: 0 }.encode()).await?;
+                }
                 () = until(look_at) => {
                     look_at = Some(Instant::now() + RETRY);
                     frozen = thaw(&self.dir, frozen).await?;

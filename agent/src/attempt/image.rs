@@ -130,6 +130,7 @@ impl Attempt {
     pub(super) fn watch_store(&self, assignment: &Assignment) -> Option<AbortOnDropHandle<()>> {
         let amounts = is_podman(assignment).then(|| self.services.limiter.amounts(&assignment.spec.resources))?.ok()?;
         let (services, key, dir) = (Arc::clone(&self.services), self.key.clone(), self.dir.clone());
+        let over_store = Arc::clone(&self.over_store);
         let files_max = match services.config.limits.files {
             0 => u64::MAX,
             files => files,
@@ -151,9 +152,8 @@ impl Attempt {
                     if let Err(error) = blocking(move || std::fs::write(mark, "")).await {
                         tracing::warn!(attempt = %key, %error, "that it was its own limit cannot be noted");
                     }
-                    if let Err(error) = super::follow::stop_and_wait(&dir, Reason::DiskFull, 0).await {
-                        tracing::warn!(attempt = %key, %error, "a build cannot be stopped; trying again");
-                    }
+                    // Only who follows the runner reaches it: it has no socket while somebody does.
+                    over_store.notify_one();
                 }
             }
         })))
