@@ -240,11 +240,10 @@ pub(crate) fn umask() -> u32 {
 /// Fetches an artifact's bytes, and shows how far that is.
 async fn download(connection: &Connection, digest: Digest, size: u64, file: &mut impl Write) -> Result<(), Failure> {
     let bar = progress_bar("fetching", size);
-    match download::blob(connection, digest, Some(size), file, |offset| bar.set_position(offset)).await {
-        Ok(_) => {
-            bar.finish_and_clear();
-            Ok(())
-        }
+    let fetched = download::blob(connection, digest, Some(size), file, |offset| bar.set_position(offset)).await;
+    bar.finish_and_clear();
+    match fetched {
+        Ok(_) => Ok(()),
         Err(NotFetched::Here(error)) => Err(Failure::plain(format!("cannot write: {error}"))),
         Err(NotFetched::There(failure)) => Err(failure),
     }
