@@ -200,10 +200,8 @@ impl Attempt {
                     (*assignment, Progressed::Assigned)
                 }
                 Err(error) => {
-                    // Half a directory of an attempt that never began would be taken for one that did.
-                    let root = self.dir.root().to_owned();
-                    let _ = blocking(move || remove_tree(&root)).await;
-                    self.end_without_spool(&error).await;
+                    self.clear_half_begun().await;
+                    self.end_unbegun(&error, Death::Proven).await;
                     return Left::Unknown;
                 }
             },
@@ -211,7 +209,8 @@ impl Attempt {
                 Ok(Some(found)) => found,
                 Ok(None) => return Left::Unknown,
                 Err(error) => {
-                    self.end_without_spool(&error).await;
+                    let death = self.kill_until_dead().await;
+                    self.end_unbegun(&error, death).await;
                     return Left::Unknown;
                 }
             },
@@ -304,12 +303,26 @@ impl Attempt {
         Ok(Some((assignment, progressed)))
     }
 
-    /// The directory of the attempt cannot be written: nothing ran, and there is no log.
-    async fn end_without_spool(&mut self, error: &io::Error) {
+    /// Half a directory of an attempt that never began would be taken for one that did.
+    async fn clear_half_begun(&self) {
+        let root = self.dir.root().to_owned();
+        let cleared = blocking(move || {
+            remove_tree(&root)?;
+            crate::data_dir::make_private(&root)
+        });
+        if let Err(error) = cleared.await {
+            tracing::warn!(attempt = %self.key, %error, "an attempt that cannot begin has no directory");
+        }
+    }
+
+    /// Ends an attempt of which nothing ran, or whose directory does not tell what did. Its log says why, and is sealed as
+    /// any other is; where even that cannot be written, an empty one is: the registry waits for a log of every end.
+    async fn end_unbegun(&mut self, error: &io::Error, death: Death) {
         tracing::error!(attempt = %self.key, %error, "an attempt cannot begin");
         let message = format!("the agent cannot begin it: {error}");
         let verdict = Verdict::Failed { reason: crate::source::reason_of(error), message };
-        self.say(Event::AttemptEnded(self.key.clone(), Box::new(Report::bare(verdict)))).await;
+        self.start_push();
+        self.report(Report { death, ..Report::bare(verdict) }, None).await;
     }
 
     async fn say(&self, event: Event) {

@@ -70,6 +70,14 @@ impl Attempt {
             }
         }
         let keep_until_ms = self.keep_until_ms(assignment, &report.verdict);
+        if podman {
+            self.sweep_podman().await;
+        }
+        self.report(report, keep_until_ms).await;
+    }
+
+    /// Writes the report and the log's last words, clears up, says it, and sees to the log.
+    pub(super) async fn report(&mut self, report: Report, keep_until_ms: Option<u64>) {
         if report.log.is_none() {
             if let Some(until_ms) = keep_until_ms {
                 let kept = self.workdir.kept(&self.services.work_root, until_ms);
@@ -77,9 +85,6 @@ impl Attempt {
                     .await;
             }
             self.log_line(last_words(&report)).await;
-        }
-        if podman {
-            self.sweep_podman().await;
         }
         self.progress.send_modify(|progress| progress.ended = true);
         match keep_until_ms {

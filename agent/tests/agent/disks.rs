@@ -81,6 +81,15 @@ impl World {
         self.cluster.finished(&id).await
     }
 
+    /// Tells the agent that nothing more of an attempt is wanted, and waits until nothing of it is left.
+    async fn forget(&self, finished: &Finished) {
+        let forget = helix_proto::agent::Forget { id: finished.id.clone() };
+        self.cluster.say(helix_proto::agent::coordinator_message::Message::Forget(forget)).await;
+        let build = &finished.id.as_ref().unwrap().build_id;
+        let gone = || !self.host.names_in("attempts").iter().any(|name| name.starts_with(build.as_str()));
+        eventually("the attempt's directory is removed", gone).await;
+    }
+
     fn kept(&self) -> Vec<PathBuf> {
         let roots = std::fs::read_dir(self.disk.path.join("work")).unwrap();
         let kept = roots.flat_map(|root| std::fs::read_dir(root.unwrap().path().join(".kept")).into_iter().flatten());
@@ -99,14 +108,20 @@ async fn a_host_without_room_says_so_runs_nothing_and_recovers_by_itself() {
     let finished = world.run("without", &line("true")).await;
     assert_eq!((finished.outcome.as_str(), finished.reason.as_str()), ("failed", "disk_full"), "{finished:?}");
     assert!(finished.message.contains("short of disk"), "{finished:?}");
-    assert!(!world.host.names_in("attempts").iter().any(|name| name.starts_with("without")));
+    // Its log says so, and is sealed: the registry waits for one of every end.
+    let log = world.cluster.sealed_log(finished.id.as_ref().unwrap()).await;
+    assert!(matches!(log.as_slice(), [line] if line.contains("short of disk")), "{log:?}");
+    world.forget(&finished).await;
     assert!(world.host.workdirs().is_empty());
     // Not one byte left: the agent lives, and goes on saying so.
     world.disk.empty();
     world.disk.fill(0);
     world.cluster.seen().messages.clear();
     world.pressure("disk").await;
-    assert_eq!(world.run("full", &line("true")).await.reason, "disk_full");
+    let finished = world.run("full", &line("true")).await;
+    assert_eq!(finished.reason, "disk_full");
+    world.cluster.sealed_log(finished.id.as_ref().unwrap()).await;
+    world.forget(&finished).await;
     world.disk.empty();
     world.pressure("").await;
     assert_eq!(world.run("after", &line("true")).await.outcome, "succeeded");
@@ -139,10 +154,7 @@ async fn a_build_that_fills_the_disk_is_told_from_one_that_fails_and_its_neighbo
         let finished = world.run(build, &line(script)).await;
         assert_eq!((finished.outcome.as_str(), finished.reason.as_str()), ("failed", "disk_full"), "{finished:?}");
         assert!(!world.host.workdirs().iter().any(|name| name.starts_with(build)));
-        let forget = helix_proto::agent::Forget { id: finished.id.clone() };
-        world.cluster.say(helix_proto::agent::coordinator_message::Message::Forget(forget)).await;
-        let left = || world.host.names_in("attempts").iter().any(|name| name.starts_with(build));
-        eventually("its spool is removed", || !left()).await;
+        world.forget(&finished).await;
     }
     std::fs::write(&gate, "").unwrap();
     let finished = world.cluster.finished(&neighbour).await;

@@ -72,8 +72,26 @@ impl World {
         let key = assignment.key.clone();
         let (commit, instance) = (assignment.commit.clone(), self.instance(agent));
         let spooled = Spooled { commit, assignment, instance, started: false, report: None };
-        self.agents[agent].spool.insert(key.clone(), spooled);
-        self.prepare_attempt(agent, &key);
+        let chance = self.random.below(100);
+        if chance > 0 {
+            self.agents[agent].spool.insert(key.clone(), spooled);
+        }
+        match chance {
+            0..3 => self.cannot_begin(agent, &key),
+            _ => self.prepare_attempt(agent, &key),
+        }
+    }
+
+    /// There is no room for what was assigned; now and then not even for writing that down.
+    fn cannot_begin(&mut self, agent: usize, key: &AttemptKey) {
+        self.agents[agent].work.insert(key.clone(), Work::new(Stage::Preparing));
+        let message = "the agent cannot begin it".to_owned();
+        self.end_with(agent, key, Report::bare(Verdict::Failed { reason: Reason::DiskFull, message }));
+        if self.bug == Some(Bug::UnbegunUnsealed)
+            && let Some(work) = self.agents[agent].work.get_mut(key)
+        {
+            work.stage = Stage::Reported;
+        }
     }
 
     fn prepare_attempt(&mut self, agent: usize, key: &AttemptKey) {

@@ -22,6 +22,8 @@ pub enum Bug {
     ForgottenEffects,
     /// An agent that stores bytes once more leaves out the log that it sealed behind its report.
     LateLogDropped,
+    /// The log of an attempt that could not begin is not sealed.
+    UnbegunUnsealed,
     /// An agent calls dead what it cannot see.
     ClaimedProof,
     /// An agent offers more memory than its host has.
@@ -68,7 +70,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them, each with the seeds, from 0 on, within which it must be found.
-    pub const ALL: [(Self, u64); 30] = [
+    pub const ALL: [(Self, u64); 31] = [
         (Self::AckBeforeCommit, 10),
         (Self::AssignBeforeCommit, 40),
         (Self::StoppedBeforeDead, 10),
@@ -78,6 +80,7 @@ impl Bug {
         (Self::SkippedEntry, 10),
         (Self::ForgottenEffects, 50),
         (Self::LateLogDropped, 10),
+        (Self::UnbegunUnsealed, 100),
         (Self::ClaimedProof, 40),
         (Self::InflatedOffer, 10),
         (Self::NeverProbed, 10),
