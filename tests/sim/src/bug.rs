@@ -36,6 +36,8 @@ pub enum Bug {
     WallClockLease,
     /// A new leader counts silence from before it listened.
     LostAfterFailover,
+    /// A leader acts before it has applied what was committed before it led.
+    LedBehind,
     /// A worker is lost as soon as its connection breaks.
     LostAtDisconnect,
     /// A submit that is repeated at another leader becomes another build.
@@ -70,7 +72,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them, each with the seeds, from 0 on, within which it must be found.
-    pub const ALL: [(Self, u64); 31] = [
+    pub const ALL: [(Self, u64); 32] = [
         (Self::AckBeforeCommit, 10),
         (Self::AssignBeforeCommit, 40),
         (Self::StoppedBeforeDead, 10),
@@ -87,6 +89,7 @@ impl Bug {
         (Self::StaleResult, 10),
         (Self::WallClockLease, 10),
         (Self::LostAfterFailover, 10),
+        (Self::LedBehind, 10),
         (Self::LostAtDisconnect, 10),
         (Self::DuplicateSubmit, 10),
         (Self::IdAlone, 10),

@@ -56,7 +56,10 @@ impl World {
             self.now,
             format_args!("node {id} leads (term {term}); {lost} proposals of the leader before are lost"),
         );
-        self.catch_up(node);
+        // What is left of its predecessor it applies before it acts, unless it leads on in the term of its former life.
+        if self.bug != Some(Bug::LedBehind) {
+            self.catch_up(node);
+        }
         let early = self.bug == Some(Bug::LostAfterFailover);
         let leader_since = if early { LogTime(0) } else { self.registry.time(self.now) };
         let liveness = Liveness { leader_since, ..Liveness::default() };
