@@ -11,6 +11,7 @@ pub mod fail_over;
 pub mod figure;
 pub mod footprint;
 mod hyperqueue;
+pub mod idle_agents;
 pub mod isolation_start;
 pub mod limits;
 pub mod log_rate;
@@ -18,6 +19,7 @@ pub mod machine;
 pub mod no_op;
 pub mod ours;
 pub mod placement;
+mod plot;
 mod registry;
 pub mod report;
 pub mod submit;
@@ -57,6 +59,7 @@ pub const MEASURES: &[(&str, Measure)] = &[
     ("no-op-latency", no_op::latency),
     ("fail-over", fail_over::measure),
     ("worker-loss", worker_loss::measure),
+    ("idle-agents", idle_agents::measure),
     ("placement", placement::measure),
     ("log-rate", log_rate::measure),
     ("artifact-rate", artifact_rate::measure),

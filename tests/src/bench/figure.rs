@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::machine::Machine;
 
 /// The percentiles that are told.
-const PERCENTILES: [f64; 8] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 100.0];
+pub(super) const PERCENTILES: [f64; 8] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 100.0];
 
 /// The longest time that a histogram can hold.
 const LONGEST: Duration = Duration::from_secs(600);

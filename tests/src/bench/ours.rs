@@ -72,6 +72,12 @@ impl Ours {
         Ok(Target { writer: Writer::Ours, channels })
     }
 
+    /// All coordinators' endpoints.
+    #[must_use]
+    pub fn endpoints(&self) -> &[String] {
+        &self.endpoints
+    }
+
     /// A new connection to an endpoint.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Results as files: `NAME.json` with everything, and `results.md` with a table over all names that were run.
+//! Results as files: `NAME.json` with everything, `NAME.svg` to look at, and `results.md` with a table over all names that were run.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -9,8 +9,9 @@ use anyhow::Context as _;
 use super::Settings;
 use super::figure::{Figure, Row};
 use super::machine::Machine;
+use super::plot;
 
-/// Writes `NAME.json`.
+/// Writes `NAME.json` and `NAME.svg`.
 ///
 /// # Errors
 /// What the file system says.
@@ -19,7 +20,8 @@ pub fn write_one(out: &Path, figure: &Figure, machine: &Machine, settings: &Sett
     all["machine"] = machine.json();
     all["quick"] = settings.quick.into();
     let text = serde_json::to_string_pretty(&all)?;
-    write(&out.join(format!("{}.json", figure.name)), &(text + "\n"))
+    write(&out.join(format!("{}.json", figure.name)), &(text + "\n"))?;
+    write(&out.join(format!("{}.svg", figure.name)), &plot::svg(figure)?)
 }
 
 /// Writes `results.md`.

@@ -18,7 +18,7 @@ struct Arguments {
     /// Fewer and shorter rounds: to see that all works, not to quote
     #[arg(long)]
     quick: bool,
-    /// Write NAME.json and results.md into this directory
+    /// Write NAME.json, NAME.svg and results.md into this directory
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
