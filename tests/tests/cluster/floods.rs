@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use helix_runner::{AttemptDir, AttemptState, inspect};
 use helix_tests::cluster::{Cluster, Said, Shape, alive, peak_resident_kib, wait_for};
 use std::time::Duration;
 
@@ -75,8 +76,13 @@ impl Peaks {
         let spool = bytes_below(&agent.data_dir.join("attempts"), &|name| name.starts_with("log"));
         self.spool_bytes = self.spool_bytes.max(spool);
         self.live_bytes = self.live_bytes.max(bytes_below(&coordinator.data_dir.join("logs"), &|_| true));
-        let runners = cluster.processes().into_iter().filter(|(_, line)| line.contains("helix-runner"));
-        let peak = runners.filter_map(|(pid, _)| peak_resident_kib(pid)).max().unwrap_or(0);
+        // A runner shows its files to nobody but root, so its attempt's directory tells which process it is.
+        let attempts = fs::read_dir(agent.data_dir.join("attempts")).into_iter().flatten().flatten();
+        let runner = |attempt: fs::DirEntry| match inspect(&AttemptDir::new(attempt.path())).ok()? {
+            AttemptState::Running { pid } => peak_resident_kib(i32::try_from(pid).ok()?),
+            _ => None,
+        };
+        let peak = attempts.filter_map(runner).max().unwrap_or(0);
         self.runner_kib = self.runner_kib.max(peak);
     }
 }
