@@ -1,6 +1,7 @@
 //! Builders for these tests: commands, stores in temporary directories, and nodes that talk over real TLS on loopback.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::node_dir::{NodeDir, NodeDirError, init};
 use crate::peers::Peers;
-use crate::raft::{Options, Started, Timing, start};
+use crate::raft::{Options, StartError, Started, Timing, start};
 use crate::registry::{COMMAND_FORMAT, Consistency, ProposeError, Registry};
 
 /// Longer than anything here takes, on a machine that does much else.
@@ -152,8 +153,18 @@ impl Cluster {
         let dir = Arc::new(NodeDir::open(&self.path(node)).unwrap());
         let tls = self.tls(node);
         let listener = accept::bind(self.addresses[&node]).await.unwrap();
-        let Started { registry, peers, raft, peer, task, .. } =
-            start(dir, Arc::clone(&tls), self.options(node)).await.unwrap();
+        let began = Instant::now();
+        let Started { registry, peers, raft, peer, task, .. } = loop {
+            match start(Arc::clone(&dir), Arc::clone(&tls), self.options(node)).await {
+                // Tasks of the library let go of the log a moment after a node has stopped; the end of a process takes them with it.
+                Err(StartError::Io { source, .. })
+                    if source.kind() == ErrorKind::WouldBlock && began.elapsed() < PATIENCE =>
+                {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                started => break started.unwrap(),
+            }
+        };
         let stop = CancellationToken::new();
         let server = {
             let stop = stop.clone();
