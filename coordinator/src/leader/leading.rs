@@ -170,8 +170,11 @@ impl Leading {
     pub(crate) fn mark_late(&mut self, now: LogTime) {
         let interval_ms = self.settings.heartbeat_interval_ms;
         let mut dead = Vec::new();
+        // Both are in the order of names: thousands are looked at each time.
+        let mut known = self.liveness.workers.iter_mut().peekable();
         for (worker, session) in self.sessions.ready() {
-            let Some(live) = self.liveness.workers.get_mut(worker) else { continue };
+            while known.next_if(|(name, _)| *name < worker).is_some() {}
+            let Some((_, live)) = known.next_if(|(name, _)| *name == worker) else { continue };
             if !is_late(live.last_seen, now, interval_ms) {
                 continue;
             }

@@ -177,7 +177,7 @@ impl Crowd {
         let shared = Arc::new(Shared {
             attached: AtomicUsize::new(0),
             beats: AtomicU64::new(0),
-            pace_ms: AtomicU64::new(0),
+            pace_ms: AtomicU64::new(millis(FIRST_PACE)),
             round: Mutex::new(Round { number: 1, since: Instant::now(), times }),
         });
         let mut tasks = JoinSet::new();
@@ -265,10 +265,14 @@ async fn answer(
         }
         let pace = told.borrow().as_ref().map_or(FIRST_PACE, |settings| settings.heartbeat_interval);
         if pace != beat.period() {
-            shared.pace_ms.store(u64::try_from(pace.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            shared.pace_ms.store(millis(pace), Ordering::Relaxed);
             beat = paced(pace);
         }
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn hello(name: &str) -> Hello {

@@ -7,7 +7,7 @@
 use helix_model::{LogTime, WorkerName};
 
 use crate::command::LoseWorker;
-use crate::liveness::{Brake, InFlight, Liveness};
+use crate::liveness::{Brake, InFlight, Liveness, WorkerLiveness};
 use crate::record::{Standing, WorkerRecord};
 use crate::state::State;
 
@@ -24,10 +24,7 @@ const BRAKE_SHARE: usize = 10;
 #[must_use]
 pub fn brake(state: &State, liveness: &Liveness, now: LogTime) -> Option<Brake> {
     let lease = state.policy.worker_lease_ms;
-    let any_lapsed = state.index.present.iter().any(|name| silence(state, liveness, name, now) >= lease);
-    if !any_lapsed {
-        return None;
-    }
+    lapsed(state, liveness, now).next()?;
     if let Some(brake) = &liveness.brake {
         let away = brake.watched.iter().filter(|name| is_away(state, liveness, name, now)).count();
         return (away * 2 > brake.watched.len()).then(|| brake.clone());
@@ -45,20 +42,20 @@ pub fn brake(state: &State, liveness: &Liveness, now: LogTime) -> Option<Brake> 
 
 /// Workers to be declared lost now.
 pub(super) fn losses(state: &State, in_flight: &InFlight, liveness: &Liveness, now: LogTime) -> Vec<LoseWorker> {
-    let lease = state.policy.worker_lease_ms;
     let loss = |worker: &WorkerRecord| LoseWorker { worker: worker.name.clone(), instance: worker.instance.clone() };
     let free = |name: &&WorkerName| !in_flight.workers.contains(*name);
     // Who said when it would be back is not part of any riddle.
     let overdue = state.index.detached.iter().take_while(|(until, _)| *until <= now).map(|(_, name)| name);
     let mut lost: Vec<LoseWorker> =
         overdue.filter(free).filter_map(|name| state.worker(name)).map(|worker| loss(worker)).collect();
-    let allowed = match brake(state, liveness, now) {
-        None => usize::MAX,
-        Some(brake) => allowance(state, in_flight, &brake, now),
-    };
-    let lapsed = state.index.present.iter().filter(|name| silence(state, liveness, name, now) >= lease);
-    let lapsed = lapsed.filter(free).filter_map(|name| state.worker(name)).take(allowed);
-    lost.extend(lapsed.map(|worker| loss(worker)));
+    let mut lapsed = lapsed(state, liveness, now).filter(|worker| free(&&worker.name)).peekable();
+    if lapsed.peek().is_some() {
+        let allowed = match brake(state, liveness, now) {
+            None => usize::MAX,
+            Some(brake) => allowance(state, in_flight, &brake, now),
+        };
+        lost.extend(lapsed.take(allowed).map(loss));
+    }
     lost
 }
 
@@ -81,11 +78,34 @@ fn silence(state: &State, liveness: &Liveness, name: &WorkerName, now: LogTime) 
 }
 
 fn last_heard(state: &State, liveness: &Liveness, name: &WorkerName) -> LogTime {
-    let worker = state.worker(name);
-    let live = liveness.workers.get(name).filter(|live| worker.is_some_and(|w| w.instance == live.instance));
+    match state.worker(name) {
+        Some(worker) => last_heard_of(worker, liveness.workers.get(name), liveness),
+        None => liveness.leader_since,
+    }
+}
+
+fn last_heard_of(worker: &WorkerRecord, live: Option<&WorkerLiveness>, liveness: &Liveness) -> LogTime {
+    let live = live.filter(|live| live.instance == worker.instance);
     // A registration is a sign of life, too; its session may not be noted yet.
-    let registered = worker.map_or(LogTime(0), |worker| worker.registered_at);
-    live.map_or(liveness.leader_since, |live| live.last_seen).max(registered)
+    live.map_or(liveness.leader_since, |live| live.last_seen).max(worker.registered_at)
+}
+
+/// The workers that have a lease, by name, and when each was last heard. Every look at the clock asks for this, of thousands:
+/// it is one walk along two maps of the same order.
+fn heard<'a>(state: &'a State, liveness: &'a Liveness) -> impl Iterator<Item = (&'a WorkerRecord, LogTime)> {
+    let mut known = liveness.workers.iter().peekable();
+    let present = state.workers().filter(|worker| worker.standing == Standing::Present);
+    present.map(move |worker| {
+        while known.next_if(|(name, _)| **name < worker.name).is_some() {}
+        let live = known.next_if(|(name, _)| **name == worker.name).map(|(_, live)| live);
+        (&**worker, last_heard_of(worker, live, liveness))
+    })
+}
+
+/// Those whose lease is over.
+fn lapsed<'a>(state: &'a State, liveness: &'a Liveness, now: LogTime) -> impl Iterator<Item = &'a WorkerRecord> {
+    let lease = state.policy.worker_lease_ms;
+    heard(state, liveness).filter(move |(_, at)| now.since_ms(*at) >= lease).map(|(worker, _)| worker)
 }
 
 /// Lost, or silent for half a lease: longer than any heartbeat's interval.
@@ -97,5 +117,58 @@ fn is_away(state: &State, liveness: &Liveness, name: &WorkerName, now: LogTime) 
 /// When the next lease lapses.
 pub(super) fn next(state: &State, liveness: &Liveness) -> Option<LogTime> {
     let lease = state.policy.worker_lease_ms;
-    state.index.present.iter().map(|name| last_heard(state, liveness, name).plus_ms(lease)).min()
+    heard(state, liveness).map(|(_, at)| at.plus_ms(lease)).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use helix_model::{Executor, Instance, Platform};
+
+    use super::*;
+    use crate::command::{Command, RegisterWorker, WorkerOffer};
+    use crate::liveness::SessionState;
+    use crate::record::Applied;
+
+    #[test]
+    fn the_walk_finds_for_each_worker_what_a_lookup_finds() {
+        let (mut state, mut liveness) = (State::default(), Liveness::default());
+        liveness.leader_since = LogTime(50);
+        let name = |text: &str| WorkerName::new(text).unwrap();
+        let offer = WorkerOffer {
+            capacity: 1,
+            platforms: [Platform::new("linux/amd64").unwrap()].into(),
+            executors: [Executor::Exec].into(),
+            ..WorkerOffer::default()
+        };
+        for number in 0..8_u64 {
+            let (worker, instance) = (name(&format!("w{number}")), Instance::new("d.b").unwrap());
+            let register = RegisterWorker { worker, instance, offer: offer.clone() };
+            state.apply(LogTime(10 * number), &Command::RegisterWorker(register), &mut Applied::default());
+        }
+        // Some were never heard, one in another life, and some that were heard have no row.
+        for (seen, (text, instance)) in (100..).zip([
+            ("a", "d.b"),
+            ("w0", "d.b"),
+            ("w1", "d.c"),
+            ("w3", "d.b"),
+            ("w35", "d.b"),
+            ("w7", "d.b"),
+            ("x", "d.b"),
+        ]) {
+            let live = WorkerLiveness {
+                instance: Instance::new(instance).unwrap(),
+                session: SessionState::Open,
+                last_seen: LogTime(seen),
+                pressure: String::new(),
+                silent_ms: std::collections::BTreeMap::new(),
+            };
+            liveness.workers.insert(name(text), live);
+        }
+        let walked: Vec<_> = heard(&state, &liveness).map(|(worker, at)| (worker.name.clone(), at)).collect();
+        let looked_up: Vec<_> =
+            state.index.present.iter().map(|name| (name.clone(), last_heard(&state, &liveness, name))).collect();
+        assert_eq!(walked, looked_up);
+        let times: Vec<u64> = walked.iter().map(|(_, at)| at.0).collect();
+        assert_eq!(times, [101, 50, 50, 103, 50, 50, 60, 105]);
+    }
 }
