@@ -22,6 +22,7 @@ pub mod placement;
 mod plot;
 mod registry;
 pub mod report;
+mod slurm;
 pub mod submit;
 pub mod worker_loss;
 

@@ -1,4 +1,5 @@
-//! Builds that do nothing, from submit to a terminal state: how many a second beside HyperQueue, and how long one takes.
+//! Builds that do nothing, from submit to a terminal state: how many a second beside HyperQueue and Slurm, and how long one takes
+//! beside `srun`.
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use super::figure::{Figure, Pair, Row, Times, Unit, per_second};
 use super::hyperqueue::HyperQueue;
 use super::limits;
 use super::ours::{Ours, no_op, until_idle};
+use super::slurm::{self, Slurm};
 use crate::cluster::Shape;
 
 /// Agents, and slots of each; the peer has one worker with as many slots as they together.
@@ -36,16 +38,22 @@ pub fn rate(settings: &Settings) -> anyhow::Result<Figure> {
     let _entered = runtime.enter();
     let count = settings.rounds(5000, 1000);
     let peer = HyperQueue::find();
-    let (mut rates, mut costs, mut syncs) = (Vec::new(), Vec::new(), Vec::new());
+    let described = slurm::describe();
+    let slots = u32::from(AGENTS) * SLOTS;
+    // It is slow: so many take as long as all of ours.
+    let few = settings.rounds(200, 50);
+    let (mut rates, mut slow, mut costs, mut syncs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..settings.rounds(5, 3) {
         let other = |turn: bool| match &peer {
-            Ok(peer) if turn => peer.run(count, u32::from(AGENTS) * SLOTS).map(Some),
+            Ok(peer) if turn => peer.run(count, slots).map(Some),
             _ => Ok(None),
         };
         let early = other(round % 2 == 1)?;
         let (own, synced) = ours(&runtime, count)?;
         let late = other(round % 2 == 0)?;
         let other = early.or(late);
+        let slurm = described.is_ok().then(|| Slurm::start(slots)?.batch(few)).transpose()?;
+        slow.push(Pair { ours: own.rate, peer: slurm });
         rates.push(Pair { ours: own.rate, peer: other.as_ref().map(|turn| turn.rate) });
         costs.push(Pair { ours: own.cpu_ms, peer: other.as_ref().map(|turn| turn.cpu_ms) });
         syncs.push(synced);
@@ -58,12 +66,18 @@ pub fn rate(settings: &Settings) -> anyhow::Result<Figure> {
     let cost = Row::new("processor time a build, all processes", Unit::Ms, costs);
     Ok(Figure {
         name: "no-op-rate",
-        peer: peer.map_or_else(|absent| absent, |peer| peer.describe()),
-        rows: vec![rate, cost.limit(1000.0 * cores / limit, "that of one /bin/true, started and waited for")],
+        peer: [peer.map_or_else(|absent| absent, |peer| peer.describe()), described.unwrap_or_else(|absent| absent)]
+            .join("; "),
+        rows: vec![
+            rate,
+            Row::new("builds, beside Slurm", Unit::PerSecond, slow),
+            cost.limit(1000.0 * cores / limit, "that of one /bin/true, started and waited for"),
+        ],
         times: Vec::new(),
-        history: format!("all {count} builds of each turn succeeded, on both sides"),
+        history: format!("all {count} builds of each turn succeeded, on each side"),
         notes: vec![
-            format!("{AGENTS} agents of {SLOTS} slots; the peer has one worker with as many as both"),
+            format!("{AGENTS} agents of {SLOTS} slots; a peer has one worker with as many as both"),
+            format!("Slurm: an array of {few}, from its submit until its queue is empty"),
             format!("{syncs:.2} log syncs a build over all our coordinators"),
         ],
     })
@@ -105,32 +119,38 @@ pub fn latency(settings: &Settings) -> anyhow::Result<Figure> {
     let runtime = runtime()?;
     let _entered = runtime.enter();
     let ours = Ours::start(&Shape::default())?;
-    let mut times = Times::new("ours: submit to result known");
+    let described = slurm::describe();
+    let peer = described.is_ok().then(|| Slurm::start(u32::from(AGENTS) * SLOTS)).transpose()?;
+    let (mut times, mut theirs) = (Times::new("ours: submit to result known"), Times::new("srun: start to end"));
     let target = ours.leader(1)?;
-    runtime.block_on(async {
-        let mut client = BuildServiceClient::new(target.channel(0));
-        for _ in 0..settings.rounds(500, 100) {
-            let id = new_key();
-            let started = Instant::now();
+    let mut client = BuildServiceClient::new(target.channel(0));
+    for round in 0..settings.rounds(500, 100) {
+        let id = new_key();
+        let started = Instant::now();
+        let ended = runtime.block_on(async {
             client.submit_build(submit_of_spec(&no_op(), &id)).await?;
             let wait = v1::WaitBuildRequest { build_id: id, timeout_ms: 30_000 };
-            let ended = client.wait_build(wait).await?.into_inner();
-            ensure!(ended.state == "succeeded", "{ended:?}");
-            times.add(started.elapsed());
+            Ok::<_, tonic::Status>(client.wait_build(wait).await?.into_inner())
+        })?;
+        times.add(started.elapsed());
+        ensure!(ended.state == "succeeded", "{ended:?}");
+        // One in five, for it takes long.
+        if let Some(peer) = peer.as_ref().filter(|_| round % 5 == 0) {
+            theirs.add(peer.one()?);
         }
-        Ok(())
-    })?;
+    }
     let limit = limits::start_ms()? + 2.0 * (limits::sync_ms(&std::env::temp_dir())? + limits::round_trip_ms()?);
     let row = |what, percentile| {
-        let row = Row::new(what, Unit::Ms, vec![Pair { ours: times.ms(percentile), peer: None }]);
+        let other = peer.as_ref().map(|_| theirs.ms(percentile));
+        let row = Row::new(what, Unit::Ms, vec![Pair { ours: times.ms(percentile), peer: other }]);
         row.limit(limit, "/bin/true started and waited for, and two syncs with a round trip each")
     };
     Ok(Figure {
         name: "no-op-latency",
-        peer: "none is driven".to_owned(),
         rows: vec![row("p50", 50.0), row("p99", 99.0)],
-        times: vec![times],
-        history: "every build succeeded".to_owned(),
-        notes: Vec::new(),
+        times: std::iter::once(times).chain(peer.is_some().then_some(theirs)).collect(),
+        peer: described.map_or_else(|absent| absent, |slurm| format!("srun of {slurm}")),
+        history: "every build succeeded, and every srun exited with 0".to_owned(),
+        notes: vec!["a pair is of the percentiles of all; one srun after each fifth build".to_owned()],
     })
 }
