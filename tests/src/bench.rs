@@ -5,6 +5,7 @@
 //! afterwards. A peer that is not installed is said to be absent, with the step that installs it; nothing fails for it.
 
 pub mod artifact_rate;
+mod buildbot;
 pub mod drive;
 pub mod etcd;
 pub mod fail_over;

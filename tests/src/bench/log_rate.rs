@@ -1,4 +1,4 @@
-//! One build's log, from its command to a reader that follows it: how many bytes a second, and how late a line is.
+//! One build's log, from its command to a reader that follows it: how many bytes a second beside Buildbot, and how late a line is.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -12,6 +12,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use super::Settings;
+use super::buildbot::Buildbot;
 use super::drive::{DEADLINE, new_key, runtime};
 use super::figure::{Figure, Pair, Row, Times, Unit};
 use super::limits;
@@ -35,6 +36,8 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let leader = ours.cluster.leader().grpc.context("a coordinator has an endpoint")?;
     let channel = ours.channel(&leader, Traffic::Bulk)?;
     let lines = settings.rounds(2_000_000, 100_000);
+    // It is slow: so many take longer than all of ours.
+    let (peer, few) = (Buildbot::find(), settings.rounds(475_000, 50_000));
     let mut pairs = Vec::new();
     for _ in 0..settings.rounds(5, 2) {
         // A moment for the reader to be there first.
@@ -49,7 +52,8 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
         ensure!(count == lines, "{count} lines of {lines} came");
         let bytes = (lines * (LINE.len() + 1)) as f64;
         let took = first.context("a line came")?.elapsed();
-        pairs.push(Pair { ours: bytes / took.as_secs_f64() / 1e6, peer: None });
+        let other = peer.as_ref().ok().map(|peer| peer.log(few, LINE)).transpose()?;
+        pairs.push(Pair { ours: bytes / took.as_secs_f64() / 1e6, peer: other });
     }
     let mut late = Times::new("line printed to line read");
     let script = format!("sleep 1; for i in $(seq {DATED}); do date +%s%N; sleep 0.01; done");
@@ -66,7 +70,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let rate = Row::new("lines of 80 characters, printed to read", Unit::MegabytesPerSecond, pairs);
     Ok(Figure {
         name: "log-rate",
-        peer: "none is driven".to_owned(),
+        peer: peer.map_or_else(|absent| absent, |peer| peer.describe()),
         rows: vec![
             rate.limit(disk, "written one after the other to this disk, and synced"),
             row("line to reader, p50", 50.0).limit(trip, "one loopback round trip"),
@@ -74,7 +78,10 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
         ],
         times: vec![late],
         history: "every line came once, in order and as it was printed".to_owned(),
-        notes: vec![format!("{lines} lines a turn, from the first line that was read to the log's end")],
+        notes: vec![
+            format!("{lines} lines a turn, from the first line that was read to the log's end"),
+            format!("Buildbot: {few} lines a turn, until the master's database has the last"),
+        ],
     })
 }
 
