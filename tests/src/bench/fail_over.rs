@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use super::Settings;
 use super::drive::{Replicated, new_key, runtime};
 use super::etcd::{self, Etcd};
-use super::figure::{Figure, Pair, Row, Times, Unit, ms};
+use super::figure::{Figure, Goal, Pair, Row, Times, Unit, ms};
 use super::limits;
 use super::ours::Ours;
 use crate::cluster::Shape;
@@ -79,7 +79,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     }
     // A vote and an entry, each synced by a majority that is one round trip away.
     let limit = 2.0 * (limits::sync_ms(&std::env::temp_dir())? + limits::round_trip_ms()?);
-    let row = Row::new("kill to next acknowledged write", Unit::Ms, pairs);
+    let row = Row::new("kill to next acknowledged write", Unit::Ms, pairs).goal(Goal::Ratio(0.2));
     let worst = |side: &Side| side.times.ms(100.0);
     Ok(Figure {
         name: "fail-over",

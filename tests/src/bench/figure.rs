@@ -78,6 +78,15 @@ impl Pair {
     }
 }
 
+/// What a row is to come to: at least that of a rate, at most that of all else.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Goal {
+    /// Our median, in the row's unit.
+    Value(f64),
+    /// The median of the pairs' ratios.
+    Ratio(f64),
+}
+
 /// One thing that was measured.
 #[derive(Clone, Debug)]
 pub struct Row {
@@ -89,12 +98,14 @@ pub struct Row {
     pub pairs: Vec<Pair>,
     /// What the machine itself allows, and what that is.
     pub limit: Option<(f64, &'static str)>,
+    /// What it is to come to.
+    pub goals: Vec<Goal>,
 }
 
 impl Row {
     /// A row of pairs.
     pub fn new(what: impl Into<String>, unit: Unit, pairs: Vec<Pair>) -> Self {
-        Self { what: what.into(), unit, pairs, limit: None }
+        Self { what: what.into(), unit, pairs, limit: None, goals: Vec::new() }
     }
 
     /// With the machine's limit.
@@ -102,6 +113,29 @@ impl Row {
     pub fn limit(mut self, value: f64, what: &'static str) -> Self {
         self.limit = Some((value, what));
         self
+    }
+
+    /// With what it is to come to, besides other goals.
+    #[must_use]
+    pub fn goal(mut self, goal: Goal) -> Self {
+        self.goals.push(goal);
+        self
+    }
+
+    /// Each goal in words, and whether it is met.
+    #[must_use]
+    pub fn verdicts(&self) -> Vec<String> {
+        let side = if self.unit.more_is_better() { "at least" } else { "at most" };
+        let verdict = |goal: &Goal| {
+            let (found, wanted, words) = match *goal {
+                Goal::Value(wanted) => (self.ours(), wanted, self.unit.show(Some(wanted))),
+                Goal::Ratio(wanted) => (self.ratio(), wanted, format!("a ratio of {wanted:.2}")),
+            };
+            let met = found.map(|found| if self.unit.more_is_better() { found >= wanted } else { found <= wanted });
+            let verdict = met.map_or("not known", |met| if met { "met" } else { "missed" });
+            format!("{side} {words}: {verdict}")
+        };
+        self.goals.iter().map(verdict).collect()
     }
 
     /// Our median.
@@ -140,6 +174,7 @@ impl Row {
             "what": self.what, "unit": self.unit.word(), "more_is_better": self.unit.more_is_better(),
             "ours": self.ours(), "peer": self.peer(), "ratio": self.ratio(), "worst_ratio": self.worst(),
             "limit": self.limit.map(|(value, what)| json!({"value": value, "what": what})), "pairs": pairs,
+            "goals": self.verdicts(),
         })
     }
 }
@@ -250,6 +285,9 @@ impl Figure {
             }
         }
         self.rows.iter().skip(1).for_each(|row| println!("  {} {row}", row.what));
+        for row in &self.rows {
+            row.verdicts().iter().for_each(|verdict| println!("  goal of {}: {verdict}", row.what));
+        }
         if let Some(row) = self.rows.first() {
             println!("{} {row}", self.name);
         }
@@ -308,6 +346,17 @@ mod tests {
         let alone = Row::new("it", Unit::Ms, vec![Pair { ours: 1234.5, peer: None }]);
         assert_eq!(alone.to_string(), "ours=1234ms peer=- ratio=- limit=-");
         assert_eq!(Row::new("it", Unit::Ms, Vec::new()).to_string(), "ours=- peer=- ratio=- limit=-");
+    }
+
+    #[test]
+    fn goals_are_met_from_the_side_that_is_better() {
+        let words = |row: Row| row.verdicts().join(", ");
+        let both = |unit, value, ratio| words(row(unit).goal(Goal::Value(value)).goal(Goal::Ratio(ratio)));
+        assert_eq!(both(Unit::PerSecond, 9.5, 2.1), "at least 9.500/s: met, at least a ratio of 2.10: missed");
+        assert_eq!(both(Unit::Ms, 9.4, 2.0), "at most 9.400ms: missed, at most a ratio of 2.00: met");
+        let alone = Row::new("it", Unit::Ms, vec![Pair { ours: 1.0, peer: None }]);
+        assert_eq!(words(alone.goal(Goal::Ratio(0.5))), "at most a ratio of 0.50: not known");
+        assert_eq!(words(row(Unit::Ms)), "");
     }
 
     #[test]

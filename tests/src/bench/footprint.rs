@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use super::Settings;
 use super::drive::{new_key, runtime};
 use super::etcd::{self, Etcd};
-use super::figure::{Figure, Pair, Row, Unit};
+use super::figure::{Figure, Goal, Pair, Row, Unit};
 use super::ours::{Ours, no_op, until_idle};
 use crate::cluster::Shape;
 
@@ -42,10 +42,12 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let members = peer.as_ref().map(Etcd::pids).unwrap_or_default();
     let groups = [&coordinators, &agents, &members];
     let mut rows = [
-        Row::new("memory of a coordinator, idle, beside an etcd member", Unit::Mebibytes, Vec::new()),
-        Row::new("memory of an agent, idle", Unit::Mebibytes, Vec::new()),
-        Row::new("processor time of a coordinator, idle, beside an etcd member", Unit::PercentOfCore, Vec::new()),
-        Row::new("processor time of an agent, idle", Unit::PercentOfCore, Vec::new()),
+        Row::new("memory of a coordinator, idle, beside an etcd member", Unit::Mebibytes, Vec::new())
+            .goal(Goal::Value(40.0)),
+        Row::new("memory of an agent, idle", Unit::Mebibytes, Vec::new()).goal(Goal::Value(12.0)),
+        Row::new("processor time of a coordinator, idle, beside an etcd member", Unit::PercentOfCore, Vec::new())
+            .goal(Goal::Value(0.2)),
+        Row::new("processor time of an agent, idle", Unit::PercentOfCore, Vec::new()).goal(Goal::Value(0.2)),
     ];
     for _ in 0..WINDOWS {
         let before = groups.map(|group| mean(group, busy_ns));
@@ -64,7 +66,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     drop(peer);
     let (count, disk) = disk_of_builds(&runtime, &ours, settings.rounds(2000, 300))?;
     let mut rows = rows.to_vec();
-    rows.push(Row::new("disk of a finished build, on each coordinator", Unit::Bytes, disk));
+    rows.push(Row::new("disk of a finished build, on each coordinator", Unit::Bytes, disk).goal(Goal::Value(1536.0)));
     let after = mean(&coordinators, |pid| resident_kib(pid).map(|kib| kib / 1024.0));
     Ok(Figure {
         name: "footprint",

@@ -30,7 +30,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use super::Settings;
 use super::drive::{DEADLINE, Replicated as _};
-use super::figure::{Figure, Pair, Row, Times, Unit, ms};
+use super::figure::{Figure, Goal, Pair, Row, Times, Unit, ms};
 use super::ours::{Ours, cpu_seconds};
 use crate::cluster::Shape;
 
@@ -75,9 +75,11 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
         name: "idle-agents",
         peer: "none is driven".to_owned(),
         rows: vec![
-            Row::new(format!("the leader's processor time with {count} agents"), Unit::PercentOfCore, idle),
+            Row::new(format!("the leader's processor time with {count} agents"), Unit::PercentOfCore, idle)
+                .goal(Goal::Value(10.0)),
             Row::new("leader killed to all attached to the next", Unit::Ms, vec![seconds])
-                .limit(ms(LEASE), "the lease: later ones would be taken for lost"),
+                .limit(ms(LEASE), "the lease: later ones would be taken for lost")
+                .goal(Goal::Value(15_000.0)),
         ],
         times: vec![first, again],
         history: format!(

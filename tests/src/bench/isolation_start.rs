@@ -12,7 +12,7 @@ use helix_runner::isolation::{Entry, Isolation, Network, Tool};
 use helix_runner::{AttemptDir, End, Order, Outcome, Privileges, User};
 
 use super::Settings;
-use super::figure::{Figure, Pair, Row, Times, Unit};
+use super::figure::{Figure, Goal, Pair, Row, Times, Unit};
 use crate::cluster::programs;
 
 /// Podman takes half a second: once in so many rounds is enough for a median.
@@ -55,7 +55,8 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let [exec, peer, bare, own, contained] = [0, 1, 2, 3, 4].map(|part| times[part].ms(50.0));
     let ours = own - bare;
     let pair = |peer: Option<f64>| vec![Pair { ours, peer }];
-    let mut rows = vec![Row::new("beyond bare exec", Unit::Ms, pair(bubblewrap.then_some(peer - exec)))];
+    let mut rows =
+        vec![Row::new("beyond bare exec", Unit::Ms, pair(bubblewrap.then_some(peer - exec))).goal(Goal::Ratio(0.5))];
     let mut notes = vec!["the pair is of medians of all rounds, which were made in turns".to_owned()];
     match container {
         Some(_) => rows.push(Row::new("beyond bare exec, beside podman run", Unit::Ms, pair(Some(contained - exec)))),

@@ -14,7 +14,7 @@ use tonic::transport::Channel;
 use super::Settings;
 use super::buildbot::Buildbot;
 use super::drive::{DEADLINE, new_key, runtime};
-use super::figure::{Figure, Pair, Row, Times, Unit};
+use super::figure::{Figure, Goal, Pair, Row, Times, Unit};
 use super::limits;
 use super::ours::Ours;
 use crate::cluster::Shape;
@@ -72,9 +72,11 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
         name: "log-rate",
         peer: peer.map_or_else(|absent| absent, |peer| peer.describe()),
         rows: vec![
-            rate.limit(disk, "written one after the other to this disk, and synced"),
+            rate.limit(disk, "written one after the other to this disk, and synced")
+                .goal(Goal::Value(150.0))
+                .goal(Goal::Ratio(35.0)),
             row("line to reader, p50", 50.0).limit(trip, "one loopback round trip"),
-            row("line to reader, p99", 99.0).limit(trip, "one loopback round trip"),
+            row("line to reader, p99", 99.0).limit(trip, "one loopback round trip").goal(Goal::Value(50.0)),
         ],
         times: vec![late],
         history: "every line came once, in order and as it was printed".to_owned(),

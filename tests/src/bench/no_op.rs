@@ -12,7 +12,7 @@ use tokio::runtime::Runtime;
 
 use super::Settings;
 use super::drive::{new_key, runtime};
-use super::figure::{Figure, Pair, Row, Times, Unit, per_second};
+use super::figure::{Figure, Goal, Pair, Row, Times, Unit, per_second};
 use super::hyperqueue::HyperQueue;
 use super::limits;
 use super::ours::{Ours, no_op, until_idle};
@@ -61,8 +61,9 @@ pub fn rate(settings: &Settings) -> anyhow::Result<Figure> {
     let limit = limits::starts_per_second()?;
     let cores = std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64);
     let syncs = super::figure::median(syncs).unwrap_or_default();
-    let rate =
-        Row::new("builds", Unit::PerSecond, rates).limit(limit, "/bin/true started and waited for, on all cores");
+    let rate = Row::new("builds", Unit::PerSecond, rates)
+        .limit(limit, "/bin/true started and waited for, on all cores")
+        .goal(Goal::Ratio(2.0));
     let cost = Row::new("processor time a build, all processes", Unit::Ms, costs);
     Ok(Figure {
         name: "no-op-rate",
@@ -70,7 +71,7 @@ pub fn rate(settings: &Settings) -> anyhow::Result<Figure> {
             .join("; "),
         rows: vec![
             rate,
-            Row::new("builds, beside Slurm", Unit::PerSecond, slow),
+            Row::new("builds, beside Slurm", Unit::PerSecond, slow).goal(Goal::Ratio(30.0)),
             cost.limit(1000.0 * cores / limit, "that of one /bin/true, started and waited for"),
         ],
         times: Vec::new(),
@@ -147,7 +148,7 @@ pub fn latency(settings: &Settings) -> anyhow::Result<Figure> {
     };
     Ok(Figure {
         name: "no-op-latency",
-        rows: vec![row("p50", 50.0), row("p99", 99.0)],
+        rows: vec![row("p50", 50.0).goal(Goal::Value(5.0)), row("p99", 99.0)],
         times: std::iter::once(times).chain(peer.is_some().then_some(theirs)).collect(),
         peer: described.map_or_else(|absent| absent, |slurm| format!("srun of {slurm}")),
         history: "every build succeeded, and every srun exited with 0".to_owned(),

@@ -14,7 +14,7 @@ use helix_core::{
 use helix_model::{BuildId, BuildSpec, Digest, Executor, Instance, LogTime, Platform, WorkerName};
 
 use super::Settings;
-use super::figure::{Figure, Pair, Row, Unit, median, per_second};
+use super::figure::{Figure, Goal, Pair, Row, Unit, median, per_second};
 use super::ours::no_op;
 
 const WORKERS: usize = 5_000;
@@ -51,7 +51,11 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     Ok(Figure {
         name: "placement",
         peer: "none is driven".to_owned(),
-        rows: vec![Row::new(format!("{QUEUED} builds onto {WORKERS} workers"), Unit::PerSecond, pairs)],
+        rows: vec![
+            Row::new(format!("{QUEUED} builds onto {WORKERS} workers"), Unit::PerSecond, pairs)
+                // Ten times what Kubernetes asks of its own scheduler.
+                .goal(Goal::Value(8_100.0)),
+        ],
         times: Vec::new(),
         history: "every build was placed, no placement was refused, and the state's invariants held".to_owned(),
         notes: vec![format!("the first tenth at {first:.0}/s, the last at {last:.0}/s")],

@@ -47,7 +47,9 @@ fn table(figures: &[(Figure, Machine)], settings: &Settings) -> anyhow::Result<S
     text.push_str(
         "Medians of pairs taken in turns; a ratio is ours to the peer's, `worst` the pair that is worst for us.\n\n",
     );
-    text.push_str("| name | what | ours | peer | ratio | worst | limit | pairs |\n|---|---|---|---|---|---|---|---|\n");
+    text.push_str(
+        "| name | what | ours | peer | ratio | worst | limit | pairs | goal |\n|---|---|---|---|---|---|---|---|---|\n",
+    );
     for (figure, _) in figures {
         for row in &figure.rows {
             writeln!(text, "| {} | {} | {} |", figure.name, row.what, cells(row).join(" | "))?;
@@ -68,9 +70,9 @@ fn table(figures: &[(Figure, Machine)], settings: &Settings) -> anyhow::Result<S
     Ok(text)
 }
 
-fn cells(row: &Row) -> [String; 6] {
+fn cells(row: &Row) -> [String; 7] {
     let ratio = |ratio: Option<f64>| ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
     let limit = row.unit.show(row.limit.map(|(value, _)| value));
     let (ours, peer) = (row.unit.show(row.ours()), row.unit.show(row.peer()));
-    [ours, peer, ratio(row.ratio()), ratio(row.worst()), limit, row.pairs.len().to_string()]
+    [ours, peer, ratio(row.ratio()), ratio(row.worst()), limit, row.pairs.len().to_string(), row.verdicts().join("; ")]
 }

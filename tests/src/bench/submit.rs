@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 use super::Settings;
 use super::drive::{Target, new_key, runtime};
 use super::etcd::{self, Etcd};
-use super::figure::{Figure, Pair, Row, Times, Unit, per_second};
+use super::figure::{Figure, Goal, Pair, Row, Times, Unit, per_second};
 use super::limits;
 use super::ours::{Ours, no_op};
 use crate::cluster::Shape;
@@ -124,7 +124,7 @@ pub fn latency(settings: &Settings) -> anyhow::Result<Figure> {
     let turns = in_turns(settings.rounds(5, 3), || ours(&runtime, "one client", drive), || peer(&runtime, drive))?;
     let limit = limits::sync_ms(&std::env::temp_dir())? + limits::round_trip_ms()?;
     let row = |what, percentile| {
-        let row = Row::new(what, Unit::Ms, pairs(&turns, |turn| turn.times.ms(percentile)));
+        let row = Row::new(what, Unit::Ms, pairs(&turns, |turn| turn.times.ms(percentile))).goal(Goal::Ratio(0.5));
         row.limit(limit, "one sync and one loopback round trip")
     };
     Ok(Figure {
@@ -158,8 +158,9 @@ pub fn rate(settings: &Settings) -> anyhow::Result<Figure> {
     let batches = batch_rates.into_iter().zip(peers).map(|(ours, peer)| Pair { ours, peer }).collect();
     let limit = limits::round_trips_per_second()?;
     let words = "exchanges of one byte over loopback on all cores: no answers can be more";
-    let single = Row::new(format!("{CLIENTS} clients"), Unit::PerSecond, pairs(&turns, |turn| turn.rate));
-    let batch = Row::new("by batch stream, beside single puts", Unit::PerSecond, batches);
+    let single =
+        Row::new(format!("{CLIENTS} clients"), Unit::PerSecond, pairs(&turns, |turn| turn.rate)).goal(Goal::Ratio(2.0));
+    let batch = Row::new("by batch stream, beside single puts", Unit::PerSecond, batches).goal(Goal::Ratio(8.0));
     Ok(Figure {
         name: "submit-rate",
         peer: etcd::describe().unwrap_or_else(|absent| absent),

@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 
 use super::Settings;
 use super::drive::{DEADLINE, new_key, runtime};
-use super::figure::{Figure, Pair, Row, Times, Unit, ms};
+use super::figure::{Figure, Goal, Pair, Row, Times, Unit, ms};
 use super::ours::{Ours, exec};
 use crate::cluster::{Member, Shape, signal, wait_for};
 
@@ -45,7 +45,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
         times.add(time);
         pairs.push(Pair { ours: ms(time), peer: None });
     }
-    let row = Row::new("host killed to its build running elsewhere", Unit::Ms, pairs);
+    let row = Row::new("host killed to its build running elsewhere", Unit::Ms, pairs).goal(Goal::Value(3000.0));
     Ok(Figure {
         name: "worker-loss",
         peer: "none is driven: those that there are wait for 10 s and more by default, and were not measured here"
