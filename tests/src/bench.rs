@@ -11,6 +11,7 @@ pub mod etcd;
 pub mod fail_over;
 pub mod figure;
 pub mod footprint;
+pub mod growth;
 mod hyperqueue;
 pub mod idle_agents;
 pub mod isolation_start;
@@ -67,6 +68,7 @@ pub const MEASURES: &[(&str, Measure)] = &[
     ("artifact-rate", artifact_rate::measure),
     ("isolation-start", isolation_start::measure),
     ("footprint", footprint::measure),
+    ("growth", growth::measure),
 ];
 
 /// Measures what is named, prints as it goes, and writes what `--out` asked for.

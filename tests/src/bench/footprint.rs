@@ -119,7 +119,8 @@ fn busy_ns(pid: i32) -> Option<f64> {
     Some(threads.filter_map(time).sum())
 }
 
-fn resident_kib(pid: i32) -> Option<f64> {
+/// Memory of a process that is in core, in KiB.
+pub(super) fn resident_kib(pid: i32) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find(|line| line.starts_with("VmRSS:"))?.split_whitespace().nth(1)?.parse().ok()
 }
