@@ -189,7 +189,7 @@ impl Crowd {
             let shared = Arc::clone(&crowd.shared);
             crowd.tasks.spawn_on(live(name, endpoints, config, shared), runtime.handle());
             crowd.count += 1;
-            if crowd.count % TOGETHER == 0 {
+            if crowd.count.is_multiple_of(TOGETHER) {
                 crowd.attach(runtime)?;
             }
         }
