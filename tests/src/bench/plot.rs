@@ -49,7 +49,14 @@ fn pairs(area: &Area<'_>, name: &str, row: &Row) -> anyhow::Result<()> {
         .x_label_area_size(36)
         .y_label_area_size(64)
         .build_cartesian_2d(0.5..row.pairs.len() as f64 + 0.5, 0.0..greatest * ABOVE)?;
-    chart.configure_mesh().x_desc("turn").y_desc(row.unit.word()).draw()?;
+    let turn = |turn: &f64| format!("{turn:.0}");
+    let mut mesh = chart.configure_mesh();
+    mesh.x_desc("turn")
+        .y_desc(row.unit.word())
+        .x_labels(row.pairs.len())
+        .x_label_formatter(&turn)
+        .max_light_lines(0)
+        .draw()?;
     for (side, color, values) in sides {
         let points = (1..).zip(values).filter_map(|(turn, value)| Some((f64::from(turn), value?)));
         let dots: Vec<_> = points.map(|point| Circle::new(point, 3, color.filled())).collect();
@@ -57,7 +64,9 @@ fn pairs(area: &Area<'_>, name: &str, row: &Row) -> anyhow::Result<()> {
             chart.draw_series(dots)?.label(side).legend(move |at| Circle::new(at, 3, color.filled()));
         }
     }
-    chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE).draw()?;
+    // Values are seldom near zero.
+    let mut legend = chart.configure_series_labels();
+    legend.position(SeriesLabelPosition::LowerRight).border_style(BLACK.mix(0.3)).background_style(WHITE).draw()?;
     Ok(())
 }
 
@@ -83,7 +92,9 @@ fn percentiles(area: &Area<'_>, all: &[Times]) -> anyhow::Result<()> {
         let line = chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?;
         line.label(&times.what).legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
     }
-    chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE).draw()?;
+    // Values are seldom near zero.
+    let mut legend = chart.configure_series_labels();
+    legend.position(SeriesLabelPosition::LowerRight).border_style(BLACK.mix(0.3)).background_style(WHITE).draw()?;
     Ok(())
 }
 
