@@ -22,6 +22,7 @@ pub mod no_op;
 pub mod ours;
 pub mod placement;
 mod plot;
+mod python;
 mod registry;
 pub mod report;
 mod slurm;
