@@ -104,4 +104,8 @@ try:
 finally:
     for process in reversed(daemons):
         process.terminate()
-        process.wait()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,8 +1,8 @@
 //! What more of everything costs: builds a second with few and with many finished builds in the registry, and with few and with
 //! many queued ones; and the memory that each takes.
 //!
-//! Of a pair the right side is ours, too: the same cluster when it was young. Finished builds are cancelled ones, queued ones ask
-//! for a label that no worker has.
+//! Of a pair the right side is ours, too: a cluster with the fewest. Finished builds are cancelled ones, queued ones ask for a label
+//! that no worker has.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -19,12 +19,12 @@ use tonic::transport::Channel;
 
 use super::Settings;
 use super::drive::{DEADLINE, new_key, runtime};
-use super::figure::{Figure, Goal, Pair, Row, Unit, per_second};
+use super::figure::{Figure, Goal, Pair, Row, Unit, median, per_second};
 use super::footprint::resident_kib;
 use super::ours::{Ours, no_op};
 use crate::cluster::Shape;
 
-/// How many there are when the first turns are made, then, and in the end.
+/// How many there are: the fewest first.
 const FINISHED: [u64; 3] = [10, 1_000, 100_000];
 const QUEUED: [u64; 3] = [1, 50_000, 500_000];
 /// As many of a quick run.
@@ -54,51 +54,64 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let (finished, queued) = if settings.quick { (FINISHED_QUICK, QUEUED_QUICK) } else { (FINISHED, QUEUED) };
     let (mut rows, mut notes) = (Vec::new(), Vec::new());
     for (kind, levels) in [(Kind::Finished, finished), (Kind::Queued, queued)] {
-        let (more, note) = grow(&runtime, settings, kind, &levels)?;
+        let (more, note) = grow(&runtime, settings, kind, levels)?;
         rows.extend(more);
         notes.push(note);
     }
-    notes.push("ratios are to the same cluster's turns when it was young".to_owned());
+    notes.push("each turn has a cluster of its own; ratios are to the turn with the fewest, right before".to_owned());
     Ok(Figure {
         name: "growth",
-        peer: "itself, when it was young".to_owned(),
+        peer: "itself, with the fewest".to_owned(),
         rows,
         times: Vec::new(),
-        history: "at each size as many were finished or queued as were to be, and all builds of each turn ended"
+        history: "each turn began with as many finished or queued builds as it says, and all of its own succeeded"
             .to_owned(),
         notes,
     })
 }
 
-fn grow(runtime: &Runtime, settings: &Settings, kind: Kind, levels: &[u64; 3]) -> anyhow::Result<(Vec<Row>, String)> {
+fn grow(runtime: &Runtime, settings: &Settings, kind: Kind, levels: [u64; 3]) -> anyhow::Result<(Vec<Row>, String)> {
     let word = if kind == Kind::Finished { "finished" } else { "queued" };
+    let [few, levels @ ..] = levels;
+    let mut rows = levels.map(|level| {
+        let what = format!("builds, with {level} {word} beside {few}");
+        Row::new(what, Unit::PerSecond, Vec::new()).goal(Goal::Ratio(KEPT))
+    });
+    let mut bytes = Vec::new();
+    for _ in 0..settings.rounds(5, 2) {
+        let (young, _) = turn(runtime, settings, kind, few)?;
+        for (row, level) in rows.iter_mut().zip(levels) {
+            let (rate, memory) = turn(runtime, settings, kind, level)?;
+            row.pairs.push(Pair { ours: rate, peer: Some(young) });
+            if level == levels[1] {
+                bytes.push(memory / level as f64);
+            }
+        }
+    }
+    let bytes = median(bytes).unwrap_or_default();
+    let note = format!("memory of the leader for each {word} build: {bytes:.0} bytes, of {} of them", levels[1]);
+    Ok((rows.to_vec(), note))
+}
+
+/// Builds a second on a new cluster that has so many others, and the memory in bytes that those took of the leader.
+fn turn(runtime: &Runtime, settings: &Settings, kind: Kind, others: u64) -> anyhow::Result<(f64, f64)> {
     let ours = Ours::start(&Shape { capacity: 8, ..Shape::default() })?;
+    // Nothing is purged meanwhile.
+    let said = ours.cluster.helix(&["cluster", "policy", "set", "retain_builds=10000000"]);
+    ensure!(said.code == 0, "the policy is not taken: {}", said.stderr);
     let leader = ours.cluster.leader();
     let endpoint = leader.grpc.context("a coordinator has an endpoint")?;
     let channel = ours.channel(&endpoint, Traffic::Bulk)?;
-    let memory = || leader.pid.and_then(resident_kib).context("the leader runs");
-    let (mut have, mut first, mut rows) = (0, Vec::new(), Vec::new());
+    let memory = || leader.pid.and_then(resident_kib).context("the leader runs").map(|kib| kib * 1024.0);
     let empty = memory()?;
-    let mut full = empty;
-    for level in levels {
-        runtime.block_on(add(&channel, kind, level - have))?;
-        have = *level;
-        full = memory()?;
-        let base = if kind == Kind::Queued { have } else { 0 };
-        let mut rates = Vec::new();
-        for _ in 0..settings.rounds(5, 2) {
-            rates.push(runtime.block_on(turn(&channel, settings.rounds(2_000, 300), base))?);
-        }
-        if first.is_empty() {
-            first = rates;
-            continue;
-        }
-        let pairs = rates.iter().zip(&first).map(|(ours, young)| Pair { ours: *ours, peer: Some(*young) }).collect();
-        let what = format!("builds, with {level} {word} beside {}", levels[0]);
-        rows.push(Row::new(what, Unit::PerSecond, pairs).goal(Goal::Ratio(KEPT)));
-    }
-    let bytes = (full - empty) * 1024.0 / levels[2] as f64;
-    Ok((rows, format!("memory of the leader for each {word} build: {bytes:.0} bytes, of {} and more", levels[2])))
+    runtime.block_on(add(&channel, kind, others))?;
+    let taken = memory()? - empty;
+    let (count, waiting) = (settings.rounds(2_000, 300), if kind == Kind::Queued { others } else { 0 });
+    let rate = runtime.block_on(run(&channel, count, waiting))?;
+    let said = ours.cluster.helix(&["list", "--state", "succeeded", "--all", "--limit", "1000000", "-o", "quiet"]);
+    let succeeded = said.stdout.lines().count();
+    ensure!(succeeded == count, "{succeeded} of {count} succeeded");
+    Ok((rate, taken))
 }
 
 /// Submits so many that nobody can run, and cancels them, if they are to be finished.
@@ -120,12 +133,13 @@ async fn add(channel: &Channel, kind: Kind, count: u64) -> anyhow::Result<()> {
         futures::stream::iter(cancels).buffer_unordered(CANCELS).try_collect::<()>().await?;
     }
     let totals = Ours::totals(channel.clone()).await?;
-    ensure!(kind == Kind::Finished || totals.queued >= count, "{} of {count} are queued", totals.queued);
+    let queued = if kind == Kind::Queued { count } else { 0 };
+    ensure!(totals.queued == queued, "{} are queued, and {queued} are to be", totals.queued);
     Ok(())
 }
 
 /// Runs so many builds while so many others wait; how many a second.
-async fn turn(channel: &Channel, count: usize, waiting: u64) -> anyhow::Result<f64> {
+async fn run(channel: &Channel, count: usize, waiting: u64) -> anyhow::Result<f64> {
     let started = Instant::now();
     submit(channel, (0..count).map(|_| new_key()).collect(), &no_op()).await?;
     let end = started + DEADLINE * 5;

@@ -62,8 +62,9 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let mut crowd = Crowd::gather(&runtime, &ours, files.path(), count)?;
     let (idle, entries) = idle(settings, &ours, &crowd)?;
 
-    crowd.shared.expect_all();
-    ours.kill_leader(&runtime)?;
+    // Nobody leads for as long as an election takes, so none is attached to the next before this.
+    let killed = ours.kill_leader(&runtime)?;
+    crowd.shared.expect_all(killed);
     let again = crowd.attach(&runtime)?;
     ensure!(ms(LEASE) > again.ms(100.0), "some were attached only after a lease: {again}");
     // Had any been taken for lost, it would be so by now.
@@ -104,7 +105,7 @@ fn idle(settings: &Settings, ours: &Ours, crowd: &Crowd) -> anyhow::Result<(Vec<
     let leader = ours.cluster.leader().pid.context("the leader runs")?;
     let look = || (ours.metric("helix_entries_total"), crowd.shared.beats.load(Ordering::Relaxed));
     let (entries, beats) = look();
-    let mut pairs = Vec::new();
+    let (mut pairs, began) = (Vec::new(), Instant::now());
     for _ in 0..5 {
         let (before, started) = (cpu_seconds(leader).context("the leader runs")?, Instant::now());
         std::thread::sleep(window);
@@ -112,7 +113,8 @@ fn idle(settings: &Settings, ours: &Ours, crowd: &Crowd) -> anyhow::Result<(Vec<
         pairs.push(Pair { ours: busy / started.elapsed().as_secs_f64() * 100.0, peer: None });
     }
     let (entries, beats) = (look().0 - entries, look().1 - beats);
-    ensure!(beats as usize >= crowd.count, "{beats} heartbeats of {} agents", crowd.count);
+    let due = began.elapsed().as_secs_f64() / crowd.shared.pace().as_secs_f64() * crowd.count as f64;
+    ensure!(beats as f64 > 0.9 * due, "{beats} heartbeats were said, and {due:.0} were due");
     // One for each heartbeat is what must not be; what else a leader finds to do is little.
     ensure!(entries < beats as f64 / 100.0, "{entries} log entries for {beats} heartbeats");
     Ok((pairs, entries as u64))
@@ -150,10 +152,10 @@ impl Shared {
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn expect_all(&self) {
+    fn expect_all(&self, since: Instant) {
         let mut round = self.round();
         let times = Times::new("leader killed to attached to the next");
-        *round = Round { number: round.number + 1, since: Instant::now(), times };
+        *round = Round { number: round.number + 1, since, times };
     }
 
     fn pace(&self) -> Duration {

@@ -79,7 +79,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
             row("line to reader, p99", 99.0).limit(trip, "one loopback round trip").goal(Goal::Value(50.0)),
         ],
         times: vec![late],
-        history: "every line came once, in order and as it was printed".to_owned(),
+        history: "every line came once, in order and as it was printed; Buildbot's were counted".to_owned(),
         notes: vec![
             format!("{lines} lines a turn, from the first line that was read to the log's end"),
             format!("Buildbot: {few} lines a turn, until the master's database has the last"),

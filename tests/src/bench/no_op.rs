@@ -75,7 +75,9 @@ pub fn rate(settings: &Settings) -> anyhow::Result<Figure> {
             cost.limit(1000.0 * cores / limit, "that of one /bin/true, started and waited for"),
         ],
         times: Vec::new(),
-        history: format!("all {count} builds of each turn succeeded, on each side"),
+        history: format!(
+            "all {count} builds of each turn succeeded, here and at HyperQueue; each of Slurm's left its output"
+        ),
         notes: vec![
             format!("{AGENTS} agents of {SLOTS} slots; a peer has one worker with as many as both"),
             format!("Slurm: an array of {few}, from its submit until its queue is empty"),
@@ -152,6 +154,8 @@ pub fn latency(settings: &Settings) -> anyhow::Result<Figure> {
         times: std::iter::once(times).chain(peer.is_some().then_some(theirs)).collect(),
         peer: described.map_or_else(|absent| absent, |slurm| format!("srun of {slurm}")),
         history: "every build succeeded, and every srun exited with 0".to_owned(),
-        notes: vec!["a pair is of the percentiles of all; one srun after each fifth build".to_owned()],
+        notes: vec!["a pair is of the percentiles of all; ours are calls on an open connection, and after each fifth comes an srun, \
+             which is a process, as its users run it"
+                .to_owned()],
     })
 }

@@ -28,8 +28,8 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What runs here and how, or what is missing.
 pub(super) fn describe() -> Result<String, String> {
     let version = version(Command::new("slurmctld").arg("-V")).ok_or_else(|| INSTALL.to_owned())?;
-    let present = ["slurmd", "munged"].iter().all(|program| Command::new(program).arg("-V").output().is_ok());
-    if !present {
+    let programs = ["munged", "slurmd", "sinfo", "sbatch", "squeue", "srun"];
+    if !programs.iter().all(|program| Command::new(program).arg("-V").output().is_ok()) {
         return Err(INSTALL.to_owned());
     }
     if !rustix::process::geteuid().is_root() {
