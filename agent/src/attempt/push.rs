@@ -70,6 +70,7 @@ impl Attempt {
         let deadline = Instant::now() + self.services.podman.push_limit();
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
         let word = what.word();
+        let mut before: Option<Complaint> = None;
         loop {
             let pushed = match what {
                 Pushed::Image(id) => self.push_image_once(id, reference, deadline).await?,
@@ -79,6 +80,9 @@ impl Attempt {
                 Ok(digest) => return Ok(digest),
                 Err(complaint) => complaint,
             };
+            // A try that time cut short tells less than the one before it.
+            let cut_short = Instant::now() >= deadline;
+            let complaint = before.take_if(|_| cut_short).unwrap_or(complaint);
             let wait = backoff.next_wait();
             if Instant::now() + wait >= deadline {
                 return Err((Reason::Push, format!("the {word} cannot be pushed to {reference}: {complaint}")));
@@ -89,6 +93,7 @@ impl Attempt {
                 Pushed::Index(_) => "pushing the index",
             };
             self.log_line(format!("{pushing} failed; trying again in {seconds:.0} s")).await;
+            before = Some(complaint);
             tokio::time::sleep(wait).await;
         }
     }
