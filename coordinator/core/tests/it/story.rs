@@ -44,7 +44,7 @@ impl Story {
         self.state.finish_entry(&mut out);
         invariants::check(&self.state).unwrap_or_else(|why| panic!("after {command:?}: {why}"));
         if let (Command::AssignTask(c), Reply::Done) = (&command, &reply) {
-            self.check_amounts(&c.worker);
+            self.check_amounts(&c.worker, &c.key);
         }
         if let Reply::Rejected(_) = reply {
             let mut quiet = before;
@@ -66,15 +66,17 @@ impl Story {
         reply
     }
 
-    /// What runs on a worker that was given something just now asks for no more than it has.
-    fn check_amounts(&self, name: &WorkerName) {
+    /// What runs on a worker asks for no more than it has of anything that who was given to it just now asks for. It may have
+    /// offered less since the others came, which is no reason to keep away who asks for none of that.
+    fn check_amounts(&self, name: &WorkerName, given: &AttemptKey) {
         let has = self.state.worker(name).unwrap().offer.resources;
-        let specs = self.state.running_on(name).map(|key| match self.state.build(&key.build) {
+        let spec = |key: &AttemptKey| match self.state.build(&key.build) {
             Some(Known::Open(build)) => build.spec.resources,
             other => panic!("{key} runs and its build is {other:?}"),
-        });
-        let specs: Vec<_> = specs.collect();
-        for what in Measure::ALL.into_iter().filter(|what| !matches!(has.get(*what), 0 | u64::MAX)) {
+        };
+        let (asked, specs) = (spec(given), self.state.running_on(name).map(spec).collect::<Vec<_>>());
+        let counts = |what: &Measure| asked.get(*what) > 0 && !matches!(has.get(*what), 0 | u64::MAX);
+        for what in Measure::ALL.into_iter().filter(counts) {
             let sum: u128 = specs.iter().map(|spec| u128::from(spec.get(what))).sum();
             assert!(sum <= u128::from(has.get(what)), "{name} was given {sum} of {what:?} and has {has:?}");
         }
