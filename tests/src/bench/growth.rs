@@ -117,7 +117,7 @@ fn turn(runtime: &Runtime, settings: &Settings, kind: Kind, others: u64) -> anyh
 /// Submits so many that nobody can run, and cancels them, if they are to be finished.
 async fn add(channel: &Channel, kind: Kind, count: u64) -> anyhow::Result<()> {
     let requires = BTreeMap::from([("zone".to_owned(), "nowhere".to_owned())]);
-    let spec = BuildSpec { requires, ..no_op() };
+    let spec = BuildSpec { requires, park: true, ..no_op() };
     let keys: Vec<String> = (0..count).map(|_| new_key()).collect();
     submit(channel, keys.clone(), &spec).await?;
     if kind == Kind::Finished {
