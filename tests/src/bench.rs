@@ -1,7 +1,7 @@
 //! `cargo bench-cluster`: what a cluster of three on this machine does beside programs that do the like.
 //!
 //! Ours always runs with three coordinators, every acknowledged write synced on a majority, and mutual TLS; a peer runs as its
-//! users run it. Both are driven by the same code, in turns, and a figure counts only if what was acknowledged was found
+//! users run it. Both are driven in turns, as `tests/README.md` says, and a figure counts only if what was acknowledged was found
 //! afterwards. A peer that is not installed is said to be absent, with the step that installs it; nothing fails for it.
 
 pub mod artifact_rate;

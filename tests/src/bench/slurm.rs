@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use helix_common::files::{Durability, write_atomic};
 use helix_common::ports;
 use rustix::process::Signal;
 
@@ -52,17 +53,12 @@ impl Slurm {
         let root = directory.path();
         let host = fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_owned();
         fs::write(root.join("slurm.conf"), config(root, &host, ports::free(2)?, slots))?;
-        for part in ["state", "spool", "outputs"] {
+        for part in ["state", "spool"] {
             fs::create_dir(root.join(part))?;
         }
         let mut key = [0_u8; 1024];
         rand::fill(&mut key);
-        helix_common::files::write_atomic(
-            &root.join("munge.key"),
-            &key,
-            0o400,
-            helix_common::files::Durability::Unsynced,
-        )?;
+        write_atomic(&root.join("munge.key"), &key, 0o400, Durability::Unsynced)?;
         let mut slurm = Self { daemons: Vec::new(), directory };
         let place = |flag: &str, name: &str| format!("--{flag}={}", slurm.directory.path().join(name).display());
         let munge = [
