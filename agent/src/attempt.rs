@@ -43,6 +43,9 @@ const SWEEP_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two tries of what must succeed in the end.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Looks at an attempt whose directory does not tell what runs, before that is taken for an answer.
+const BLIND_LOOKS_MAX: u32 = 10;
+
 /// What the agent wants of an attempt; only ever more.
 #[derive(Clone, Default, Debug)]
 pub struct Wishes {
@@ -193,14 +196,12 @@ impl Attempt {
         let (assignment, progressed) = match begin {
             Begin::Fresh(assignment) => match self.begin(&assignment).await {
                 Ok(()) => {
-                    // The log opens with what came before it.
-                    if !assignment.previous.is_empty() {
-                        self.log_line(assignment.previous.clone()).await;
-                    }
+                    self.tell_previous(&assignment).await;
                     (*assignment, Progressed::Assigned)
                 }
                 Err(error) => {
                     self.clear_half_begun().await;
+                    self.tell_previous(&assignment).await;
                     self.end_unbegun(&error, Death::Proven).await;
                     return Left::Unknown;
                 }
@@ -325,6 +326,13 @@ impl Attempt {
         self.report(Report { death, ..Report::bare(verdict) }, None).await;
     }
 
+    /// The log opens with what came before it.
+    async fn tell_previous(&self, assignment: &Assignment) {
+        if !assignment.previous.is_empty() {
+            self.log_line(assignment.previous.clone()).await;
+        }
+    }
+
     async fn say(&self, event: Event) {
         // The agent is ending when nobody listens; the next one finds out from the disk.
         let _ = self.events.send(event).await;
@@ -425,16 +433,24 @@ impl Attempt {
         }
     }
 
-    /// Sees to it that no process of the attempt is left, whatever it takes.
+    /// Sees to it that no process of the attempt is left: for as long as one is seen to live, and for a while where the
+    /// attempt's directory cannot be read. What it does not tell by then it never will, and nothing is proven.
     async fn kill_until_dead(&self) -> Death {
+        let mut blind = 0;
         loop {
-            match self.kill().await {
+            let error = match self.kill().await {
                 Ok(death) => return death,
-                Err(error) => {
-                    tracing::error!(attempt = %self.key, %error, "an attempt cannot be killed; trying again");
-                    tokio::time::sleep(RETRY).await;
-                }
+                Err(error) => error,
+            };
+            if !matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) {
+                blind += 1;
             }
+            if blind == BLIND_LOOKS_MAX {
+                tracing::error!(attempt = %self.key, %error, "that all processes of an attempt are dead is not proven");
+                return Death::Unproven;
+            }
+            tracing::error!(attempt = %self.key, %error, "an attempt cannot be killed; trying again");
+            tokio::time::sleep(RETRY).await;
         }
     }
 
@@ -452,7 +468,12 @@ impl Attempt {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 AttemptState::Ended(_) => return Ok(Death::Proven),
-                AttemptState::Running { .. } => follow::stop_and_wait(&self.dir, Reason::Cancelled, 0).await?,
+                AttemptState::Running { .. } => {
+                    let told = follow::stop_and_wait(&self.dir, Reason::Cancelled, 0).await;
+                    told.map_err(|error| {
+                        io::Error::new(io::ErrorKind::WouldBlock, format!("a runner lives: {error}"))
+                    })?;
+                }
                 AttemptState::RunnerDied => return self.sweep().await,
             }
         }

@@ -53,7 +53,7 @@ impl Attempt {
             let dir = self.dir.clone();
             match blocking(move || helix_runner::inspect(&dir)).await? {
                 AttemptState::Ended(outcome) => return Ok(Ending::Ran(outcome)),
-                AttemptState::RunnerDied => return self.after_runner_died().await,
+                AttemptState::RunnerDied => return Ok(self.after_runner_died().await),
                 AttemptState::Running { .. } => {}
                 AttemptState::NotStarted if waited < LISTEN_LIMIT => {}
                 AttemptState::NotStarted if starts < STARTS_MAX => {
@@ -109,21 +109,12 @@ impl Attempt {
     }
 
     /// A runner that died leaves processes that must be found, and no word on how the command ended.
-    async fn after_runner_died(&self) -> io::Result<Ending> {
-        loop {
-            let death = match self.sweep().await {
-                Ok(death) => death,
-                Err(error) => {
-                    tracing::error!(attempt = %self.key, %error, "processes of a dead runner are left; trying again");
-                    tokio::time::sleep(RETRY).await;
-                    continue;
-                }
-            };
-            if death == Death::Unproven {
-                tracing::error!(attempt = %self.key, "its runner died, and that all its processes are dead is not proven");
-            }
-            return Ok(Ending::RunnerLost(death));
+    async fn after_runner_died(&self) -> Ending {
+        let death = self.kill_until_dead().await;
+        if death == Death::Unproven {
+            tracing::error!(attempt = %self.key, "its runner died, and that all its processes are dead is not proven");
         }
+        Ending::RunnerLost(death)
     }
 }
 

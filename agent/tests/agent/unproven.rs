@@ -95,3 +95,32 @@ async fn a_stop_of_what_a_killed_runner_left_ends_without_a_proof_and_says_so_ag
     world.host.start();
     assert!(world.cluster.finished(&id).await.unproven);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_whose_order_is_damaged_ends_without_a_proof_and_not_never() {
+    let mut world = super::World::new().await;
+    let pids = world.dir().join("pids");
+    let script = format!("sleep 1000 & echo $PPID $! > {}; wait", pids.display());
+    let id = world.cluster.assign("damaged", &line(&script)).await;
+    let read = || std::fs::read_to_string(&pids).unwrap_or_default();
+    eventually("it runs", || read().ends_with('\n')).await;
+    let numbers: Vec<u32> = read().split_whitespace().map(|word| word.parse().unwrap()).collect();
+    world.host.kill();
+    kill(numbers[0]);
+    eventually("its runner is dead", || !lives(numbers[0])).await;
+    let attempts = world.dir().join("data/attempts");
+    let directory = std::fs::read_dir(attempts).unwrap().next().unwrap().unwrap().path();
+    let dir = helix_runner::AttemptDir::new(&directory);
+    helix_runner::journal::append(&dir, helix_runner::journal::Kind::Order, b"damaged").unwrap();
+    world.host.start();
+
+    let finished = world.cluster.finished(&id).await;
+    assert_eq!((finished.outcome.as_str(), finished.reason.as_str()), ("failed", "internal"), "{finished:?}");
+    assert!(finished.unproven, "{finished:?}");
+    let log = world.cluster.sealed_log(&id).await;
+    assert!(log.last().unwrap().contains("may still run"), "{log:?}");
+    // What the damaged order would have named is not ours to find: the test clears up.
+    if lives(numbers[1]) {
+        kill(numbers[1]);
+    }
+}
