@@ -1,6 +1,7 @@
 //! `helix.peer.v1.LogPeerService`: this coordinator's live logs, for the readers of others.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use helix_common::status::{invalid, status};
@@ -9,19 +10,24 @@ use helix_proto::convert::attempt_from_wire;
 use helix_proto::peer::log_peer_service_server::LogPeerService;
 use helix_proto::peer::{LogHeadRequest, LogHeadResponse, ReadLiveLogRequest, ReadLiveLogResponse};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::LogHub;
 use super::live::LiveReader;
-use super::read::read_live;
+use super::read::{LOOK_MAX, read_live};
 use crate::blobs::STALL;
 
 #[tonic::async_trait]
 impl LogPeerService for LogHub {
     async fn log_head(&self, request: Request<LogHeadRequest>) -> Result<Response<LogHeadResponse>, Status> {
-        let key = attempt_from_wire(request.into_inner().id).map_err(|error| invalid(&error))?;
-        let head = self.inner.live.get(&key).map(|log| *log.head().borrow()).unwrap_or_default();
+        let LogHeadRequest { id, wait_ms } = request.into_inner();
+        let key = attempt_from_wire(id).map_err(|error| invalid(&error))?;
+        let wait = Duration::from_millis(wait_ms.into()).min(LOOK_MAX);
+        // What is not there within the time is not there.
+        let begun = timeout(wait, self.inner.begun_here(&key)).await;
+        let head = begun.unwrap_or_else(|_| self.inner.head(&key));
         Ok(Response::new(LogHeadResponse {
             last_seq: head.last_seq,
             pushing: head.pushers > 0,

@@ -7,13 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::StreamExt;
 use futures::future::join_all;
+use futures::stream::FuturesUnordered;
 use helix_common::status::status;
 use helix_core::record::SealedLog;
 use helix_model::{AttemptKey, ErrorCode, NodeId};
 use helix_proto::convert::attempt_to_wire;
 use helix_proto::peer::log_peer_service_client::LogPeerServiceClient;
-use helix_proto::peer::{LogHeadRequest, ReadLiveLogRequest};
+use helix_proto::peer::{LogHeadRequest, LogHeadResponse, ReadLiveLogRequest};
 use helix_proto::v1;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -21,7 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::transport::Channel;
 
-use super::live::{LiveLog, LiveReader};
+use super::live::{Head, LiveLog, LiveReader};
 use super::sealed::{SealedReader, Start};
 use super::{Inner, LogHub, LogQuery};
 use crate::blobs::STALL;
@@ -35,7 +37,7 @@ const QUIET: Duration = Duration::from_secs(15);
 
 /// Between looks while nobody has the next line.
 const LOOK_FIRST: Duration = Duration::from_millis(50);
-const LOOK_MAX: Duration = Duration::from_millis(500);
+pub(super) const LOOK_MAX: Duration = Duration::from_secs(1);
 
 /// How long a follower waits for what is missing of an attempt that ended without its worker, and with it.
 const LOST_PATIENCE: Duration = Duration::from_secs(3);
@@ -164,7 +166,9 @@ impl Reader {
             let before = self.next;
             let silent = survey.silent;
             let mut again = false;
+            let mut nobody = true;
             if let Some(found) = choose(survey.found, self.next, self.follow) {
+                nobody = false;
                 match self.read_live(found).await? {
                     SourceEnd::Gone => return Ok(()),
                     SourceEnd::Complete => complete = true,
@@ -184,8 +188,23 @@ impl Reader {
                 continue;
             }
             // The lines may come anywhere, or the registry may say how it ended.
-            let changed = timeout(wait, self.bell.changed()).await;
+            let changed = timeout(wait, self.something_changes(wait, nobody)).await;
             wait = if changed.is_ok() { LOOK_FIRST } else { LOOK_MAX.min(wait * 2) };
+        }
+    }
+
+    /// Waits until the registry changes the build, or, where nobody has the log, until an agent begins to push it.
+    async fn something_changes(&mut self, wait: Duration, nobody: bool) {
+        let permit = if nobody { self.inner.remote_followers.try_acquire().ok() } else { None };
+        let elsewhere = async {
+            if permit.is_none() {
+                std::future::pending::<()>().await;
+            }
+            self.inner.begun_elsewhere(&self.key, wait).await;
+        };
+        tokio::select! {
+            _ = self.bell.changed() => {}
+            () = elsewhere => {}
         }
     }
 
@@ -373,9 +392,8 @@ impl Inner {
                 return Survey { found, silent: Vec::new() };
             }
         }
-        let own = self.plane.node();
-        let peers = self.plane.nodes().into_iter().filter(|node| *node != own);
-        let answers = join_all(peers.map(|node| async move { (node, self.ask(node, key).await) })).await;
+        let asked = self.others().map(|node| async move { (node, self.ask(node, key, Duration::ZERO).await) });
+        let answers = join_all(asked).await;
         let mut silent = Vec::new();
         for (node, answer) in answers {
             match answer {
@@ -392,10 +410,45 @@ impl Inner {
         Survey { found, silent }
     }
 
-    async fn ask(&self, node: NodeId, key: &AttemptKey) -> Option<helix_proto::peer::LogHeadResponse> {
+    /// This coordinator's own part of a log.
+    pub(super) fn head(&self, key: &AttemptKey) -> Head {
+        self.live.get(key).map(|log| *log.head().borrow()).unwrap_or_default()
+    }
+
+    /// Waits until an agent pushes a log here, or has.
+    pub(super) async fn begun_here(&self, key: &AttemptKey) -> Head {
+        let mut bell = self.bells.listen(&key.build);
+        loop {
+            bell.borrow_and_update();
+            let head = self.head(key);
+            if head.pushers > 0 || head.complete || bell.changed().await.is_err() {
+                return head;
+            }
+        }
+    }
+
+    /// Waits until an agent pushes a log to another coordinator: each is asked to answer then, or after so long. One of an older
+    /// version answers at once; who has nothing is not heard.
+    async fn begun_elsewhere(&self, key: &AttemptKey, wait: Duration) {
+        let mut answers: FuturesUnordered<_> = self.others().map(|node| self.ask(node, key, wait)).collect();
+        while let Some(answer) = answers.next().await {
+            if answer.is_some_and(|head| head.pushing || head.complete) {
+                return;
+            }
+        }
+        std::future::pending().await
+    }
+
+    fn others(&self) -> impl Iterator<Item = NodeId> + use<> {
+        let own = self.plane.node();
+        self.plane.nodes().into_iter().filter(move |node| *node != own)
+    }
+
+    async fn ask(&self, node: NodeId, key: &AttemptKey, wait: Duration) -> Option<LogHeadResponse> {
         let mut client = self.client(node)?;
-        let request = LogHeadRequest { id: Some(attempt_to_wire(key)) };
-        let answer = timeout(PEER_ANSWER, client.log_head(request)).await;
+        let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+        let request = LogHeadRequest { id: Some(attempt_to_wire(key)), wait_ms };
+        let answer = timeout(PEER_ANSWER + wait, client.log_head(request)).await;
         Some(answer.ok()?.ok()?.into_inner())
     }
 

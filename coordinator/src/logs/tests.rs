@@ -9,7 +9,8 @@ use helix_common::status::error_code;
 use helix_core::record::{BlobRef, SealedLog};
 use helix_model::{AttemptNumber, Digest, LogTime, NodeId, Reason, TaskIndex, WorkerName};
 use helix_proto::convert::attempt_to_wire;
-use helix_proto::peer::log_peer_service_server::LogPeerServiceServer;
+use helix_proto::peer::log_peer_service_server::{LogPeerService, LogPeerServiceServer};
+use helix_proto::peer::{LogHeadRequest, LogHeadResponse};
 use helix_proto::v1;
 use helix_proto::v1::blob_service_server::BlobServiceServer;
 use sha2::{Digest as _, Sha256};
@@ -444,6 +445,23 @@ async fn a_line_reaches_its_reader_soon() {
         }
         assert!(fastest < Duration::from_millis(20), "{fastest:?}");
     }
+}
+
+#[tokio::test]
+async fn who_waits_for_a_log_hears_of_its_begin_elsewhere() {
+    let cluster = cluster(3);
+    cluster.ledger.set(&key(), running());
+    let ask = |wait_ms| {
+        let hub = cluster.nodes[0].hub.clone();
+        let request = LogHeadRequest { id: Some(attempt_to_wire(&key())), wait_ms };
+        async move { hub.log_head(tonic::Request::new(request)).await.unwrap().into_inner() }
+    };
+    assert_eq!(ask(0).await, LogHeadResponse::default());
+    assert_eq!(ask(1).await, LogHeadResponse::default(), "nobody pushes it within the time");
+    let mut pusher = Pusher::to(&cluster.nodes[0]);
+    let (head, ()) = tokio::join!(ask(60_000), pusher.send(1..=1));
+    assert!(head.pushing, "{head:?}");
+    assert!(ask(60_000).await.pushing, "it is being pushed already");
 }
 
 /// Resident memory of this process.
