@@ -26,6 +26,8 @@ mod python;
 mod registry;
 pub mod report;
 mod slurm;
+pub mod snapshot_stall;
+pub mod soak;
 pub mod submit;
 pub mod worker_loss;
 
@@ -70,6 +72,8 @@ pub const MEASURES: &[(&str, Measure)] = &[
     ("isolation-start", isolation_start::measure),
     ("footprint", footprint::measure),
     ("growth", growth::measure),
+    ("snapshot-stall", snapshot_stall::measure),
+    ("soak", soak::measure),
 ];
 
 /// Measures what is named, prints as it goes, and writes what `--out` asked for.

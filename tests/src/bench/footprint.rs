@@ -126,7 +126,7 @@ pub(super) fn resident_kib(pid: i32) -> Option<f64> {
 }
 
 /// Blocks that a directory takes, in bytes.
-fn disk_bytes(directory: &Path) -> f64 {
+pub(super) fn disk_bytes(directory: &Path) -> f64 {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let size = |entry: fs::DirEntry| match entry.metadata() {
         Ok(found) if found.is_dir() => disk_bytes(&entry.path()),

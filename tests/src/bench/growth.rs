@@ -39,7 +39,7 @@ const KEPT: f64 = 0.8;
 
 /// What there is to be more and more of.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Finished,
     Queued,
 }
@@ -115,7 +115,7 @@ fn turn(runtime: &Runtime, settings: &Settings, kind: Kind, others: u64) -> anyh
 }
 
 /// Submits so many that nobody can run, and cancels them, if they are to be finished.
-async fn add(channel: &Channel, kind: Kind, count: u64) -> anyhow::Result<()> {
+pub(super) async fn add(channel: &Channel, kind: Kind, count: u64) -> anyhow::Result<()> {
     let requires = BTreeMap::from([("zone".to_owned(), "nowhere".to_owned())]);
     let spec = BuildSpec { requires, park: true, ..no_op() };
     let keys: Vec<String> = (0..count).map(|_| new_key()).collect();
@@ -153,7 +153,7 @@ async fn run(channel: &Channel, count: usize, waiting: u64) -> anyhow::Result<f6
     }
 }
 
-async fn submit(channel: &Channel, keys: Vec<String>, spec: &BuildSpec) -> anyhow::Result<()> {
+pub(super) async fn submit(channel: &Channel, keys: Vec<String>, spec: &BuildSpec) -> anyhow::Result<()> {
     let spec = spec.clone();
     let count = keys.len();
     let requests = keys.into_iter().map(move |key| submit_of_spec(&spec, &key));
