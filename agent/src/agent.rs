@@ -12,6 +12,7 @@ use helix_agent_core::{
     Agent, Command, Event, ExitKind, Found, Message, Mode, Report, SessionNumber, StopCause, Verdict,
 };
 use helix_common::shutdown::Shutdown;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{AttemptKey, Reason};
 use helix_proto::agent::coordinator_message::Message as FromLeader;
 use helix_proto::agent::{self as wire_agent, AgentMessage, agent_message};
@@ -188,10 +189,15 @@ impl Loop {
             }),
             Command::StoreAgain(key, report) => self.store_again(key, report),
             Command::Send(message) => {
+                let finished = matches!(message, Message::Finished { .. });
                 if let Message::Finished { key, report } = &message {
                     log_end(key, report);
+                    failpoint::pass(Point::ReportSend);
                 }
                 self.send(wire::message_to_wire(&message));
+                if finished {
+                    failpoint::pass(Point::ReportSent);
+                }
             }
             Command::Exit(kind) => {
                 self.ended = Some(Ended::Exit(kind, std::mem::take(&mut self.detaching)));

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use helix_agent_core::Blob;
 use helix_common::backoff::Backoff;
 use helix_common::status::error_code;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 use helix_model::{Digest, ErrorCode, NodeId};
 use helix_proto::v1::blob_service_client::BlobServiceClient;
@@ -217,7 +218,8 @@ async fn put_large(channel: Channel, body: &Body, copies: u32) -> Result<Vec<Nod
         })
     };
     let requests = tokio_stream::once(header(&body.digest, body.size, offset, copies)).chain(ReceiverStream::new(rx));
-    let answer = client.put_blob(requests).await;
+    failpoint::pass(Point::UploadSend);
+    let answer = client.put_blob(requests).await.inspect(|_| failpoint::pass(Point::UploadSent));
     // The request stream is gone by now, so the reader ends.
     match read.await {
         Ok(Ok(())) => Ok(nodes_of(answer?.into_inner().holders)),

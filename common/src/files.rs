@@ -8,6 +8,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use helix_failpoint::{self as failpoint, Point};
+
 /// Whether a write must survive a power cut before it is reported done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Durability {
@@ -48,13 +50,17 @@ fn write_and_rename(from: &Path, to: &Path, bytes: &[u8], mode: u32, durability:
         _ => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(from)?;
+    failpoint::hit(Point::FileWrite)?;
     file.write_all(bytes)?;
+    failpoint::hit(Point::FileWritten)?;
     // The order matters: bytes, then name, then the directory that holds the name.
     if durability == Durability::Synced {
         file.sync_all()?;
     }
     drop(file);
+    failpoint::hit(Point::FileSynced)?;
     std::fs::rename(from, to)?;
+    failpoint::hit(Point::FileRenamed)?;
     if durability == Durability::Synced { sync_directory(directory_of(to)) } else { Ok(()) }
 }
 

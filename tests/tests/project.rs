@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use helix_failpoint::Point;
 use serde_json::Value;
 
 fn root() -> PathBuf {
@@ -18,17 +19,21 @@ const MAY_SEE: &[(&str, &[&str])] = &[
     ("helix-model", &[]),
     ("helix-core", &["helix-model"]),
     ("helix-agent-core", &["helix-model"]),
-    ("helix-runner", &["helix-model"]),
+    ("helix-failpoint", &[]),
+    ("helix-runner", &["helix-model", "helix-failpoint"]),
     ("helix-proto", &["helix-model"]),
-    ("helix-common", &["helix-model"]),
-    ("helix-coordinator", &["helix-model", "helix-common", "helix-proto", "helix-core"]),
-    ("helix-agent", &["helix-model", "helix-common", "helix-proto", "helix-agent-core", "helix-runner"]),
+    ("helix-common", &["helix-model", "helix-failpoint"]),
+    ("helix-coordinator", &["helix-model", "helix-failpoint", "helix-common", "helix-proto", "helix-core"]),
+    (
+        "helix-agent",
+        &["helix-model", "helix-failpoint", "helix-common", "helix-proto", "helix-agent-core", "helix-runner"],
+    ),
     ("helix-cli", &["helix-model", "helix-common", "helix-proto"]),
     ("helix-sim", &["helix-model", "helix-core", "helix-agent-core"]),
 ];
 
-/// Crates that decide and do nothing else: only the vocabulary is visible from there, no library.
-const PURE: &[&str] = &["helix-model", "helix-core", "helix-agent-core"];
+/// Crates that decide and do nothing else, and those that everybody carries: no library is visible from there.
+const PURE: &[&str] = &["helix-model", "helix-failpoint", "helix-core", "helix-agent-core"];
 
 #[test]
 fn dependencies_point_the_right_way() {
@@ -88,6 +93,55 @@ fn files_say_what_they_are_and_are_called_after_it() {
         let banned = ["mod", "utils", "util", "helpers", "manager", "misc"];
         assert!(!banned.contains(&stem.as_str()), "{}: name the file after what is in it", path.display());
     }
+}
+
+/// The points that programs pass by calls that begin so.
+fn passed(text: &str, call: &str) -> BTreeSet<String> {
+    let name = |rest: &str| rest.chars().take_while(char::is_ascii_alphanumeric).collect::<String>();
+    text.split(call).skip(1).map(name).collect()
+}
+
+#[test]
+fn every_failpoint_is_passed_as_its_table_says() {
+    let mut files = Vec::new();
+    for part in ["common/src", "coordinator/src", "agent/src", "agent/runner/src"] {
+        rust_files(&root().join(part), &mut files);
+    }
+    let text: String = files.iter().map(|path| fs::read_to_string(path).unwrap()).collect();
+    let (mut hit, mut pass) = (passed(&text, "failpoint::hit(Point::"), passed(&text, "failpoint::pass(Point::"));
+    // A record of a journal has one before it and one behind it.
+    for pair in text.split("=> (Point::").skip(1) {
+        let pair = pair.split_once(')').unwrap().0;
+        let (before, behind) = pair.split_once(", Point::").unwrap();
+        hit.insert(before.to_owned());
+        pass.insert(behind.to_owned());
+    }
+    let (fail, other): (Vec<_>, Vec<_>) = Point::all().partition(|point| point.may_fail());
+    let names = |points: Vec<Point>| points.iter().map(|point| format!("{point:?}")).collect::<BTreeSet<_>>();
+    assert_eq!(hit, names(fail));
+    assert_eq!(pass, names(other));
+}
+
+#[test]
+fn a_release_has_no_failpoints() {
+    let manifest: toml::Table = fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    assert!(manifest["profile"]["release"].get("debug-assertions").is_none(), "releases have debug assertions");
+    let directory = tempfile::tempdir().unwrap();
+    let names_the_variable = |assertions: &str| {
+        let object = directory.path().join(format!("{assertions}.o"));
+        let status = Command::new(Path::new(env!("CARGO")).with_file_name("rustc"))
+            .args(["--edition=2024", "--crate-type=lib", "--crate-name=helix_failpoint", "--emit=obj", "-O"])
+            .args(["-C", &format!("debug-assertions={assertions}"), "-o"])
+            .arg(&object)
+            .arg(root().join("common/failpoint/src/lib.rs"))
+            .status()
+            .unwrap();
+        assert!(status.success());
+        let variable = b"HELIX_FAILPOINTS";
+        fs::read(object).unwrap().windows(variable.len()).any(|bytes| bytes == variable)
+    };
+    assert!(names_the_variable("on"), "the check sees nothing");
+    assert!(!names_the_variable("off"), "a release would read the variable");
 }
 
 #[test]

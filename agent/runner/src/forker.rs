@@ -103,6 +103,7 @@ impl Helper {
         let child = Command::new(program)
             .arg("--forker")
             .env_clear()
+            .envs(helix_failpoint::variable())
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::null())

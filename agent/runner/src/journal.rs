@@ -23,6 +23,8 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 
+use helix_failpoint::{self as failpoint, Point};
+
 use crate::locks;
 use crate::paths::AttemptDir;
 
@@ -51,6 +53,19 @@ impl Kind {
         const ALL: [Kind; 7] =
             [Kind::Assignment, Kind::Order, Kind::Withdrawn, Kind::Runner, Kind::Command, Kind::Result, Kind::Report];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
+    }
+
+    /// Before its record is written, and behind it.
+    fn points(self) -> (Point, Point) {
+        match self {
+            Self::Assignment => (Point::AssignmentWrite, Point::AssignmentWritten),
+            Self::Order => (Point::OrderWrite, Point::OrderWritten),
+            Self::Withdrawn => (Point::WithdrawalWrite, Point::WithdrawalWritten),
+            Self::Runner => (Point::RunnerWrite, Point::RunnerWritten),
+            Self::Command => (Point::CommandWrite, Point::CommandWritten),
+            Self::Result => (Point::ResultWrite, Point::ResultWritten),
+            Self::Report => (Point::ReportWrite, Point::ReportWritten),
+        }
     }
 }
 
@@ -183,8 +198,11 @@ impl JournalWriter {
         record.extend_from_slice(&checksum(kind, body).to_le_bytes());
         record.push(kind as u8);
         record.extend_from_slice(body);
+        let (before, behind) = kind.points();
+        failpoint::hit(before)?;
         // What a failed write leaves is garbage that the next one overwrites, or the next writer removes.
         self.file.write_all_at(&record, self.end)?;
+        failpoint::pass(behind);
         self.end += record.len() as u64;
         Ok(())
     }

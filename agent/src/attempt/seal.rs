@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use helix_common::sealed_log::{LogStream, SealedLogError, SealedLogWriter};
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 use helix_runner::{AttemptDir, Growth, SpoolError, SpoolReader, Stream};
 
@@ -88,7 +89,7 @@ impl Write for Spill {
             self.file = Some(file);
         }
         match &mut self.file {
-            Some(file) => file.write_all(bytes)?,
+            Some(file) => failpoint::hit(Point::SealWrite).and_then(|()| file.write_all(bytes))?,
             None => self.memory.extend_from_slice(bytes),
         }
         Ok(bytes.len())

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::AttemptKey;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, chmodat, openat, renameat, unlinkat};
 use rustix::io::Errno;
@@ -66,7 +67,7 @@ impl Workdir {
         for path in [&self.root, &self.work(), &self.home(), &self.tmp()] {
             make_private(path)?;
         }
-        Ok(())
+        failpoint::hit(Point::WorkdirMade)
     }
 
     /// Removes everything; that nothing is there is fine.
@@ -85,7 +86,7 @@ impl Workdir {
         make_private(&kept_dir(base))?;
         let to = self.kept(base, until_ms);
         std::fs::rename(&self.root, &to)?;
-        Ok(to)
+        failpoint::hit(Point::WorkdirKept).map(|()| to)
     }
 
     /// Where [`Self::keep`] moves them.
@@ -130,8 +131,10 @@ pub fn remove_expired(base: &Path, now_ms: u64) -> io::Result<usize> {
 /// # Errors
 /// Those of the file system, such as an immutable file.
 pub fn remove_whole(root: &Path) -> io::Result<()> {
+    failpoint::hit(Point::WorkdirRemove)?;
     let project = wall::take_down(root);
     remove_tree(root)?;
+    failpoint::pass(Point::WorkdirRemoved);
     project.map_or(Ok(()), wall::Project::release)
 }
 
@@ -156,6 +159,7 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
         empty(&inner, &top, &mut moved)?;
         unlinkat(&top, &name, AtFlags::REMOVEDIR)?;
     }
+    failpoint::hit(Point::TreeEmptied)?;
     Ok(unlinkat(CWD, path, AtFlags::REMOVEDIR)?)
 }
 

@@ -15,6 +15,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::Digest;
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest as _, Sha256};
@@ -214,7 +215,7 @@ impl Mirrors {
         if !made.success {
             return Err(failed("cannot make a mirror", "", &made));
         }
-        fs::write(mirror.path.join(COMPLETE), "").map_err(host)
+        failpoint::hit(Point::MirrorMade).and_then(|()| fs::write(mirror.path.join(COMPLETE), "")).map_err(host)
     }
 
     /// Brings refs into the mirror. A fetch of the same refs that began after `asked` serves as well.
@@ -239,6 +240,8 @@ impl Mirrors {
         let fetched_now = run_git(&args, &self.environment, &self.root, Stdio::from(lock), FETCH_LIMIT).await;
         match fetched_now {
             Ok(finished) if finished.success => {
+                let fetched_well = failpoint::hit(Point::MirrorFetched);
+                fetched_well.map_err(|error| SourceError::host("cannot run git", &error))?;
                 // Only the newest of each kind matters, and there are few kinds.
                 if fetched.len() > 64 {
                     fetched.clear();

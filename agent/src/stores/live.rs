@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use helix_common::backoff::Backoff;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{AttemptKey, NodeId};
 use helix_proto::agent::agent_service_client::AgentServiceClient;
 use helix_proto::agent::{PushLog, PushLogAck};
@@ -267,6 +268,7 @@ impl Feed {
         if seq > 0 {
             self.unacknowledged.push(seq);
         }
+        failpoint::pass(Point::LinesSend);
         self.tx.send(message).await.map_err(|_| FeedEnd::Gone)
     }
 

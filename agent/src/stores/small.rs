@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{Digest, NodeId};
 use helix_proto::v1::blob_service_client::BlobServiceClient;
 use helix_proto::v1::{PutSmallBlobsRequest, SmallBlob};
@@ -108,12 +109,14 @@ async fn call(channel: Channel, batch: Vec<Put>, copies: u32) {
     }
     let count = blobs.len();
     let mut client = BlobServiceClient::new(channel);
+    failpoint::pass(Point::SmallSend);
     let call = client.put_small_blobs(PutSmallBlobsRequest { blobs, copies });
     let answer = match tokio::time::timeout(CALL_TIMEOUT, call).await {
         Ok(answer) => answer.map(|answer| answer.into_inner().blobs),
         Err(_) => Err(Status::unavailable("no answer in time")),
     };
     let answer = answer.and_then(|blobs| {
+        failpoint::pass(Point::SmallSent);
         if blobs.len() == count { Ok(blobs) } else { Err(Status::internal("an answer for another number of blobs")) }
     });
     for put in batch {

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::time::{Duration, SystemTime};
 
 use helix_common::files::sync_directory;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::Digest;
 use helix_model::limits::CHUNK_BYTES;
 use sha2::{Digest as _, Sha256};
@@ -371,6 +372,7 @@ impl Upload {
             return Err(BlobError::Size { announced: self.size, sent: self.sums.bytes + data.len() as u64 });
         }
         self.slot.check()?;
+        failpoint::hit(Point::BlobWrite)?;
         self.file.write_all_at(data, self.sums.bytes)?;
         self.sums.update(data);
         Ok(())
@@ -389,11 +391,14 @@ impl Upload {
             return Err(BlobError::Digest { announced: digest, actual, resumed });
         }
         // The order matters: bytes, then the name, then the directory that holds it, then the index.
-        if let Err(error) = file.write_all_at(&table, size).and_then(|()| file.sync_all()) {
+        failpoint::hit(Point::BlobTable)?;
+        let written = file.write_all_at(&table, size).and_then(|()| failpoint::hit(Point::BlobWritten));
+        if let Err(error) = written.and_then(|()| file.sync_all()) {
             // After a failed fsync the bytes read well and are not on the disk: nobody may go on from them.
             std::fs::remove_file(&slot.path)?;
             return Err(error.into());
         }
+        failpoint::pass(Point::BlobSynced);
         let store = &slot.store;
         let path = store.path_of(&digest);
         let shelf = path.parent().unwrap_or(&store.files);
@@ -405,7 +410,9 @@ impl Upload {
             let mut index = store.write_index();
             slot.check()?;
             std::fs::rename(&slot.path, &path)?;
+            failpoint::hit(Point::BlobRenamed)?;
             sync_directory(shelf)?;
+            failpoint::pass(Point::BlobStored);
             index.insert(digest, Held { size, stored_at: SystemTime::now() });
         }
         Ok(())

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use bytes::Bytes;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::Digest;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
@@ -409,11 +410,13 @@ impl Committer {
             return Err(BlobError::Closed);
         }
         let (number, file, at) = self.active()?;
-        let written = file.write_all_at(&batch.bytes, at).and_then(|()| {
+        let written = failpoint::hit(Point::SegmentWrite).and_then(|()| file.write_all_at(&batch.bytes, at));
+        let written = written.and_then(|()| {
             if batch.puts.is_empty() {
                 return Ok(());
             }
             self.shared.syncs.fetch_add(1, Ordering::Relaxed);
+            failpoint::hit(Point::SegmentWritten)?;
             file.sync_data()
         });
         if let Err(error) = written {
@@ -427,6 +430,7 @@ impl Committer {
             tracing::error!(%error, segment = number, "a blob segment cannot be written");
             return Err(error.into());
         }
+        failpoint::pass(Point::SegmentSynced);
         let mut index = self.shared.write();
         for (header, data_at) in &batch.puts {
             let FrameHeader { len, data_crc: crc, stored_at_s, digest, .. } = *header;
@@ -449,6 +453,7 @@ impl Committer {
         let path = path_of(&self.directory, number);
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
         file.write_all_at(SEGMENT_HEADER, 0)?;
+        failpoint::hit(Point::SegmentBegun)?;
         file.sync_all()?;
         sync_directory(&self.directory)?;
         let file = Arc::new(file);
@@ -505,6 +510,7 @@ impl Committer {
 
     fn drop_segment(&self, number: u32) {
         let Some(segment) = self.shared.write().segments.remove(&number) else { return };
+        failpoint::pass(Point::SegmentDrop);
         if let Err(error) = std::fs::remove_file(&segment.path) {
             tracing::warn!(%error, path = %segment.path.display(), "an empty blob segment cannot be removed");
         }

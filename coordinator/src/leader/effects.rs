@@ -3,6 +3,7 @@
 
 use helix_core::Effect;
 use helix_core::state::State;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::WorkerName;
 use helix_proto::agent::coordinator_message::Message;
 
@@ -41,7 +42,14 @@ impl Leading {
                 | Effect::SendStop { .. }
                 | Effect::SendForget { .. } => {
                     if let Some((worker, message)) = self.message(state, effect) {
+                        let assigns = matches!(message, Message::Assign(_));
+                        if assigns {
+                            failpoint::pass(Point::AssignSend);
+                        }
                         self.send(worker, message);
+                        if assigns {
+                            failpoint::pass(Point::AssignSent);
+                        }
                     }
                 }
             }

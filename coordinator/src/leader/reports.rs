@@ -9,6 +9,7 @@ use helix_core::command::{
 use helix_core::record::{DrainedBy, Image, SealedLog};
 use helix_core::state::{Offered, State};
 use helix_core::{Command, Rejection, Reply};
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{AttemptKey, Death, Reason, Room};
 use helix_proto::agent;
 use helix_proto::agent::coordinator_message::Message;
@@ -83,7 +84,7 @@ pub(crate) async fn carry_out<C: Consensus>(consensus: C, who: Speaker, report: 
         Report::Detaching => detach_worker(&consensus, &who).await,
         Report::Leaving => leave(&consensus, &who).await,
     };
-    outcome.unwrap_or_else(|error| {
+    outcome.inspect(|_| failpoint::pass(Point::ReportAnswer)).unwrap_or_else(|error| {
         debug!(worker = %who.worker, report = subject.0, %error, "report not committed for certain; the agent repeats it");
         Answer::Nothing
     })

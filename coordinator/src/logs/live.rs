@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::AttemptKey;
 use helix_model::limits::{CHUNK_BYTES, LOG_LINE_BYTES_MAX};
 use helix_proto::v1;
@@ -145,12 +146,15 @@ impl LiveLog {
             }
             rest = encode_frame(rest, &mut frames);
         }
-        let written = writer.open(&self.path).and_then(|file| file.write_all_at(&frames, head.end));
+        let written = failpoint::hit(Point::LiveWrite)
+            .and_then(|()| writer.open(&self.path))
+            .and_then(|file| file.write_all_at(&frames, head.end));
         if let Err(error) = written {
             // What was written in part lies behind the end and is overwritten, or cut off at the next start.
             writer.file = None;
             return Err(error.into());
         }
+        failpoint::pass(Point::LiveWritten);
         writer.index.append(&mut index);
         let last_seq = fresh.last().map_or(head.last_seq, |record| record.seq);
         self.head.send_modify(|head| {
@@ -180,6 +184,7 @@ impl LiveLog {
     fn close(&self) {
         let mut writer = self.lock();
         *writer = Writer::default();
+        failpoint::pass(Point::LiveRemove);
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %self.path.display(), %error, "a live log cannot be removed");

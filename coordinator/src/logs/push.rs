@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use futures::{FutureExt, Stream, StreamExt};
 use helix_common::status::{invalid, status};
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{AttemptKey, ErrorCode, WorkerName};
 use helix_proto::agent::{PushLog, PushLogAck};
 use helix_proto::convert::{attempt_from_wire, attempt_to_wire};
@@ -143,6 +144,7 @@ impl Push {
                 *admission = Admission::Refuse(why);
             }
         }
+        failpoint::pass(Point::LinesAnswer);
         for ack in acks {
             let sent = self.tx.send_timeout(Ok(ack), STALL).await;
             sent.map_err(|_| Status::deadline_exceeded("acknowledgements are not read"))?;

@@ -18,6 +18,7 @@ use futures::{Stream, StreamExt};
 use helix_common::sealed_log::{LogStream, SealedLogError, SealedLogWriter};
 use helix_core::command::SealLog;
 use helix_core::record::{BlobRef, SealedLog};
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::limits::CHUNK_BYTES;
 use helix_model::{AttemptKey, Digest, NodeId, WorkerName};
 use helix_proto::v1;
@@ -139,12 +140,16 @@ impl LogHub {
         self.check_room().map_err(|status| status.message().to_owned())?;
         let path = self.inner.directory.join(format!("{}.{SEALING}", due.key));
         let (key, worker) = (due.key.clone(), due.worker.clone());
-        let writing = tokio::task::spawn_blocking(move || Sealing::write(&due, path));
+        let writing = tokio::task::spawn_blocking(move || {
+            let sealing = Sealing::write(&due, path)?;
+            failpoint::hit(Point::LiveSealed).map(|()| sealing)
+        });
         let sealing = writing.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
         let Sealing { digest, size, lines, .. } = sealing;
         let announce = Announce { digest, size, offset: 0, copies: 0 };
         let stored = self.inner.blobs.put(announce, sealing.chunks().boxed()).await;
         let holders = stored.map_err(|error| error.to_string())?;
+        failpoint::pass(Point::LiveStored);
         let log = SealedLog { blob: BlobRef { digest, size, holders }, lines };
         self.inner.plane.seal_log(SealLog { key, worker, log }).await.map_err(|error| error.to_string())
     }

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use helix_failpoint::{self as failpoint, Point};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use raft_log::api::raft_log_writer::RaftLogWriter;
 use raft_log::{Callback, RaftLog};
@@ -90,7 +91,7 @@ pub(super) struct FlushDone {
 impl Callback for FlushDone {
     fn send(mut self, result: io::Result<()>) {
         self.sent = true;
-        self.finish(&result);
+        self.finish(&result.and_then(|()| failpoint::hit(Point::LogFlushed)));
     }
 }
 
@@ -232,6 +233,7 @@ impl Inner {
             flush.in_flight = true;
             std::mem::take(&mut flush.waiting)
         };
+        failpoint::pass(Point::LogFlush);
         let done =
             FlushDone { waiters, log: Arc::downgrade(self), next: next.clone(), started: Instant::now(), sent: false };
         // On an error the callback was dropped, which told everybody.
@@ -305,8 +307,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        failpoint::hit(Point::VoteSave)?;
         self.inner.write().save_vote(StoredVote(*vote))?;
-        self.flushed().await
+        self.flushed().await?;
+        failpoint::hit(Point::VoteSaved)
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
@@ -335,7 +339,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             bytes += payload_bytes(&entry.payload);
             (StoredLogId(entry.log_id), StoredPayload(entry.payload))
         });
+        failpoint::hit(Point::LogAppend)?;
         self.inner.write().append(entries)?;
+        failpoint::pass(Point::LogAppended);
         self.inner.counters.log_appended_bytes.add(u64::try_from(bytes).unwrap_or(u64::MAX));
         self.join_flush(Waiter::Entries(callback));
         Ok(())
@@ -349,13 +355,17 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             if log.log_state().last().is_none_or(|last| last.0.index() < from) {
                 return Ok(());
             }
+            failpoint::hit(Point::LogTruncate)?;
             log.truncate(from)?;
         }
+        failpoint::pass(Point::LogTruncated);
         self.flushed().await
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
+        failpoint::hit(Point::LogPurge)?;
         self.inner.write().purge(StoredLogId(log_id))?;
+        failpoint::pass(Point::LogPurged);
         self.flushed().await
     }
 }

@@ -11,6 +11,7 @@ use futures::{Stream, StreamExt};
 use helix_common::auth;
 use helix_common::status::{not_leader, status};
 use helix_common::tls::PeerInfo;
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::ErrorCode;
 use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_proto::peer::peer_service_server::{PeerService, PeerServiceServer};
@@ -170,7 +171,10 @@ impl RaftHandler {
         let answers =
             owned_answers(self.raft.clone(), input.take_until(stop.clone().cancelled_owned())).map(move |answer| {
                 match answer {
-                    Ok(result) => Ok(self.append_answer(sender, result)),
+                    Ok(result) => {
+                        failpoint::pass(Point::AppendAnswer);
+                        Ok(self.append_answer(sender, result))
+                    }
                     Err(fatal) => Err(stopped(fatal)),
                 }
             });
@@ -214,7 +218,7 @@ impl RaftHandler {
             if received > expected {
                 return Err(invalid("more bytes than announced"));
             }
-            file.write_all(&chunk.data).map_err(broken)?;
+            failpoint::hit(Point::SnapshotReceive).and_then(|()| file.write_all(&chunk.data)).map_err(broken)?;
         }
         if received != expected {
             return Err(invalid("bytes are missing"));
@@ -222,7 +226,8 @@ impl RaftHandler {
         let syncing = path.clone();
         let verified = tokio::task::spawn_blocking(move || {
             file.sync_all()?;
-            snapshot::verify(&syncing)
+            let meta = snapshot::verify(&syncing)?;
+            failpoint::hit(Point::SnapshotReceived).map(|()| meta)
         });
         let verified = verified.await.map_err(|error| status(ErrorCode::Internal, error.to_string()))?;
         if verified.map_err(broken)? != meta {
@@ -292,6 +297,9 @@ impl RaftService for RaftHandler {
         rpc.leadership_transfer = request.leadership_transfer;
         let answer = if request.pre { self.raft.pre_vote(rpc).await } else { self.raft.vote(rpc).await };
         let answer = answer.map_err(stopped)?;
+        if answer.vote_granted && !request.pre {
+            failpoint::pass(Point::VoteAnswer);
+        }
         Ok(Response::new(raft::VoteResponse {
             envelope: self.envelope(from),
             vote: Some(vote_to_wire(&answer.vote)),
@@ -372,6 +380,7 @@ impl PeerService for PeerHandler {
         self.peers.admit_caller(&info, request.caller)?;
         let commands = decode_commands(request.format, request.commands, self.peers.format()).map_err(garbled)?;
         let replies = self.registry.propose_forwarded(commands).await.map_err(|error| self.refusal(&error))?;
+        failpoint::pass(Point::ForwardAnswer);
         Ok(Response::new(peer::ProposeResponse { replies: replies.iter().map(reply_to_wire).collect() }))
     }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use helix_common::files::sync_directory;
+use helix_failpoint::{self as failpoint, Point};
 use helix_proto::raft;
 use prost::Message;
 
@@ -119,13 +120,17 @@ impl SnapshotWriter {
 
     /// Makes the file durable and gives it its name.
     pub(super) fn finish(mut self) -> io::Result<PathBuf> {
+        failpoint::hit(Point::SnapshotFinish)?;
         self.to.put(&END.to_be_bytes())?;
         self.to.put(&self.rows.to_be_bytes())?;
         let crc = self.to.crc.clone().finalize();
         self.to.file.write_all(&crc.to_be_bytes())?;
         self.to.file.flush()?;
+        failpoint::hit(Point::SnapshotWritten)?;
         self.to.file.get_ref().sync_all()?;
+        failpoint::hit(Point::SnapshotSynced)?;
         std::fs::rename(&self.temporary, &self.finished)?;
+        failpoint::hit(Point::SnapshotRenamed)?;
         sync_directory(self.finished.parent().unwrap_or(Path::new(".")))?;
         self.done = true;
         Ok(self.finished.clone())
@@ -172,6 +177,7 @@ pub(super) fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
 /// Removes all but the newest [`KEPT`] snapshots, and what a crash left half-written.
 pub(super) fn retain(directory: &Path) -> io::Result<()> {
     for old in list(directory)?.into_iter().skip(KEPT) {
+        failpoint::hit(Point::SnapshotRetain)?;
         std::fs::remove_file(old)?;
     }
     Ok(())

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use helix_core::record::Addendum;
 use helix_core::state::State;
 use helix_core::{Row, RowKey};
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{BuildId, Digest};
 use helix_proto::raft;
 use prost::Message;
@@ -172,7 +173,10 @@ impl Store {
         }
         self.keep_named(&mut batch, changes, &unnamed)?;
         batch.insert(META_KEY, encode_head(meta, sum));
-        tree.apply_batch(batch).map_err(io_error)
+        failpoint::hit(Point::StoreWrite)?;
+        tree.apply_batch(batch).map_err(io_error)?;
+        failpoint::pass(Point::StoreWritten);
+        Ok(())
     }
 
     /// A blob that one row of a build names no more may be named by another.
@@ -200,9 +204,12 @@ impl Store {
 
     /// Makes everything written so far survive a power cut.
     pub(super) fn sync(&self) -> io::Result<()> {
+        failpoint::hit(Point::StoreSync)?;
         self.db.flush().map_err(io_error)?;
         // sled's own flush is no fsync on Linux.
-        File::open(self.directory.join("db"))?.sync_data()
+        File::open(self.directory.join("db"))?.sync_data()?;
+        failpoint::pass(Point::StoreSynced);
+        Ok(())
     }
 
     /// Bytes on disk.
@@ -217,9 +224,11 @@ impl Store {
         let name = format!("rows-{}", self.db.generate_id().map_err(io_error)?.saturating_add(1));
         let tree = self.db.open_tree(&name).map_err(io_error)?;
         let meta = import(&tree, path)?;
+        failpoint::hit(Point::StoreImported)?;
         self.sync()?;
         self.db.insert(POINTER, name.as_bytes()).map_err(io_error)?;
         self.sync()?;
+        failpoint::hit(Point::StoreSwitched)?;
         let old_name = old.name();
         *self.tree.write().unwrap_or_else(PoisonError::into_inner) = tree;
         drop(old);

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use helix_core::record::BuildRecord;
 use helix_core::retention::Kept;
 use helix_core::{Row, RowChange, RowKey};
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{BuildId, Digest, LogTime};
 use tokio::sync::{Notify, oneshot, watch};
 
@@ -599,10 +600,13 @@ impl Run {
             std::fs::create_dir_all(&self.inner.snapshots)?;
             std::fs::copy(from, &copy)?;
             std::fs::File::open(&copy)?.sync_all()?;
+            failpoint::hit(Point::SnapshotTake)?;
             std::fs::rename(copy, to)?;
         } else if from != to {
+            failpoint::hit(Point::SnapshotTake)?;
             std::fs::rename(from, to)?;
         }
+        failpoint::hit(Point::SnapshotTaken)?;
         helix_common::files::sync_directory(&self.inner.snapshots)
     }
 

@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::limits::LOG_LINE_BYTES_MAX;
 
 use super::reader::{Growth, Part, SpoolReader};
@@ -179,7 +180,9 @@ impl SpoolWriter {
     /// Makes the open tail the old one, in the place of an older one, and opens an empty one.
     fn rotate(&mut self) -> io::Result<()> {
         if let Some(tail) = self.tail.take() {
+            failpoint::hit(Point::SpoolRotate)?;
             fs::rename(self.dir.log_tail(), self.dir.log_tail_old())?;
+            failpoint::pass(Point::SpoolRotated);
             self.tail_old = Some(tail.head);
             if let Some(head) = self.head_closed {
                 let lines = (tail.head.first_seq - 1).saturating_sub(head.last_seq);
@@ -249,12 +252,13 @@ impl OpenPart {
 
     /// All of it or, at the next reading, nothing.
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let written = self.file.write_all_at(bytes, self.length);
+        let written = failpoint::hit(Point::SpoolWrite).and_then(|()| self.file.write_all_at(bytes, self.length));
         if let Err(error) = written {
             // A cut-off record in the middle would be damage; should this fail too, the next try writes over it.
             let _ = self.file.set_len(self.length);
             return Err(error);
         }
+        failpoint::pass(Point::SpoolWritten);
         self.length += bytes.len() as u64;
         Ok(())
     }

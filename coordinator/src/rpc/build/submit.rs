@@ -11,6 +11,7 @@ use helix_common::status::{error_code, invalid, metadata, status, with_metadata}
 use helix_core::command::SubmitBuild;
 use helix_core::record::Standing;
 use helix_core::{Command, Reply};
+use helix_failpoint::{self as failpoint, Point};
 use helix_model::{BuildId, BuildSpec, Digest, ErrorCode, Executor, InvalidField, Outputs, Source};
 use helix_proto::{convert, v1};
 use sha2::{Digest as _, Sha256};
@@ -192,6 +193,7 @@ impl BuildRpc {
             }
         };
         self.services.metrics.committed(begun.elapsed());
+        failpoint::pass(Point::SubmitAnswer);
         match reply {
             Reply::Submitted => Ok(accepted(&id, false, String::new())),
             // Our own earlier proposal may have made it; under an id of the client's nobody can tell.
