@@ -179,14 +179,16 @@ impl SpoolWriter {
 
     /// Makes the open tail the old one, in the place of an older one, and opens an empty one.
     fn rotate(&mut self) -> io::Result<()> {
-        if let Some(tail) = self.tail.take() {
+        if let Some(tail) = self.tail.as_ref().map(|tail| tail.head) {
             failpoint::hit(Point::SpoolRotate)?;
             fs::rename(self.dir.log_tail(), self.dir.log_tail_old())?;
             failpoint::pass(Point::SpoolRotated);
-            self.tail_old = Some(tail.head);
+            // Not before it has moved: a tail that nobody holds would be written over at the next try.
+            self.tail = None;
+            self.tail_old = Some(tail);
             if let Some(head) = self.head_closed {
-                let lines = (tail.head.first_seq - 1).saturating_sub(head.last_seq);
-                let bytes = tail.head.bytes_before.saturating_sub(head.bytes);
+                let lines = (tail.first_seq - 1).saturating_sub(head.last_seq);
+                let bytes = tail.bytes_before.saturating_sub(head.bytes);
                 // Discarded lines may lie outside of this gap, or inside; never count fewer than are gone.
                 self.totals.dropped_lines = self.totals.dropped_lines.max(lines);
                 self.totals.dropped_bytes = self.totals.dropped_bytes.max(bytes);

@@ -129,6 +129,26 @@ fn a_writer_that_returns_to_a_clipped_log_goes_on_behind_it() {
 }
 
 #[test]
+fn a_tail_that_cannot_be_moved_loses_nothing() {
+    let (_temporary, dir) = directory();
+    let long = "x".repeat(1000);
+    let mut writer = written(&dir, &[]);
+    // In the way of the tail's old name: moving it there fails.
+    std::fs::create_dir(dir.log_tail_old()).unwrap();
+    let failed = (0..1000).find_map(|_| {
+        writer.append(7, Stream::Stdout, long.as_bytes());
+        writer.flush().err()
+    });
+    assert!(failed.is_some(), "the tail was never to be moved");
+    assert!(writer.flush().is_err(), "what was in the way is gone, or the tail");
+    std::fs::remove_dir(dir.log_tail_old()).unwrap();
+    writer.flush().unwrap();
+    let lines = records(&dir, Growth::Ended);
+    assert!(lines.iter().map(|line| line.seq).eq(1..=writer.last_seq()), "lines are lost");
+    assert_eq!(writer.totals().dropped_lines, 0);
+}
+
+#[test]
 fn lines_that_were_given_up_show_as_a_gap() {
     let (_temporary, dir) = directory();
     let mut writer = written(&dir, &["a"]);
