@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use helix_common::files::{Durability, write_atomic};
+use helix_common::files::{Durability, remove_temporaries, write_atomic};
 use helix_model::{AttemptKey, Instance};
 use helix_runner::AttemptDir;
 use rustix::fs::{FlockOperation, flock};
@@ -46,6 +46,9 @@ impl DataDir {
         }
         for part in ["attempts", "mirrors"] {
             make_private(&root.join(part)).with_context(|| format!("cannot make {part} in {}", root.display()))?;
+        }
+        for part in [root.to_owned(), root.join("mirrors")] {
+            remove_temporaries(&part).with_context(|| format!("cannot clear up {}", part.display()))?;
         }
         let instance = instance(root)?;
         Ok(Self { root: root.to_owned(), instance, _lock: lock })

@@ -25,8 +25,9 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 /// where it matters. A temporary file that a crash leaves behind is named `.NAME.PID.N.tmp`.
 ///
 /// # Errors
-/// The first failing system call; the old file is then as it was, and no temporary file is left. After a
-/// failed fsync the write must be taken as lost: repeating the fsync proves nothing, repeating the whole call does.
+/// The first failing system call; no temporary file is left, and the path has its old file or, where the directory alone could
+/// not be synced, the new one. After a failed fsync the write must be taken as lost: repeating the fsync proves nothing, repeating
+/// the whole call does.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32, durability: Durability) -> io::Result<()> {
     let temporary = temporary_beside(path)?;
     let written = write_and_rename(&temporary, path, bytes, mode, durability);
@@ -62,6 +63,29 @@ fn write_and_rename(from: &Path, to: &Path, bytes: &[u8], mode: u32, durability:
     std::fs::rename(from, to)?;
     failpoint::hit(Point::FileRenamed)?;
     if durability == Durability::Synced { sync_directory(directory_of(to)) } else { Ok(()) }
+}
+
+/// Removes what calls of [`write_atomic`] that a crash cut short left in a directory. Only for whoever has the directory for
+/// itself: another process's call under way would lose its file.
+///
+/// # Errors
+/// Those of the file system.
+pub fn remove_temporaries(directory: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(is_temporary) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name is one that [`temporary_beside`] gives: `.NAME.PID.N.tmp`.
+fn is_temporary(name: &str) -> bool {
+    let number = |part: Option<&str>| part.is_some_and(|part| part.parse::<u64>().is_ok());
+    let Some(inner) = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")) else { return false };
+    let mut parts = inner.rsplitn(3, '.');
+    number(parts.next()) && number(parts.next()) && parts.next().is_some_and(|name| !name.is_empty())
 }
 
 /// Fsyncs a directory, so that names made or removed in it survive a power cut.
@@ -127,6 +151,21 @@ mod tests {
         assert!(path.is_dir());
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
         assert!(write_atomic(Path::new("/"), b"x", 0o600, Durability::Synced).is_err());
+    }
+
+    #[test]
+    fn what_a_crash_left_goes_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("node.json");
+        let left = temporary_beside(&path).unwrap();
+        let kept = ["node.json", ".node.json.tmp", ".tmp", ".1.2.tmp", ".node.json.1.x.tmp", "node.json.1.2.tmp"];
+        for name in kept {
+            std::fs::write(directory.path().join(name), "").unwrap();
+        }
+        std::fs::write(&left, "half").unwrap();
+        remove_temporaries(directory.path()).unwrap();
+        assert!(!left.exists() && kept.iter().all(|name| directory.path().join(name).exists()));
+        assert!(remove_temporaries(&path).is_err());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fs4::fs_std::FileExt;
-use helix_common::files::{Durability, write_atomic};
+use helix_common::files::{Durability, remove_temporaries, write_atomic};
 use helix_model::NodeId;
 use serde::{Deserialize, Serialize};
 
@@ -176,6 +176,8 @@ pub fn init(
     let io = |source| NodeDirError::Io { path: path.to_owned(), source };
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
     let _lock = lock(path)?;
+    // One that was cut short made nothing: it can be repeated.
+    remove_temporaries(path).map_err(io)?;
     let mut names = std::fs::read_dir(path).map_err(io)?.filter_map(Result::ok);
     if names.any(|entry| entry.file_name() != LOCK) {
         return Err(NodeDirError::NotEmpty(path.to_owned()));
@@ -207,6 +209,8 @@ impl NodeDir {
             return Err(NodeDirError::Empty(path.to_owned()));
         }
         let lock = lock(path)?;
+        let io = |source| NodeDirError::Io { path: path.to_owned(), source };
+        remove_temporaries(path).map_err(io)?;
         if path.join(RECOVERY).join(filling::READY).exists() {
             return Err(NodeDirError::Recovering(path.to_owned()));
         }
