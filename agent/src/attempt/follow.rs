@@ -21,7 +21,7 @@ use super::prepare::GRACE_MS;
 use super::{Attempt, Ending, RETRY};
 use crate::blocking::blocking;
 
-/// How long a runner may take to listen before it is started once more.
+/// How long a runner that was started in the place of another may take to note that it has the order, before a third one is.
 const LISTEN_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long after a stop a runner may need beyond the grace of its processes before it is looked at.
@@ -55,7 +55,9 @@ impl Attempt {
                 AttemptState::Ended(outcome) => return Ok(Ending::Ran(outcome)),
                 AttemptState::RunnerDied => return Ok(self.after_runner_died().await),
                 AttemptState::Running { .. } => {}
-                AttemptState::NotStarted if waited < LISTEN_LIMIT => {}
+                // Nobody is connected: the first runner has died, or an agent that died had started none. A second one does no
+                // harm beside it, and is started at once; the third waits for what keeps them.
+                AttemptState::NotStarted if starts > 1 && waited < LISTEN_LIMIT => {}
                 AttemptState::NotStarted if starts < STARTS_MAX => {
                     (starts, waited) = (starts + 1, Duration::ZERO);
                     self.runner = Some(self.services.starter.start(self.dir.clone()).await?);
