@@ -84,7 +84,8 @@ fn open_log(root: &Path, options: &Options, counters: &Arc<Counters>) -> Result<
     Ok(log)
 }
 
-/// Snapshots that are whole, newest first; others are put aside.
+/// Snapshots that are whole, newest first, and no more than are kept: a crash may have come before an older one went. Others are
+/// put aside.
 fn good_snapshots(directory: &Path) -> io::Result<Vec<(SnapshotMeta, PathBuf)>> {
     std::fs::create_dir_all(directory)?;
     snapshot::sweep(directory)?;
@@ -98,6 +99,9 @@ fn good_snapshots(directory: &Path) -> io::Result<Vec<(SnapshotMeta, PathBuf)>> 
                 std::fs::rename(&path, path.with_extension("damaged"))?;
             }
         }
+    }
+    for (_, older) in good.split_off(snapshot::KEPT.min(good.len())) {
+        std::fs::remove_file(older)?;
     }
     Ok(good)
 }
