@@ -75,6 +75,8 @@ pub struct Cluster {
     again: Mutex<Vec<(String, String, Child)>>,
     /// Members that `helix dev` knows nothing of.
     adopted: Mutex<Vec<Member>>,
+    /// What its processes have in their environment beside what this one has.
+    environment: Vec<(String, String)>,
 }
 
 /// Where the programs are; builds them first, once in a process, so that tests never run old ones.
@@ -152,9 +154,17 @@ impl Cluster {
     /// # Errors
     /// When it does not become ready; says what it said.
     pub fn start(shape: &Shape) -> anyhow::Result<Self> {
+        Self::start_with(shape, &[])
+    }
+
+    /// As [`Self::start`]; its processes, those started again too, have these variables.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(shape: &Shape, environment: &[(&str, String)]) -> anyhow::Result<Self> {
         let keep = tempfile::Builder::new().prefix("helix-test-").tempdir()?;
         let root = keep.path().canonicalize()?;
-        let mut cluster = Self::start_in(&root, shape)?;
+        let mut cluster = Self::launch(&root, shape, environment)?;
         cluster.keep = Some(keep);
         Ok(cluster)
     }
@@ -164,6 +174,11 @@ impl Cluster {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_in(root: &Path, shape: &Shape) -> anyhow::Result<Self> {
+        Self::launch(root, shape, &[])
+    }
+
+    fn launch(root: &Path, shape: &Shape, environment: &[(&str, String)]) -> anyhow::Result<Self> {
+        let environment: Vec<_> = environment.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
         fs::create_dir_all(root)?;
         let talk = root.join("dev.log");
         let mut command = Command::new(programs().join("helix"));
@@ -179,6 +194,7 @@ impl Cluster {
         for setting in &shape.settings {
             command.args(["--set", &format!("agent.{setting}")]);
         }
+        command.envs(environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(fs::File::create(&talk)?);
         let mut dev = command.spawn().context("helix dev does not start")?;
         let stdout = dev.stdout.take().context("stdout is piped")?;
@@ -188,8 +204,14 @@ impl Cluster {
                 let _ = line_tx.send(line);
             }
         });
-        let cluster =
-            Self { dev, root: root.to_owned(), keep: None, again: Mutex::new(Vec::new()), adopted: Mutex::default() };
+        let cluster = Self {
+            dev,
+            root: root.to_owned(),
+            keep: None,
+            again: Mutex::new(Vec::new()),
+            adopted: Mutex::default(),
+            environment,
+        };
         match line_rx.recv_timeout(PATIENCE) {
             Ok(line) if line.starts_with("ready context=") => Ok(cluster),
             other => {
@@ -283,7 +305,12 @@ impl Cluster {
         let log = self.root.join("logs").join(format!("{}-{}-again.log", member.role, member.id));
         let log = fs::OpenOptions::new().create(true).append(true).open(log).expect("a log can be opened");
         let mut command = Command::new(&member.argv[0]);
-        command.args(&member.argv[1..]).stdin(Stdio::null()).stderr(log.try_clone().expect("a descriptor")).stdout(log);
+        command
+            .args(&member.argv[1..])
+            .envs(self.environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stderr(log.try_clone().expect("a descriptor"))
+            .stdout(log);
         let child = command.spawn().expect("the process starts again");
         let mut again = self.again.lock().unwrap_or_else(PoisonError::into_inner);
         again.push((member.role.clone(), member.id.clone(), child));

@@ -12,6 +12,9 @@ mod backup;
 mod coordinators;
 #[path = "cluster/disks.rs"]
 mod disks;
+#[cfg(debug_assertions)]
+#[path = "cluster/failpoints.rs"]
+mod failpoints;
 #[path = "cluster/floods.rs"]
 mod floods;
 #[path = "cluster/keeping.rs"]
