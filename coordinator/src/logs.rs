@@ -48,6 +48,9 @@ const ROOM_BELIEVED: Duration = Duration::from_secs(1);
 /// Between looks for live logs that nobody needs any more.
 const SWEEP_EVERY: Duration = Duration::from_secs(300);
 
+/// After one that could not be made, as at a start, when nobody leads yet.
+const SWEEP_AGAIN: Duration = Duration::from_secs(5);
+
 /// Between looks for logs that no agent seals any more.
 const SEAL_LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -62,6 +65,15 @@ pub struct LogQuery {
     pub tail: u64,
     /// Go on until the attempt has ended.
     pub follow: bool,
+}
+
+/// Whether there was a look for live logs that nobody needs any more, where one was due.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Swept {
+    /// There was, or none was due.
+    Done,
+    /// The registry could not be asked.
+    NotNow,
 }
 
 /// The logs, as this coordinator serves them. Cheap to clone.
@@ -158,7 +170,7 @@ impl LogHub {
         let mut sweeps = tokio::time::interval(SWEEP_EVERY);
         sweeps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let work: BoxFuture<'_, ()> = tokio::select! {
+            let work: BoxFuture<'_, Swept> = tokio::select! {
                 () = stopping.cancelled() => return,
                 _ = sweeps.tick() => Box::pin(self.sweep()),
                 heard = effects.recv() => match heard {
@@ -172,12 +184,14 @@ impl LogHub {
             };
             tokio::select! {
                 () = stopping.cancelled() => return,
-                () = work => {}
+                swept = work => if swept == Swept::NotNow {
+                    sweeps.reset_after(SWEEP_AGAIN);
+                }
             }
         }
     }
 
-    async fn heed(&self, effects: Arc<[Effect]>) {
+    async fn heed(&self, effects: Arc<[Effect]>) -> Swept {
         for effect in effects.iter() {
             match effect {
                 Effect::LogSealed(key) => {
@@ -192,6 +206,7 @@ impl LogHub {
                 _ => {}
             }
         }
+        Swept::Done
     }
 
     fn keys_of(&self, build: &BuildId) -> Vec<AttemptKey> {
@@ -199,14 +214,14 @@ impl LogHub {
     }
 
     /// Removes the live logs whose attempts are sealed or gone. In doubt they stay.
-    async fn sweep(&self) {
+    async fn sweep(&self) -> Swept {
         let keys = self.inner.live.keys();
         if keys.is_empty() {
-            return;
+            return Swept::Done;
         }
         let barrier = tokio::time::timeout(Duration::from_secs(30), self.inner.plane.barrier()).await;
         if !matches!(barrier, Ok(Ok(()))) {
-            return;
+            return Swept::NotNow;
         }
         let mut gone = Vec::new();
         for key in keys {
@@ -216,6 +231,7 @@ impl LogHub {
             }
         }
         self.remove(gone).await;
+        Swept::Done
     }
 
     async fn remove(&self, keys: Vec<AttemptKey>) {

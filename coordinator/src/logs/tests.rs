@@ -428,6 +428,31 @@ async fn logs_that_nobody_needs_are_swept() {
 }
 
 #[tokio::test]
+async fn a_sweep_that_cannot_be_made_at_the_start_is_made_soon() {
+    let cluster = cluster(1);
+    let node = &cluster.nodes[0];
+    cluster.ledger.set(&key(), running());
+    Pusher::to(node).send(1..=10).await;
+    // It starts again, purged of the attempt, and nobody leads yet.
+    cluster.ledger.attempts.lock().unwrap().clear();
+    cluster.ledger.reachable.store(false, std::sync::atomic::Ordering::SeqCst);
+    let plane = Recorded::new(1, &cluster.ledger);
+    let stopping = cluster.stopping.clone();
+    let hub = LogHub::open(&node.root.path().join("live"), plane, Arc::clone(&node.blobs), stopping).unwrap();
+    tokio::spawn(hub.clone().keep());
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(hub.live_totals().0, 1, "in doubt it stays");
+    cluster.ledger.reachable.store(true, std::sync::atomic::Ordering::SeqCst);
+    let deadline = Instant::now() + DEADLINE;
+    while hub.live_totals().0 > 0 {
+        assert!(Instant::now() < deadline, "it is swept with the next look at the earliest");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
 async fn a_line_reaches_its_reader_soon() {
     let cluster = cluster(2);
     cluster.ledger.set(&key(), running());
