@@ -73,7 +73,7 @@ fn write_and_rename(from: &Path, to: &Path, bytes: &[u8], mode: u32, durability:
 pub fn remove_temporaries(directory: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
-        if entry.file_name().to_str().is_some_and(is_temporary) {
+        if entry.file_name().to_str().is_some_and(is_temporary) && entry.file_type()?.is_file() {
             std::fs::remove_file(entry.path())?;
         }
     }
@@ -163,8 +163,10 @@ mod tests {
             std::fs::write(directory.path().join(name), "").unwrap();
         }
         std::fs::write(&left, "half").unwrap();
+        std::fs::create_dir(directory.path().join(".node.json.1.2.tmp")).unwrap();
         remove_temporaries(directory.path()).unwrap();
         assert!(!left.exists() && kept.iter().all(|name| directory.path().join(name).exists()));
+        assert!(directory.path().join(".node.json.1.2.tmp").exists(), "no file of ours");
         assert!(remove_temporaries(&path).is_err());
     }
 

@@ -13,6 +13,8 @@
 //! - what sets a damaged thing aside (blobs, registry, snapshots): nothing is promised of a damaged thing, and who finds it
 //!   again where it was sets it aside again;
 //! - removal of blobs that nothing names: it begins a day after the last use; a `.trash` file that is left goes at the next start;
+//! - what a session says beside assignments, reports and their answers: it is said again at the next one, and the simulation
+//!   loses it in every way;
 //! - backups, certificates and revocations that the `helix` command writes: an operator sees the command fail, and repeats it;
 //! - secrets (on a tmpfs that goes with the host), cgroups, sockets, locks, probes of the disk: nothing is promised of them;
 //! - podman's own store: podman writes it, and what it left is swept by label.

@@ -151,7 +151,8 @@ impl Site {
                         going_on.push((*case, pid));
                     }
                     victims.push(victim);
-                    members = self.cluster.members();
+                    // Those before stay known by what they were: another may have taken its point and be gone already.
+                    members.extend(self.cluster.members());
                     false
                 });
                 (open.is_empty() || round.has_ended(self)).then_some(())
