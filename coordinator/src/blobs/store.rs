@@ -14,7 +14,9 @@ use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 use sha2::{Digest as _, Sha256};
 
 use super::health::Health;
-use super::large::{Large, LargeFile, Upload};
+use super::large::Large;
+use super::large::format::LargeFile;
+use super::large::upload::Upload;
 use super::leases::Leases;
 use super::segments::Segments;
 use super::{BlobError, now_s};
