@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use helix_common::backoff::Backoff;
 use helix_common::channel::Traffic;
 use helix_common::endpoints::{CallError, Endpoints, Verdict};
+use helix_common::status::error_code;
 use helix_common::tls::{TlsFiles, TlsStore};
 use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_model::parse::duration_text;
@@ -142,8 +143,9 @@ impl Connection {
             }
             let since = *failing.since.get_or_insert_with(Instant::now);
             if since.elapsed() > self.patience {
+                let word = error_code(&status).map(|code| format!("{code}: ")).unwrap_or_default();
                 return Err(Failure::unreachable(format!(
-                    "no coordinator goes on with the stream: {}",
+                    "no coordinator goes on with the stream: {word}{}",
                     status.message()
                 )));
             }

@@ -49,7 +49,10 @@ pub(crate) async fn blob(
                     hasher.update(&part.data);
                     offset += part.data.len() as u64;
                     arrived(offset);
-                    connection.succeeded();
+                    // The first message tells the size alone, and comes from who cannot read the bytes, too.
+                    if !part.data.is_empty() {
+                        connection.succeeded();
+                    }
                 }
                 Ok(None) if size.is_some_and(|size| offset >= size) => break,
                 Ok(None) => return Err(Failure::plain(format!("the blob ended after {offset} bytes")).into()),
