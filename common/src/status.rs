@@ -116,6 +116,7 @@ pub fn grpc_code(code: ErrorCode) -> Code {
         | ErrorCode::MembershipBusy
         | ErrorCode::QuorumMayLive
         | ErrorCode::UpgradePending
+        | ErrorCode::BucketRefused
         | ErrorCode::WrongCluster => Code::FailedPrecondition,
         ErrorCode::BuildUnknown
         | ErrorCode::BuildPurged
@@ -130,6 +131,7 @@ pub fn grpc_code(code: ErrorCode) -> Code {
         ErrorCode::NoLeader
         | ErrorCode::NotLeader
         | ErrorCode::PeerUnreachable
+        | ErrorCode::BucketUnreachable
         | ErrorCode::ShuttingDown
         | ErrorCode::BackupIncomplete => Code::Unavailable,
         ErrorCode::RoleNotAllowed | ErrorCode::NotOwner => Code::PermissionDenied,

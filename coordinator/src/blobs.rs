@@ -6,6 +6,8 @@
 //! Invariant: a node is reported as a holder only after it fsynced the bytes and checked their digest.
 
 mod adopt;
+pub mod bucket;
+mod check;
 mod collect;
 mod frame;
 mod get;
@@ -13,6 +15,7 @@ mod health;
 mod large;
 mod leases;
 mod mend;
+mod offload;
 mod put;
 mod scrub;
 mod segments;
@@ -34,10 +37,12 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 use tonic::transport::Channel;
 
+use self::bucket::Bucket;
 pub use self::collect::{Collection, Schedule};
 pub use self::get::{Reach, Reading};
 pub use self::health::{Damage, Health};
 pub use self::leases::LEASE;
+pub use self::offload::{Moves, Offload};
 pub use self::put::Announce;
 pub use self::scrub::Scrub;
 use self::store::{BlobStore, Room};
@@ -121,6 +126,9 @@ pub enum BlobError {
     /// It was here and is damaged.
     #[error("blob {0} is damaged here")]
     Damaged(Digest),
+    /// It is in the bucket, which does not serve it.
+    #[error("the bucket that the blob lies in does not serve it: {0}")]
+    Bucket(String),
     /// The other side stood still for too long.
     #[error("the transfer stood still for {} s", STALL.as_secs())]
     Stalled,
@@ -159,24 +167,35 @@ pub struct Opened {
     pub collection: Collection,
     /// What reads all blobs again: to be run until shutdown.
     pub scrub: Scrub,
+    /// What moves large blobs to the bucket, where there is one: to be run until shutdown.
+    pub offload: Option<Offload>,
 }
 
 impl Blobs {
-    /// Opens the store beneath `root`. Blocks while it reads what is there.
+    /// Opens the store beneath `root`, whose large blobs may go to a bucket. Blocks while it reads what is there.
     ///
     /// # Errors
-    /// When the directory cannot be read or written.
-    pub fn open(root: &Path, plane: Arc<dyn Plane>) -> io::Result<Opened> {
-        Self::open_with(root, plane, LEASE)
+    /// When the directory cannot be read or written, or blobs are in a bucket and there is none to read them from.
+    pub fn open(root: &Path, plane: Arc<dyn Plane>, bucket: Option<Bucket>) -> io::Result<Opened> {
+        Self::open_with(root, plane, LEASE, bucket)
     }
 
-    fn open_with(root: &Path, plane: Arc<dyn Plane>, lease: Duration) -> io::Result<Opened> {
-        let (store, damaged) = BlobStore::open(root, lease)?;
+    fn open_with(root: &Path, plane: Arc<dyn Plane>, lease: Duration, bucket: Option<Bucket>) -> io::Result<Opened> {
+        let bucket = bucket.map(Arc::new);
+        let (store, damaged) = BlobStore::open(root, lease, bucket.clone())?;
+        let away = store.totals().bucket;
+        if bucket.is_none() && away > 0 {
+            return Err(io::Error::other(format!(
+                "{away} blobs of this node are in a bucket, and [blobs.s3] is not configured: configure it as it was; to do without it, \
+                 start once with blobs.s3.recall = true until helix_blobs_in_bucket is 0"
+            )));
+        }
         damaged.into_iter().for_each(|digest| store.health().damaged(digest));
         let blobs =
             Arc::new(Self { store, plane, uploads: Semaphore::new(UPLOADS_MAX), copies: Semaphore::new(UPLOADS_MAX) });
         let (collection, scrub) = (Collection::new(Arc::clone(&blobs)), Scrub::new(Arc::clone(&blobs)));
-        Ok(Opened { collection, scrub, blobs })
+        let offload = bucket.map(|bucket| Offload::new(Arc::clone(&blobs), bucket));
+        Ok(Opened { collection, scrub, offload, blobs })
     }
 
     /// This coordinator's own blobs.

@@ -3,6 +3,8 @@
 //! Only what belongs to one node stands here. Who the node is stands in its data directory; what holds for the
 //! whole cluster is policy, replicated. Checked whole before anything is opened.
 
+mod s3;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +16,8 @@ use helix_common::telemetry::{self, Format};
 use helix_common::tls::TlsFiles;
 use serde::{Deserialize, Serialize};
 use toml::Table;
+
+pub use self::s3::S3;
 
 /// The prefix of environment variables.
 pub const ENV_PREFIX: &str = "HELIX";
@@ -39,6 +43,9 @@ pub struct Config {
     /// Timings of consensus.
     #[serde(default)]
     pub raft: RaftTimings,
+    /// Where its blobs lie, beside its disk.
+    #[serde(default)]
+    pub blobs: BlobPlaces,
     /// Log lines.
     #[serde(default)]
     pub log: Log,
@@ -66,6 +73,15 @@ impl Default for Listen {
     }
 }
 
+/// See [`Config::blobs`].
+#[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BlobPlaces {
+    /// A bucket that large ones move to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub s3: Option<S3>,
+}
+
 /// See [`Config::raft`]. What is not given is chosen from the disk's speed at start.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -89,7 +105,7 @@ pub struct RaftTimings {
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
     /// Which lines; the variable `HELIX_LOG` wins over it. By default consensus's own library says errors only:
-    /// an unreachable peer is worth a line, and it has one for every heartbeat.
+    /// an unreachable peer is worth a line, and it has one for every heartbeat. So does the bucket's, which has one for every retry.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub filter: Option<String>,
     /// Their shape: text or json.
@@ -106,6 +122,7 @@ impl Config {
         if let Some(directory) = path.and_then(Path::parent) {
             config.data_dir = directory.join(config.data_dir);
             config.tls = config.tls.relative_to(directory);
+            config.blobs.s3 = config.blobs.s3.map(|s3| s3.relative_to(directory));
         }
         config.complete();
         config.check()?;
@@ -113,7 +130,9 @@ impl Config {
     }
 
     fn complete(&mut self) {
-        self.log.filter.get_or_insert_with(|| format!("{},openraft=error", telemetry::FILTER_DEFAULT));
+        self.log
+            .filter
+            .get_or_insert_with(|| format!("{},openraft=error,object_store=error", telemetry::FILTER_DEFAULT));
         if self.advertise.is_empty() {
             let port = self.listen.grpc.port();
             self.advertise = match self.listen.grpc.ip() {
@@ -152,6 +171,9 @@ impl Config {
             && let Err(error) = telemetry::check_filter(filter)
         {
             return wrong("log.filter", error.to_string());
+        }
+        if let Some(s3) = &self.blobs.s3 {
+            s3.check()?;
         }
         self.raft.check()
     }
@@ -213,6 +235,25 @@ mod tests {
     }
 
     #[test]
+    fn a_bucket_is_named_and_the_rest_has_defaults() {
+        let more =
+            "blobs.s3 = { bucket = 'b', access_key_id_file = 'id', secret_access_key_file = '/s', ca_file = 'ca.pem' }";
+        let config = loaded(more).unwrap();
+        let effective = helix_common::config::effective(&config).unwrap();
+        assert_eq!(toml::from_str::<Config>(&effective).unwrap(), config);
+        let s3 = config.blobs.s3.unwrap();
+        assert_eq!(
+            (s3.prefix.as_str(), s3.region.as_str(), s3.after),
+            ("helix", "us-east-1", Duration::from_secs(600))
+        );
+        assert!(!s3.allow_http && !s3.recall && !s3.virtual_hosted_style);
+        assert!(s3.access_key_id_file.unwrap().is_absolute() && s3.ca_file.unwrap().is_absolute());
+        assert_eq!(s3.secret_access_key_file, Some(PathBuf::from("/s")));
+        let http = "blobs.s3 = { bucket = 'b', endpoint = 'http://s3.example.com', allow_http = true }";
+        assert!(loaded(http).is_ok());
+    }
+
+    #[test]
     fn mistakes_name_the_key() {
         for (more, expected) in [
             ("dataa_dir = 'x'", "did you mean `data_dir`"),
@@ -231,6 +272,17 @@ mod tests {
                 "not over",
             ),
             ("worker_threads = 'many'", "worker_threads"),
+            ("blobs.s3 = { bucket = '' }", "`blobs.s3.bucket`"),
+            ("blobs.s3 = { bucket = 'b/c' }", "`blobs.s3.bucket`"),
+            ("blobs.s3.region = 'eu-north-1'", "`bucket`"),
+            ("blobs.s3 = { bucket = 'b', buckets = 1 }", "did you mean `blobs.s3.bucket`"),
+            ("blobs.s3 = { bucket = 'b', prefix = 'a/../b' }", "`blobs.s3.prefix`"),
+            ("blobs.s3 = { bucket = 'b', endpoint = 's3.example.com' }", "`blobs.s3.endpoint`"),
+            ("blobs.s3 = { bucket = 'b', endpoint = 'http://s3.example.com' }", "`blobs.s3.endpoint`"),
+            ("blobs.s3 = { bucket = 'b', endpoint = 'https://id:key@s3.example.com' }", "`blobs.s3.endpoint`"),
+            ("blobs.s3 = { bucket = 'b', access_key_id_file = 'id' }", "`blobs.s3.secret_access_key_file`"),
+            ("blobs.s3 = { bucket = 'b', secret_access_key_file = 'id' }", "`blobs.s3.access_key_id_file`"),
+            ("blobs.s3 = { bucket = 'b', after = 'soon' }", "after"),
         ] {
             let error = loaded(more).unwrap_err();
             assert!(error.contains(expected), "{more}: {error}");

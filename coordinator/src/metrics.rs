@@ -74,6 +74,11 @@ gauges! {
     registry_pending_rows: "Rows that wait to be written to the registry's store",
     blob_bytes: "Bytes of blobs this node holds",
     blobs: "Blobs this node holds",
+    blobs_in_bucket: "Those of them that lie in a bucket",
+    blob_bytes_in_bucket: "Their bytes",
+    blobs_to_offload: "Large blobs on this node's disk, which may go to the bucket; 0 without one",
+    bucket_errors: "Requests to the bucket that failed after their retries, since the start",
+    bucket_failing: "1 while the bucket does not answer or refuses, 0 otherwise",
     blob_segment_syncs: "Fsyncs of the segments that small blobs share",
     blobs_damaged: "Blobs this node found damaged and looks for a good copy of",
     blobs_lost: "Blobs that this node found damaged, or misses as the leader, and that have no good copy anywhere",
@@ -140,8 +145,16 @@ impl Metrics {
         gauges.disk_free_bytes.set(services.disk.free_bytes());
         gauges.leader.set(u64::from(registry.leadership().borrow().is_leader));
         let blobs = services.blobs.store().totals();
-        gauges.blobs.set(blobs.small + blobs.large);
-        gauges.blob_bytes.set(blobs.small_bytes + blobs.large_bytes);
+        gauges.blobs.set(blobs.small + blobs.large + blobs.bucket);
+        gauges.blob_bytes.set(blobs.small_bytes + blobs.large_bytes + blobs.bucket_bytes);
+        gauges.blobs_in_bucket.set(blobs.bucket);
+        gauges.blob_bytes_in_bucket.set(blobs.bucket_bytes);
+        if let Some(bucket) = services.blobs.store().bucket() {
+            let totals = bucket.totals();
+            gauges.blobs_to_offload.set(blobs.large);
+            gauges.bucket_errors.set(totals.errors);
+            gauges.bucket_failing.set(u64::from(totals.failing));
+        }
         gauges.blob_segment_syncs.set(blobs.segment_syncs);
         let health = services.blobs.health().totals();
         gauges.blobs_damaged.set(health.waiting);

@@ -89,6 +89,10 @@ codes! {
     NotLeader = "not_leader";
     /// The peer that should serve this cannot be reached. UNAVAILABLE.
     PeerUnreachable = "peer_unreachable";
+    /// The bucket that large blobs go to does not answer. UNAVAILABLE.
+    BucketUnreachable = "bucket_unreachable";
+    /// The bucket answers, and will not do: there is none of that name, access is denied, or it is another's. FAILED_PRECONDITION.
+    BucketRefused = "bucket_refused";
     /// The certificate's role may not call this. PERMISSION_DENIED.
     RoleNotAllowed = "role_not_allowed";
     /// The caller may do this to its own only. PERMISSION_DENIED.

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use helix_model::{Digest, NodeId};
+use helix_common::status::error_code;
+use helix_model::{Digest, ErrorCode, NodeId};
 use helix_proto::v1;
 use tonic::{Status, Streaming};
 
@@ -56,7 +57,7 @@ impl Blobs {
         let local = match self.store.read(digest).await {
             Ok(local) => local,
             Err(error) => {
-                self.health().suspect(digest);
+                self.suspect(digest, &error);
                 if reach == Reach::Local {
                     return Err(error);
                 }
@@ -98,6 +99,13 @@ impl Blobs {
             out.extend_from_slice(&chunk);
         }
         Ok(out.freeze())
+    }
+
+    /// A blob could not be read here. That a bucket does not answer says nothing about its blobs.
+    fn suspect(&self, digest: Digest, error: &BlobError) {
+        if !matches!(error, BlobError::Bucket(_)) {
+            self.health().suspect(digest);
+        }
     }
 
     /// Asks all peers at once, and opens the blob at the first that has it.
@@ -205,7 +213,7 @@ impl Reading {
 
     async fn elsewhere(&mut self, error: BlobError) -> Result<(), BlobError> {
         match &self.source {
-            Source::Local(_) => self.blobs.health().suspect(self.digest),
+            Source::Local(_) => self.blobs.suspect(self.digest, &error),
             Source::Peer(node, _) => {
                 self.failed.insert(*node);
             }
@@ -213,10 +221,30 @@ impl Reading {
         if self.reach == Reach::Local {
             return Err(error);
         }
-        tracing::warn!(digest = %self.digest, at = self.at, %error, "a blob is read on from another holder");
+        if is_in_bucket(&error) {
+            // Told once a minute, and not for every reader.
+            tracing::debug!(digest = %self.digest, at = self.at, %error, "a blob is read on from another holder");
+        } else {
+            tracing::warn!(digest = %self.digest, at = self.at, %error, "a blob is read on from another holder");
+        }
         let length = self.end - self.at;
-        let (_, source) = self.blobs.find(self.digest, self.at, length, &mut self.failed).await?;
-        self.source = source;
-        Ok(())
+        match self.blobs.find(self.digest, self.at, length, &mut self.failed).await {
+            Ok((_, source)) => {
+                self.source = source;
+                Ok(())
+            }
+            // Nobody else has it, and it is not lost: it is in a bucket that does not answer.
+            Err(BlobError::Absent(_)) if is_in_bucket(&error) => Err(error),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Whether a holder said that its bucket does not serve the blob.
+fn is_in_bucket(error: &BlobError) -> bool {
+    match error {
+        BlobError::Bucket(_) => true,
+        BlobError::Peer(status) => error_code(status) == Some(ErrorCode::BucketUnreachable),
+        _ => false,
     }
 }

@@ -13,10 +13,13 @@ use helix_model::Digest;
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 use sha2::{Digest as _, Sha256};
 
+use super::bucket::Bucket;
+use super::check::Check;
 use super::health::Health;
-use super::large::Large;
-use super::large::format::LargeFile;
+use super::large::format::LargeBlob;
+use super::large::marker::object_name;
 use super::large::upload::Upload;
+use super::large::{Large, Removed, Sum};
 use super::leases::Leases;
 use super::segments::Segments;
 use super::{BlobError, now_s};
@@ -33,10 +36,11 @@ pub struct Room {
 /// One coordinator's blobs.
 pub struct BlobStore {
     root: PathBuf,
-    small: Segments,
+    pub(super) small: Segments,
     large: Arc<Large>,
     leases: Arc<Leases>,
     health: Arc<Health>,
+    bucket: Option<Arc<Bucket>>,
     /// Bytes that uploads under way have announced and not yet written.
     expected: AtomicU64,
 }
@@ -52,23 +56,31 @@ pub struct BlobTotals {
     pub large: u64,
     /// Their bytes.
     pub large_bytes: u64,
+    /// Blobs in the bucket.
+    pub bucket: u64,
+    /// Their bytes.
+    pub bucket_bytes: u64,
     /// Fsyncs of segments since the start.
     pub segment_syncs: u64,
 }
 
 impl BlobStore {
     /// Opens the store beneath `root`, which it has for itself. Returns the digests of blobs that it found damaged.
-    /// Blocks while it reads what is there.
+    /// Without the bucket that some went to those are held, and cannot be read. Blocks while it reads what is there.
     ///
     /// # Errors
     /// When the directory cannot be read or written.
-    pub fn open(root: &Path, lease: Duration) -> std::io::Result<(Arc<Self>, Vec<Digest>)> {
+    pub fn open(
+        root: &Path,
+        lease: Duration,
+        bucket: Option<Arc<Bucket>>,
+    ) -> std::io::Result<(Arc<Self>, Vec<Digest>)> {
         std::fs::create_dir_all(root)?;
         let leases = Arc::new(Leases::new(lease));
         let health = Arc::new(Health::default());
         let (small, damaged) = Segments::open(&root.join("segments"), Arc::clone(&leases), Arc::clone(&health))?;
-        let large = Arc::new(Large::open(root, Arc::clone(&health))?);
-        let store = Self { root: root.to_owned(), small, large, leases, health, expected: AtomicU64::new(0) };
+        let large = Arc::new(Large::open(root, Arc::clone(&health), bucket.clone())?);
+        let store = Self { root: root.to_owned(), small, large, leases, health, bucket, expected: AtomicU64::new(0) };
         Ok((Arc::new(store), damaged))
     }
 
@@ -122,7 +134,7 @@ impl BlobStore {
 
     /// Reads a blob again from the disk, step by step.
     pub(super) fn check(self: &Arc<Self>, digest: Digest) -> Check {
-        Check { store: Arc::clone(self), digest, read: 0, file: None, sha256: Sha256::new() }
+        Check::new(Arc::clone(self), digest)
     }
 
     /// How long a lease lasts.
@@ -134,8 +146,10 @@ impl BlobStore {
     /// What is here.
     #[must_use]
     pub fn totals(&self) -> BlobTotals {
-        let ((small, small_bytes), (large, large_bytes)) = (self.small.totals(), self.large.totals());
-        BlobTotals { small, small_bytes, large, large_bytes, segment_syncs: self.small.syncs() }
+        let ((small, small_bytes), (large, bucket)) = (self.small.totals(), self.large.totals());
+        let (Sum { blobs: large, bytes: large_bytes }, Sum { blobs: bucket, bytes: bucket_bytes }) = (large, bucket);
+        let segment_syncs = self.small.syncs();
+        BlobTotals { small, small_bytes, large, large_bytes, bucket, bucket_bytes, segment_syncs }
     }
 
     /// Stores small blobs. Each is checked against its digest; answers when all are durable.
@@ -226,8 +240,7 @@ impl BlobStore {
     /// # Errors
     /// When the disk fails.
     pub(super) async fn reinstate(self: &Arc<Self>, digest: Digest) -> Result<bool, BlobError> {
-        let store = Arc::clone(self);
-        blocking(move || store.large.reinstate(&digest)).await
+        self.large.reinstate(digest).await
     }
 
     /// Blobs that are at least `age` old and not leased.
@@ -249,7 +262,30 @@ impl BlobStore {
             self.small.remove(digest).await?;
         }
         let store = Arc::clone(self);
-        blocking(move || Ok(store.large.remove(&digest, &store.leases).map(|_| ())?)).await
+        let removed = blocking(move || Ok(store.large.remove(&digest, &store.leases)?)).await?;
+        if let (Removed::Marker(object), Some(bucket)) = (removed, &self.bucket)
+            && let Err(error) = bucket.delete(&object_name(&digest, object)).await
+        {
+            // Found by listing, and removed then.
+            tracing::debug!(%digest, %error, "the object of a blob that was removed stays for now");
+        }
+        Ok(())
+    }
+
+    /// Large blobs, wherever they lie.
+    pub(super) fn large(&self) -> &Arc<Large> {
+        &self.large
+    }
+
+    /// Where large blobs may go.
+    #[must_use]
+    pub fn bucket(&self) -> Option<&Arc<Bucket>> {
+        self.bucket.as_ref()
+    }
+
+    /// Bytes that are free where the blobs lie.
+    pub(super) fn free_bytes(&self) -> std::io::Result<u64> {
+        available_bytes(&self.root)
     }
 
     /// Removes uploads that nobody went on with for a day.
@@ -314,9 +350,9 @@ impl Drop for Receiving {
 pub enum LocalBlob {
     /// In memory.
     Small(Bytes),
-    /// In its file.
+    /// In its file, or in the bucket.
     #[allow(private_interfaces)]
-    Large(Arc<LargeFile>, Arc<Large>, Digest),
+    Large(Arc<LargeBlob>, Arc<Large>, Digest),
 }
 
 impl LocalBlob {
@@ -339,19 +375,26 @@ impl LocalBlob {
                 let from = usize::try_from(offset).unwrap_or(usize::MAX).min(data.len());
                 Ok(data.slice(from..))
             }
-            Self::Large(file, store, digest) => {
-                let (file, store, digest) = (Arc::clone(file), Arc::clone(store), *digest);
-                blocking(move || {
-                    let chunk = file.chunk(offset);
-                    if matches!(chunk, Err(BlobError::Damaged(_))) {
-                        store.set_aside(&digest);
-                    }
-                    Ok(chunk?.into())
-                })
-                .await
+            Self::Large(blob, store, digest) => {
+                let chunk = blob.chunk(offset).await;
+                if matches!(chunk, Err(BlobError::Damaged(_))) {
+                    set_aside(store, *digest, blob).await;
+                }
+                chunk
             }
         }
     }
+}
+
+/// Takes a blob out of service that is damaged where it lies.
+pub(super) async fn set_aside(store: &Arc<Large>, digest: Digest, blob: &LargeBlob) {
+    let (store, lies) = (Arc::clone(store), blob.lies());
+    // It fails when the runtime ends: then it is found again.
+    let _ = blocking(move || {
+        store.set_aside(&digest, lies);
+        Ok(())
+    })
+    .await;
 }
 
 /// Part of the store.
@@ -361,76 +404,6 @@ pub(super) enum Shelf {
     Segment(u32),
     /// The files whose digests begin with this byte.
     Files(u8),
-}
-
-/// A blob that is read again; see [`BlobStore::check`].
-pub(super) struct Check {
-    store: Arc<BlobStore>,
-    digest: Digest,
-    read: u64,
-    file: Option<Arc<LargeFile>>,
-    sha256: Sha256,
-}
-
-impl Check {
-    /// Bytes that were read.
-    pub(super) fn read(&self) -> u64 {
-        self.read
-    }
-
-    /// Reads and checks some more; how many bytes, 0 at the end, or when the blob is not here any more.
-    ///
-    /// # Errors
-    /// When it is damaged: then it is set aside. Or when the system cannot open files.
-    pub(super) async fn step(&mut self) -> Result<u64, BlobError> {
-        let (store, digest, at, file) = (Arc::clone(&self.store), self.digest, self.read, self.file.clone());
-        let sha256 = std::mem::take(&mut self.sha256);
-        let (file, sha256, bytes) = blocking(move || check_some(&store, digest, at, file, sha256)).await?;
-        (self.file, self.sha256) = (file, sha256);
-        self.read += bytes;
-        Ok(bytes)
-    }
-}
-
-type Checked = (Option<Arc<LargeFile>>, Sha256, u64);
-
-fn check_some(
-    store: &BlobStore,
-    digest: Digest,
-    at: u64,
-    file: Option<Arc<LargeFile>>,
-    mut sha256: Sha256,
-) -> Result<Checked, BlobError> {
-    let file = match file {
-        Some(file) => file,
-        None if at > 0 => return Ok((None, sha256, 0)),
-        None => match store.small.check(&digest)? {
-            Some(bytes) => return Ok((None, sha256, bytes)),
-            None => match store.large.read(&digest)? {
-                Some(file) => Arc::new(file),
-                None => return Ok((None, sha256, 0)),
-            },
-        },
-    };
-    file.forget_pages(at);
-    match file.chunk(at) {
-        Ok(data) => {
-            sha256.update(&data);
-            let read = at + data.len() as u64;
-            if read >= file.size() && Digest(sha256.clone().finalize().into()) != digest {
-                tracing::error!(%digest, "a blob's file holds other bytes than its name says, and is set aside");
-                store.large.set_aside(&digest);
-                return Err(BlobError::Damaged(digest));
-            }
-            Ok((Some(file), sha256, data.len() as u64))
-        }
-        Err(error) => {
-            if matches!(error, BlobError::Damaged(_)) {
-                store.large.set_aside(&digest);
-            }
-            Err(error)
-        }
-    }
 }
 
 /// Runs what blocks on a thread for that.

@@ -56,7 +56,7 @@ fn cluster(size: u64) -> Cluster {
         let listener = listen(id, &ledger);
         let root = tempfile::tempdir().unwrap();
         let plane = Recorded::new(id, &ledger);
-        let Opened { blobs, .. } = Blobs::open(root.path(), plane.clone()).unwrap();
+        let Opened { blobs, .. } = Blobs::open(root.path(), plane.clone(), None).unwrap();
         let live = root.path().join("live");
         let hub = LogHub::open(&live, plane, Arc::clone(&blobs), stopping.clone()).unwrap();
         tokio::spawn(hub.clone().keep());

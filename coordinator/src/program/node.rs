@@ -13,8 +13,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::blobs::bucket::Bucket;
 use crate::blobs::{self, Blobs};
-use crate::config::{Config, RaftTimings};
+use crate::config::{Config, RaftTimings, S3};
 use crate::disk::DiskRoom;
 use crate::http;
 use crate::leader::{Leader, LeaderLoop, LivenessHandle};
@@ -86,7 +87,7 @@ impl Node {
         let disk = DiskRoom::of(dir.path())
             .with_context(|| format!("the file system of {} does not answer", dir.path().display()))?;
         let started = raft::start(Arc::clone(&dir), Arc::clone(&tls), options(config)).await?;
-        Self::assemble(dir, tls, sockets, disk, started, &config.advertise).await
+        Self::assemble(dir, tls, sockets, disk, started, config).await
     }
 
     async fn assemble(
@@ -95,7 +96,7 @@ impl Node {
         sockets: Sockets,
         disk: DiskRoom,
         started: Started,
-        grpc: &str,
+        config: &Config,
     ) -> anyhow::Result<Self> {
         let Started { registry, peers: others, raft, peer, task: consensus } = started;
         let addresses = sockets.addresses()?;
@@ -106,7 +107,7 @@ impl Node {
 
         let plane = Arc::new(ClusterPlane { registry: registry.clone(), peers: others.clone() });
         let stopping = CancellationToken::new();
-        let (blobs, logs) = open_bytes(&dir, plane, &clients, &stopping).await?;
+        let (blobs, logs) = open_bytes(&dir, plane, config.blobs.s3.clone(), &clients, &stopping).await?;
         let services = Services {
             liveness: LivenessHandle::new(leader.clone(), others.clone()),
             leader: leader.metrics().clone(),
@@ -125,7 +126,7 @@ impl Node {
         let membership = Membership::new(registry.clone(), others.clone());
         clients.spawn(membership.repair().keep(clients_stop.clone()));
         clients.spawn(belong(registry, others.clone(), clients_stop.clone()));
-        let members = MemberRpc::new(services.clone(), others.clone(), grpc);
+        let members = MemberRpc::new(services.clone(), others.clone(), &config.advertise);
         let cluster = ClusterRpc::new(services.clone(), others, membership);
         let (ended_tx, ended) = watch::channel(None);
         let client_port = Port {
@@ -297,20 +298,28 @@ fn timing(raft: &RaftTimings) -> Option<Timing> {
 async fn open_bytes(
     dir: &Arc<NodeDir>,
     plane: Arc<ClusterPlane>,
+    s3: Option<S3>,
     tasks: &TaskTracker,
     stop: &CancellationToken,
 ) -> anyhow::Result<(Arc<Blobs>, LogHub)> {
     let path = dir.path().to_owned();
     let shown = path.display().to_string();
     let stopping = stop.clone();
+    let moves = s3.as_ref().map(S3::moves);
+    let node = format!("{}.{}", dir.identity().cluster, dir.identity().node);
     let opening = tokio::task::spawn_blocking(move || {
-        let blobs::Opened { blobs, collection, scrub } = Blobs::open(&path.join("blobs"), plane.clone())?;
-        let logs = LogHub::open(&path.join("logs"), plane, Arc::clone(&blobs), stopping)?;
-        std::io::Result::Ok((blobs, collection, scrub, logs))
+        let root = path.join("blobs");
+        let bucket = s3.map(|s3| Bucket::open(&s3, &root, &node)).transpose()?;
+        let opened = Blobs::open(&root, plane.clone(), bucket)?;
+        let logs = LogHub::open(&path.join("logs"), plane, Arc::clone(&opened.blobs), stopping)?;
+        anyhow::Ok((opened, logs))
     });
     let opened = opening.await.context("opening blobs and logs panicked")?;
-    let (blobs, collection, scrub, logs) =
-        opened.with_context(|| format!("blobs or logs in {shown} cannot be opened"))?;
+    let (opened, logs) = opened.with_context(|| format!("blobs or logs in {shown} cannot be opened"))?;
+    let blobs::Opened { blobs, collection, scrub, offload } = opened;
+    if let (Some(offload), Some(moves)) = (offload, moves) {
+        tasks.spawn(offload.run(moves, stop.clone()));
+    }
     tasks.spawn(collection.run(blobs::Schedule::default(), stop.clone()));
     tasks.spawn(scrub.run(stop.clone()));
     tasks.spawn(logs.clone().seal_what_is_left());

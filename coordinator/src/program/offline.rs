@@ -179,7 +179,8 @@ async fn look_after_blobs(
     from: Option<&Path>,
 ) -> anyhow::Result<String> {
     let root = data.join("blobs");
-    let (store, _) = BlobStore::open(&root, LEASE).with_context(|| format!("{} cannot be opened", root.display()))?;
+    let (store, _) =
+        BlobStore::open(&root, LEASE, None).with_context(|| format!("{} cannot be opened", root.display()))?;
     let count = named.len();
     let adopted =
         store.adopt(named, from).await.with_context(|| format!("blobs cannot be put into {}", root.display()))?;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use helix_common::status::{invalid, status, with_metadata};
+use helix_common::status::{error_code, invalid, status, with_metadata};
 use helix_model::{Digest, ErrorCode, InvalidField, NodeId};
 use helix_proto::v1;
 use helix_proto::v1::blob_service_server::BlobService;
@@ -162,9 +162,11 @@ pub(crate) fn to_status(error: BlobError) -> Status {
         BlobError::Offset { have } => with_metadata(ErrorCode::WrongState, text, [("offset", have.to_string())]),
         BlobError::TakenOver => status(ErrorCode::OutcomeUnknown, text),
         BlobError::Absent(_) | BlobError::Damaged(_) => status(ErrorCode::ArtifactUnknown, text),
+        BlobError::Bucket(_) => status(ErrorCode::BucketUnreachable, text),
         BlobError::Busy => status(ErrorCode::QueueFull, text),
         BlobError::Stalled => Status::deadline_exceeded(text),
         BlobError::Source(status) => *status,
+        BlobError::Peer(said) if error_code(&said) == Some(ErrorCode::BucketUnreachable) => *said,
         BlobError::Peer(_) => status(ErrorCode::PeerUnreachable, text),
         BlobError::Io(error) => {
             tracing::error!(%error, "the blob store's disk fails");

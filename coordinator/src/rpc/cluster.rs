@@ -163,6 +163,9 @@ impl ClusterRpc {
         let v1::BlobTrouble { damaged, lost, .. } = self.trouble().unwrap_or_default();
         let words = [(damaged, "blobs_damaged"), (lost, "blobs_lost")];
         warnings.extend(words.into_iter().filter(|(count, _)| *count > 0).map(|(_, word)| word.to_owned()));
+        if self.services.blobs.store().bucket().is_some_and(|bucket| bucket.totals().failing) {
+            warnings.push("bucket_failing".to_owned());
+        }
         warnings
     }
 }

@@ -59,6 +59,7 @@ impl One {
             worker_threads: 1,
             listen: Listen { grpc, peer, http: SocketAddr::from(([127, 0, 0, 1], 0)) },
             tls: files(directory.path(), &authority, Role::Coordinator, "1"),
+            blobs: Default::default(),
             raft: RaftTimings {
                 heartbeat_interval: Some(Duration::from_millis(30)),
                 election_timeout_min: Some(Duration::from_millis(80)),

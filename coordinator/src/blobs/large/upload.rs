@@ -14,7 +14,7 @@ use helix_model::Digest;
 use helix_model::limits::CHUNK_BYTES;
 
 use super::format::Sums;
-use super::{Held, Large};
+use super::{Held, Large, Lies, make_shelf};
 use crate::blobs::BlobError;
 
 impl Large {
@@ -154,19 +154,20 @@ impl Upload {
         failpoint::pass(Point::BlobSynced);
         let store = &slot.store;
         let path = store.path_of(&digest);
-        let shelf = path.parent().unwrap_or(&store.files);
-        if !shelf.is_dir() {
-            std::fs::create_dir_all(shelf)?;
-            sync_directory(&store.files)?;
-        }
-        {
-            let mut index = store.write_index();
-            slot.check()?;
-            std::fs::rename(&slot.path, &path)?;
-            failpoint::hit(Point::BlobRenamed)?;
-            sync_directory(shelf)?;
-            failpoint::pass(Point::BlobStored);
-            index.insert(digest, Held { size, stored_at: SystemTime::now() });
+        make_shelf(&store.files, &path)?;
+        let mut index = store.write_index();
+        slot.check()?;
+        std::fs::rename(&slot.path, &path)?;
+        failpoint::hit(Point::BlobRenamed)?;
+        sync_directory(path.parent().unwrap_or(&store.files))?;
+        failpoint::pass(Point::BlobStored);
+        let before = index.insert(digest, Held { size, stored_at: SystemTime::now(), lies: Lies::Here });
+        if let Some(Held { lies: Lies::Bucket(_), .. }) = before {
+            // It came a second time while the first went to the bucket. That object is nobody's now, and may go when the marker
+            // cannot come back any more.
+            let marker = store.marker_of(&digest);
+            std::fs::remove_file(&marker)?;
+            sync_directory(marker.parent().unwrap_or(&store.markers))?;
         }
         Ok(())
     }

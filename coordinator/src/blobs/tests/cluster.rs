@@ -25,22 +25,23 @@ pub(super) struct Node {
 pub(super) struct Cluster {
     pub(super) ledger: Arc<Ledger>,
     pub(super) nodes: Vec<Node>,
+    pub(super) place: Place,
 }
 
-pub(super) async fn cluster(size: u64, lease: Duration) -> Cluster {
+pub(super) async fn cluster(size: u64, lease: Duration, place: Place) -> Cluster {
     let ledger = Ledger::new();
     let mut nodes = Vec::new();
     for id in 1..=size {
         let listener = listen(id, &ledger);
         let root = tempfile::tempdir().unwrap();
-        let Opened { blobs, collection, scrub } =
-            Blobs::open_with(root.path(), Recorded::new(id, &ledger), lease).unwrap();
+        let Opened { blobs, collection, scrub, .. } =
+            Blobs::open_with(root.path(), Recorded::new(id, &ledger), lease, place.open(root.path())).unwrap();
         let service = BlobServiceServer::new(BlobRpc::new(Arc::clone(&blobs)))
             .max_decoding_message_size(helix_model::limits::MESSAGE_BYTES_MAX);
         let server = serve(listener, TonicServer::builder().add_service(service));
         nodes.push(Node { id: NodeId(id), root, blobs, collection, scrub, server: Some(server) });
     }
-    Cluster { ledger, nodes }
+    Cluster { ledger, nodes, place }
 }
 
 impl Cluster {
@@ -49,9 +50,26 @@ impl Cluster {
         BlobServiceClient::new(plane.bulk(self.nodes[node].id).unwrap())
     }
 
+    /// Moves all large blobs to where they lie in this test.
+    pub(super) async fn settle(&self) {
+        for node in &self.nodes {
+            self.place.settle(node.blobs.store()).await;
+        }
+    }
+
     fn by_id(&self, id: NodeId) -> &Node {
         self.nodes.iter().find(|node| node.id == id).unwrap()
     }
+}
+
+in_both_places! {
+    a_blob_is_stored_here_and_on_the_first_peers_in_its_order,
+    copies_on_nodes_without_a_vote_do_not_count,
+    a_lost_or_damaged_copy_is_read_elsewhere_and_repaired,
+    a_reader_goes_on_elsewhere_when_its_holder_dies,
+    only_what_is_unnamed_unleased_and_old_is_collected,
+    a_leased_blob_stays,
+    the_wire_stores_resumes_and_serves,
 }
 
 pub(super) const LEASE: Duration = Duration::from_secs(3600);
@@ -76,9 +94,8 @@ fn others(cluster: &Cluster, digest: &Digest, own: NodeId) -> Vec<NodeId> {
     rendezvous(&digest.0, nodes)
 }
 
-#[tokio::test]
-async fn a_blob_is_stored_here_and_on_the_first_peers_in_its_order() {
-    let cluster = cluster(4, LEASE).await;
+async fn a_blob_is_stored_here_and_on_the_first_peers_in_its_order(place: Place) {
+    let cluster = cluster(4, LEASE, place).await;
     for len in [10, 65_536, 65_537, 3_000_000] {
         let data = bytes_of(len as u64, len);
         let digest = digest_of(&data);
@@ -90,6 +107,7 @@ async fn a_blob_is_stored_here_and_on_the_first_peers_in_its_order() {
         }
         let seen = cluster.nodes[3].blobs.head(&[digest]).await;
         assert_eq!(seen, [Presence { size: len as u64, holders }]);
+        cluster.settle().await;
         // Read where it is not.
         let without = cluster.by_id(order[2]);
         assert_eq!(read_all(&without.blobs, digest).await.unwrap(), data);
@@ -97,14 +115,14 @@ async fn a_blob_is_stored_here_and_on_the_first_peers_in_its_order() {
     }
 }
 
-#[tokio::test]
-async fn copies_on_nodes_without_a_vote_do_not_count() {
-    let cluster = cluster(4, LEASE).await;
+async fn copies_on_nodes_without_a_vote_do_not_count(place: Place) {
+    let cluster = cluster(4, LEASE, place).await;
     cluster.ledger.learners.lock().unwrap().extend([NodeId(1), NodeId(2)]);
     for len in [10, 100_000] {
         let data = bytes_of(900 + len as u64, len);
         let holders = cluster.nodes[0].blobs.put(announce(&data, 2), chunks(&data)).await.unwrap();
         assert_eq!(holders, BTreeSet::from([1, 3, 4].map(NodeId)), "it was put where nothing counts, and {len} bytes");
+        cluster.settle().await;
         // Read and copied from there all the same.
         let digest = digest_of(&data);
         assert_eq!(cluster.nodes[1].blobs.obtain(digest).await.unwrap(), len as u64);
@@ -115,7 +133,7 @@ async fn copies_on_nodes_without_a_vote_do_not_count() {
 
 #[tokio::test]
 async fn a_peer_that_is_down_is_replaced_by_the_next() {
-    let mut cluster = cluster(4, LEASE).await;
+    let mut cluster = cluster(4, LEASE, Place::files()).await;
     for len in [10, 2_000_000] {
         let data = bytes_of(77 + len as u64, len);
         let order = others(&cluster, &digest_of(&data), NodeId(1));
@@ -132,13 +150,13 @@ async fn a_peer_that_is_down_is_replaced_by_the_next() {
     assert_eq!(holders, BTreeSet::from([NodeId(1)]));
 }
 
-#[tokio::test]
-async fn a_lost_or_damaged_copy_is_read_elsewhere_and_repaired() {
-    let mut cluster = cluster(3, LEASE).await;
+async fn a_lost_or_damaged_copy_is_read_elsewhere_and_repaired(place: Place) {
+    let mut cluster = cluster(3, LEASE, place).await;
     let data = bytes_of(21, 1_500_000);
     let digest = digest_of(&data);
     cluster.nodes[0].blobs.put(announce(&data, 3), chunks(&data)).await.unwrap();
-    let path = file_of(cluster.nodes[0].root.path(), &digest);
+    cluster.settle().await;
+    let path = cluster.place.file_of(cluster.nodes[0].root.path(), &digest);
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[1_000_000] ^= 1;
     std::fs::write(&path, &bytes).unwrap();
@@ -159,20 +177,20 @@ async fn a_lost_or_damaged_copy_is_read_elsewhere_and_repaired() {
     assert_eq!(read_all(&node.blobs, digest).await.unwrap(), data);
 }
 
-#[tokio::test]
-async fn a_reader_goes_on_elsewhere_when_its_holder_dies() {
-    let mut cluster = cluster(3, LEASE).await;
+async fn a_reader_goes_on_elsewhere_when_its_holder_dies(place: Place) {
+    let mut cluster = cluster(3, LEASE, place).await;
     let data = bytes_of(22, 8_000_000);
     let digest = digest_of(&data);
     for node in 1..3 {
         cluster.nodes[node].blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
     }
+    cluster.settle().await;
     let mut reading = cluster.nodes[0].blobs.read(digest, 0, 0, Reach::Cluster).await.unwrap();
     let mut out = reading.next().await.unwrap().unwrap().to_vec();
     let source = reading.peer().unwrap();
     cluster.nodes.iter_mut().filter(|node| node.id == source).for_each(|node| {
         node.server = None;
-        std::fs::remove_file(file_of(node.root.path(), &digest)).unwrap();
+        std::fs::remove_file(cluster.place.file_of(node.root.path(), &digest)).unwrap();
     });
     while let Some(chunk) = reading.next().await.unwrap() {
         out.extend_from_slice(&chunk);
@@ -180,15 +198,17 @@ async fn a_reader_goes_on_elsewhere_when_its_holder_dies() {
     assert_eq!(out, data);
 }
 
-#[tokio::test]
-async fn only_what_is_unnamed_unleased_and_old_is_collected() {
-    let mut cluster = cluster(1, Duration::ZERO).await;
+async fn only_what_is_unnamed_unleased_and_old_is_collected(place: Place) {
+    let mut cluster = cluster(1, Duration::ZERO, place).await;
     let data: Vec<_> = [100, 200, 100_000, 200_000].map(|len| bytes_of(len, usize::try_from(len).unwrap())).into();
-    let node = &mut cluster.nodes[0];
     for data in &data {
-        node.blobs.put(announce(data, 1), chunks(data)).await.unwrap();
+        cluster.nodes[0].blobs.put(announce(data, 1), chunks(data)).await.unwrap();
     }
+    cluster.settle().await;
     cluster.ledger.named.lock().unwrap().extend([digest_of(&data[0]), digest_of(&data[2])]);
+    let objects = || cluster.place.endpoint.as_ref().map(|endpoint| endpoint.objects().len());
+    assert_eq!(objects(), cluster.place.endpoint.as_ref().map(|_| 2));
+    let node = &mut cluster.nodes[0];
     let held = |node: &Node| data.iter().filter(|data| node.blobs.store().size(&digest_of(data)).is_some()).count();
     // Young.
     assert_eq!((node.collection.pass(LEASE).await, node.collection.pass(LEASE).await), (0, 0));
@@ -201,25 +221,26 @@ async fn only_what_is_unnamed_unleased_and_old_is_collected() {
     assert_eq!((node.collection.pass(age).await, held(node)), (0, 4));
     assert_eq!((node.collection.pass(age).await, held(node)), (2, 2));
     assert_eq!((node.collection.pass(age).await, node.collection.pass(age).await), (0, 0));
+    assert_eq!(objects(), cluster.place.endpoint.as_ref().map(|_| 1), "the object goes with its blob");
 }
 
-#[tokio::test]
-async fn a_leased_blob_stays() {
-    let mut cluster = cluster(1, LEASE).await;
-    let node = &mut cluster.nodes[0];
+async fn a_leased_blob_stays(place: Place) {
+    let mut cluster = cluster(1, LEASE, place).await;
     for len in [100, 100_000] {
         let data = bytes_of(len, usize::try_from(len).unwrap());
-        node.blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
+        cluster.nodes[0].blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
+        cluster.settle().await;
+        let node = &mut cluster.nodes[0];
         assert_eq!((node.collection.pass(Duration::ZERO).await, node.collection.pass(Duration::ZERO).await), (0, 0));
         // Even when it is to be removed in this very moment.
         node.blobs.store().remove(digest_of(&data)).await.unwrap();
         assert_eq!(node.blobs.store().size(&digest_of(&data)), Some(len));
     }
+    assert_eq!(cluster.place.endpoint.as_ref().map_or(1, |endpoint| endpoint.objects().len()), 1);
 }
 
-#[tokio::test]
-async fn the_wire_stores_resumes_and_serves() {
-    let cluster = cluster(2, LEASE).await;
+async fn the_wire_stores_resumes_and_serves(place: Place) {
+    let cluster = cluster(2, LEASE, place).await;
     let mut client = cluster.client(0);
     let data = bytes_of(31, 5_000_000);
     let sha256 = Bytes::from(digest_of(&data).0.to_vec());
@@ -232,6 +253,7 @@ async fn the_wire_stores_resumes_and_serves() {
     assert!(offset > 0 && offset < data.len(), "{offset}");
     let put = client.put_blob(futures::stream::iter(requests(&data, 0, offset))).await.unwrap().into_inner();
     assert_eq!(put.holders, [1, 2]);
+    cluster.settle().await;
     // Again: answered at once, without the bytes.
     let header = requests(&data, 0, 0).into_iter().take(1).collect::<Vec<_>>();
     let again = client.put_blob(futures::stream::iter(header)).await.unwrap().into_inner();
@@ -258,7 +280,7 @@ async fn the_wire_stores_resumes_and_serves() {
 
 #[tokio::test]
 async fn the_wire_refuses_with_stable_words() {
-    let cluster = cluster(1, LEASE).await;
+    let cluster = cluster(1, LEASE, Place::files()).await;
     cluster.ledger.policy.lock().unwrap().blob_bytes_max = 1_000_000;
     let mut client = cluster.client(0);
     let word = |status: Status| helix_common::status::error_code(&status).map_or("", helix_model::ErrorCode::as_str);
@@ -294,7 +316,7 @@ fn resident_bytes() -> u64 {
 #[tokio::test]
 async fn a_large_blob_passes_through_in_little_memory() {
     const SIZE: u64 = 512 << 20;
-    let cluster = cluster(2, LEASE).await;
+    let cluster = cluster(2, LEASE, Place::files()).await;
     let piece = bytes_of(41, CHUNK_BYTES);
     let mut hash = Sha256::new();
     let count = SIZE / CHUNK_BYTES as u64;

@@ -7,9 +7,18 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{Cluster, LEASE, cluster};
 use super::*;
 
+in_both_places! {
+    what_is_damaged_is_found_set_aside_and_replaced,
+    a_reader_of_damaged_bytes_gets_them_elsewhere,
+    that_no_good_copy_is_left_is_only_said_when_everybody_was_asked,
+    what_nothing_names_is_not_mourned,
+    a_copy_that_is_another_blob_is_found_by_its_name,
+    what_was_set_aside_for_an_error_that_has_passed_is_put_back,
+}
+
 /// Where the bytes of a blob lie on a node's disk, and how many there are.
-fn place_of(root: &Path, data: &Bytes) -> (std::path::PathBuf, u64) {
-    let file = file_of(root, &digest_of(data));
+fn place_of(place: &Place, root: &Path, data: &Bytes) -> (std::path::PathBuf, u64) {
+    let file = place.file_of(root, &digest_of(data));
     if file.exists() {
         return (file, 0);
     }
@@ -23,17 +32,29 @@ fn place_of(root: &Path, data: &Bytes) -> (std::path::PathBuf, u64) {
     panic!("the blob is not on the disk");
 }
 
-fn flip(root: &Path, data: &Bytes, offset: u64) {
-    let (path, at) = place_of(root, data);
+fn flip(place: &Place, root: &Path, data: &Bytes, offset: u64) {
+    let (path, at) = place_of(place, root, data);
     let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at + offset).unwrap();
     file.write_all_at(&[byte[0] ^ 0x10], at + offset).unwrap();
 }
 
-fn cut(root: &Path, data: &Bytes, offset: u64) {
-    let (path, at) = place_of(root, data);
+fn cut(place: &Place, root: &Path, data: &Bytes, offset: u64) {
+    let (path, at) = place_of(place, root, data);
     std::fs::File::options().write(true).open(path).unwrap().set_len(at + offset).unwrap();
+}
+
+/// Gives the marker of `to` the checksums of `from`, and leaves the object that it names.
+fn swap_tails(root: &Path, from: &Digest, to: &Digest) {
+    let (from, to) = (std::fs::read(marker_of(root, from)).unwrap(), marker_of(root, to));
+    let old = std::fs::read(&to).unwrap();
+    let own_at = from.len() - 20;
+    let mut new = [&from[..own_at], &old[own_at..own_at + 8]].concat();
+    let crc = crc32fast::hash(&new).to_le_bytes();
+    new.extend_from_slice(&crc);
+    new.extend_from_slice(&old[own_at + 12..]);
+    std::fs::write(to, new).unwrap();
 }
 
 /// Reads as fast as it goes.
@@ -53,16 +74,18 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-#[tokio::test]
-async fn what_is_damaged_is_found_set_aside_and_replaced() {
-    let mut cluster = cluster(3, LEASE).await;
+async fn what_is_damaged_is_found_set_aside_and_replaced(place: Place) {
+    let mut cluster = cluster(3, LEASE, place).await;
     hurry(&cluster);
     let sound: Vec<Bytes> = [40, 70_000, 1_000_000].map(|len| bytes_of(len as u64, len)).into();
     // In a segment, and in files: in the first chunk, in the last, in the table, in the footer.
     let flipped: Vec<(Bytes, u64)> =
         [(50, 7), (65_536, 65_535), (300_000, 5), (600_000, 599_999), (300_001, 300_003), (300_002, 300_020)]
             .map(|(len, at)| (bytes_of(1_000 + len as u64, len), at))
-            .into();
+            .into_iter()
+            // What is behind the bytes is read from this node's disk, wherever they lie.
+            .filter(|(data, at)| !cluster.place.is_bucket() || *at < data.len() as u64)
+            .collect();
     let short: Vec<(Bytes, u64)> =
         [(400_000, 399_000), (80_000, 0)].map(|(len, at)| (bytes_of(2_000 + len as u64, len), at)).into();
     for data in sound.iter().chain(flipped.iter().chain(&short).map(|(data, _)| data)) {
@@ -73,10 +96,11 @@ async fn what_is_damaged_is_found_set_aside_and_replaced() {
     let last = bytes_of(3_000, 900);
     cluster.nodes[0].blobs.put(announce(&last, 2), chunks(&last)).await.unwrap();
     name(&cluster, &last);
+    cluster.settle().await;
     let root = cluster.nodes[0].root.path().to_owned();
-    flipped.iter().for_each(|(data, at)| flip(&root, data, *at));
-    short.iter().for_each(|(data, at)| cut(&root, data, *at));
-    cut(&root, &last, 100);
+    flipped.iter().for_each(|(data, at)| flip(&cluster.place, &root, data, *at));
+    short.iter().for_each(|(data, at)| cut(&cluster.place, &root, data, *at));
+    cut(&cluster.place, &root, &last, 100);
     let node = cluster.nodes.remove(0);
     node.scrub.pass().await;
     let bad: Vec<Digest> =
@@ -104,21 +128,20 @@ async fn what_is_damaged_is_found_set_aside_and_replaced() {
     running.await.unwrap();
 }
 
-#[tokio::test]
-async fn a_reader_of_damaged_bytes_gets_them_elsewhere() {
-    let cluster = cluster(2, LEASE).await;
+async fn a_reader_of_damaged_bytes_gets_them_elsewhere(place: Place) {
+    let cluster = cluster(2, LEASE, place).await;
     for (len, at) in [(900, 450), (800_000, 700_000)] {
         let data = bytes_of(len as u64, len);
         cluster.nodes[0].blobs.put(announce(&data, 2), chunks(&data)).await.unwrap();
-        flip(cluster.nodes[0].root.path(), &data, at);
+        cluster.settle().await;
+        flip(&cluster.place, cluster.nodes[0].root.path(), &data, at);
         assert_eq!(read_all(&cluster.nodes[0].blobs, digest_of(&data)).await.unwrap(), data);
         assert!(cluster.nodes[0].blobs.health().list().contains(&(digest_of(&data), Damage::Waiting)));
     }
 }
 
-#[tokio::test]
-async fn that_no_good_copy_is_left_is_only_said_when_everybody_was_asked() {
-    let mut cluster = cluster(3, LEASE).await;
+async fn that_no_good_copy_is_left_is_only_said_when_everybody_was_asked(place: Place) {
+    let mut cluster = cluster(3, LEASE, place).await;
     hurry(&cluster);
     let data = bytes_of(5, 300_000);
     let (digest, small) = (digest_of(&data), bytes_of(6, 80));
@@ -127,10 +150,11 @@ async fn that_no_good_copy_is_left_is_only_said_when_everybody_was_asked() {
         assert_eq!(holders.len(), 3);
         name(&cluster, data);
     }
+    cluster.settle().await;
     // Two copies go bad, and who has the third is away.
     for node in &cluster.nodes[..2] {
-        flip(node.root.path(), &data, 5);
-        flip(node.root.path(), &small, 5);
+        flip(&cluster.place, node.root.path(), &data, 5);
+        flip(&cluster.place, node.root.path(), &small, 5);
         node.scrub.pass().await;
     }
     cluster.nodes[2].server = None;
@@ -150,13 +174,13 @@ async fn that_no_good_copy_is_left_is_only_said_when_everybody_was_asked() {
     assert_eq!(blobs.health().list(), [(digest_of(&small), Damage::Lost)]);
 }
 
-#[tokio::test]
-async fn what_nothing_names_is_not_mourned() {
-    let cluster = cluster(1, Duration::ZERO).await;
+async fn what_nothing_names_is_not_mourned(place: Place) {
+    let cluster = cluster(1, Duration::ZERO, place).await;
     hurry(&cluster);
     let data = bytes_of(5, 300_000);
     cluster.nodes[0].blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
-    flip(cluster.nodes[0].root.path(), &data, 5);
+    cluster.settle().await;
+    flip(&cluster.place, cluster.nodes[0].root.path(), &data, 5);
     cluster.nodes[0].scrub.pass().await;
     assert_eq!(cluster.nodes[0].blobs.health().totals().waiting, 1);
     // While the registry cannot be asked, it may be named.
@@ -168,19 +192,22 @@ async fn what_nothing_names_is_not_mourned() {
     assert_eq!(cluster.nodes[0].blobs.health().list(), []);
 }
 
-#[tokio::test]
-async fn a_copy_that_is_another_blob_is_found_by_its_name() {
-    let cluster = cluster(3, LEASE).await;
+async fn a_copy_that_is_another_blob_is_found_by_its_name(place: Place) {
+    let cluster = cluster(3, LEASE, place).await;
     hurry(&cluster);
     let (data, other) = (bytes_of(5, 300_000), bytes_of(6, 300_000));
     for data in [&data, &other] {
         assert_eq!(cluster.nodes[0].blobs.put(announce(data, 3), chunks(data)).await.unwrap().len(), 3);
         name(&cluster, data);
     }
+    cluster.settle().await;
     // Sound checksums, wrong name.
     for node in &cluster.nodes[..2] {
-        std::fs::copy(file_of(node.root.path(), &digest_of(&other)), file_of(node.root.path(), &digest_of(&data)))
-            .unwrap();
+        let of = |data| cluster.place.file_of(node.root.path(), &digest_of(data));
+        std::fs::copy(of(&other), of(&data)).unwrap();
+        if cluster.place.is_bucket() {
+            swap_tails(node.root.path(), &digest_of(&other), &digest_of(&data));
+        }
     }
     let blobs = &cluster.nodes[0].blobs;
     cluster.nodes[0].scrub.pass().await;
@@ -191,21 +218,23 @@ async fn a_copy_that_is_another_blob_is_found_by_its_name() {
     assert_eq!(read_all(blobs, digest_of(&data)).await.unwrap(), data);
 }
 
-#[tokio::test]
-async fn what_was_set_aside_for_an_error_that_has_passed_is_put_back() {
-    let mut cluster = cluster(1, LEASE).await;
+async fn what_was_set_aside_for_an_error_that_has_passed_is_put_back(place: Place) {
+    let mut cluster = cluster(1, LEASE, place).await;
     hurry(&cluster);
     let data = bytes_of(5, 300_000);
     let digest = digest_of(&data);
     let node = cluster.nodes.pop().unwrap();
     node.blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
     name(&cluster, &data);
-    let aside = node.root.path().join("damaged").join(digest.to_string());
+    cluster.place.settle(node.blobs.store()).await;
+    let damaged = node.root.path().join("damaged");
+    let object = cluster.place.is_bucket().then(|| cluster.place.file_of(node.root.path(), &digest));
+    let aside = damaged.join(if object.is_some() { format!("{digest}.marker") } else { digest.to_string() });
     let right_again = || {
-        let file = std::fs::File::options().write(true).open(&aside).unwrap();
+        let file = std::fs::File::options().write(true).open(object.as_ref().unwrap_or(&aside)).unwrap();
         file.write_all_at(&data[5..6], 5).unwrap();
     };
-    flip(node.root.path(), &data, 5);
+    flip(&cluster.place, node.root.path(), &data, 5);
     node.scrub.pass().await;
     assert!(aside.exists());
     right_again();
@@ -214,12 +243,13 @@ async fn what_was_set_aside_for_an_error_that_has_passed_is_put_back() {
     assert_eq!(read_all(&node.blobs, digest).await.unwrap(), data);
 
     // Nothing else has it: it is given up, kept, and looked for again by the next life of this node.
-    flip(node.root.path(), &data, 5);
+    flip(&cluster.place, node.root.path(), &data, 5);
     node.scrub.pass().await;
     node.blobs.mend_all().await;
     assert_eq!(node.blobs.health().list(), [(digest, Damage::Lost)]);
     node.blobs.store().remove_stale_uploads().await.unwrap();
-    let (next, _) = BlobStore::open(node.root.path(), LEASE).unwrap();
+    let (next, _) =
+        BlobStore::open(node.root.path(), LEASE, cluster.place.open(node.root.path()).map(Arc::new)).unwrap();
     assert_eq!(next.health().list(), [(digest, Damage::Waiting)]);
     assert!(!next.reinstate(digest).await.unwrap());
     right_again();
