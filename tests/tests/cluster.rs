@@ -8,10 +8,16 @@
 mod agents;
 #[path = "cluster/backup.rs"]
 mod backup;
+#[path = "cluster/bucket.rs"]
+mod bucket;
 #[path = "cluster/coordinators.rs"]
 mod coordinators;
 #[path = "cluster/disks.rs"]
 mod disks;
+// The coordinator's own tests use more of it.
+#[allow(dead_code)]
+#[path = "../../coordinator/src/blobs/tests/endpoint.rs"]
+mod endpoint;
 #[cfg(debug_assertions)]
 #[path = "cluster/failpoints.rs"]
 mod failpoints;

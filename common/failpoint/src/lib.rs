@@ -12,6 +12,7 @@
 //! - offline recovery and restore (`node_dir/filling.rs`, `raft/offline.rs`): their own tests cut them short at each rename;
 //! - what sets a damaged thing aside (blobs, registry, snapshots): nothing is promised of a damaged thing, and who finds it
 //!   again where it was sets it aside again;
+//! - the way of large blobs to a bucket and back (`blobs/offload.rs`): their own tests drop and open the store between its steps;
 //! - removal of blobs that nothing names: it begins a day after the last use; a `.trash` file that is left goes at the next start;
 //! - what a session says beside assignments, reports and their answers: it is said again at the next one, and the simulation
 //!   loses it in every way;
