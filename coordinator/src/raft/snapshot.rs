@@ -23,6 +23,9 @@ const VERSION: u32 = 1;
 const END: u32 = u32::MAX;
 const SUFFIX: &str = ".snapshot";
 
+/// Bytes that are written before they are synced: all at once in the end they would hold up the log, which is on the same disk.
+const SYNC_BYTES: u64 = 4 << 20;
+
 /// Snapshot files kept; the log reaches back to the oldest of them.
 pub(super) const KEPT: usize = 2;
 
@@ -81,6 +84,8 @@ pub(super) struct SnapshotWriter {
     temporary: PathBuf,
     finished: PathBuf,
     rows: u64,
+    /// Bytes since the last sync.
+    unsynced: u64,
     done: bool,
 }
 
@@ -108,13 +113,19 @@ impl SnapshotWriter {
         to.put(&VERSION.to_be_bytes())?;
         to.put(&u32::try_from(header.len()).map_err(io::Error::other)?.to_be_bytes())?;
         to.put(&header)?;
-        Ok(Self { to, temporary, finished, rows: 0, done: false })
+        Ok(Self { to, temporary, finished, rows: 0, unsynced: 0, done: false })
     }
 
     pub(super) fn row(&mut self, row: &[u8]) -> io::Result<()> {
         self.to.put(&u32::try_from(row.len()).map_err(io::Error::other)?.to_be_bytes())?;
         self.to.put(row)?;
         self.rows += 1;
+        self.unsynced += row.len() as u64;
+        if self.unsynced >= SYNC_BYTES {
+            self.unsynced = 0;
+            self.to.file.flush()?;
+            self.to.file.get_ref().sync_data()?;
+        }
         Ok(())
     }
 

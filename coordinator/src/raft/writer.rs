@@ -4,6 +4,8 @@
 //! row that changes ahead of the walk is written to the file from its image before. Invariant: a row is dropped from
 //! here only after the store has it.
 
+mod ending;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,6 +21,7 @@ use helix_failpoint::{self as failpoint, Point};
 use helix_model::{BuildId, Digest, LogTime};
 use tokio::sync::{Notify, oneshot, watch};
 
+use self::ending::{Ending, Replies};
 use super::rows::{base_key, blobs_of, sum_of};
 use super::snapshot::{self, SnapshotWriter};
 use super::store::{Changes, Head, Store, merge};
@@ -78,6 +81,8 @@ struct Rows {
 
 enum Request {
     Snapshot(oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>),
+    /// A snapshot's file and the store are durable, or not.
+    Ended(io::Result<PathBuf>),
     Install(PathBuf, oneshot::Sender<io::Result<SnapshotMeta>>),
     Stop(oneshot::Sender<()>),
 }
@@ -90,7 +95,7 @@ struct Walk {
     cursor: Vec<u8>,
     /// Rows ahead of the cursor that are in the file already, or were not there when the walk began.
     done_ahead: BTreeSet<Vec<u8>>,
-    replies: Vec<oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>>,
+    replies: Replies,
 }
 
 impl Walk {
@@ -348,6 +353,18 @@ impl Inner {
     fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Puts a snapshot among those that are kept.
+    fn keep(&self, meta: SnapshotMeta, path: PathBuf) -> io::Result<()> {
+        snapshot::retain(&self.snapshots)?;
+        self.current.send_modify(|kept| {
+            kept.retain(|(_, other)| *other != path);
+            kept.insert(0, (meta, path));
+            kept.sort_by(|a, b| b.1.cmp(&a.1));
+            kept.truncate(snapshot::KEPT);
+        });
+        Ok(())
+    }
 }
 
 /// The thread's own state.
@@ -355,6 +372,10 @@ struct Run {
     inner: Arc<Inner>,
     meta: SnapshotMeta,
     walk: Option<Walk>,
+    /// The snapshot whose walk is over.
+    ending: Option<Ending>,
+    /// Requests that wait for it.
+    deferred: Vec<Request>,
     measured: Option<Instant>,
 }
 
@@ -365,7 +386,7 @@ struct Work {
 
 impl Run {
     fn new(inner: Arc<Inner>) -> Self {
-        Self { inner, meta: SnapshotMeta::default(), walk: None, measured: None }
+        Self { inner, meta: SnapshotMeta::default(), walk: None, ending: None, deferred: Vec::new(), measured: None }
     }
 
     fn run(mut self) {
@@ -376,6 +397,9 @@ impl Run {
         }));
         let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
         self.walk = None;
+        if let Some(ending) = self.ending.take() {
+            ending.tell(Err(io::Error::other("the store is not written any more")));
+        }
         let mut pending = self.inner.pending();
         pending.stopped = true;
         pending.requests.clear();
@@ -395,11 +419,7 @@ impl Run {
             }
             let mut stop = Vec::new();
             for request in requests {
-                match request {
-                    Request::Snapshot(reply) => self.begin_walk(reply),
-                    Request::Install(file, reply) => self.install(&file, reply)?,
-                    Request::Stop(reply) => stop.push(reply),
-                }
+                self.heed(request, &mut stop)?;
             }
             if !stop.is_empty() {
                 self.walk = None;
@@ -414,6 +434,25 @@ impl Run {
             }
             self.measure();
         }
+    }
+
+    fn heed(&mut self, request: Request, stop: &mut Vec<oneshot::Sender<()>>) -> io::Result<()> {
+        match request {
+            Request::Ended(ended) => {
+                if let Some(ending) = self.ending.take() {
+                    ending.tell(ended);
+                }
+                for request in std::mem::take(&mut self.deferred) {
+                    self.heed(request, stop)?;
+                }
+            }
+            // One snapshot at a time, and none is put in the place of the store while that is made durable.
+            request if self.ending.is_some() => self.deferred.push(request),
+            Request::Snapshot(reply) => self.begin_walk(reply),
+            Request::Install(file, reply) => self.install(&file, reply)?,
+            Request::Stop(reply) => stop.push(reply),
+        }
+        Ok(())
     }
 
     /// Waits until there is something to do, and takes it.
@@ -538,31 +577,10 @@ impl Run {
             }
             Ok(true) => {
                 let Walk { meta, file, replies, .. } = walk;
-                let result = self.end_walk(&meta, file);
-                tell(replies, &result.map(|path| (meta, path)));
+                self.ending = Ending::start(&self.inner, meta, file, replies);
             }
             Err(error) => tell(walk.replies, &Err(error)),
         }
-        Ok(())
-    }
-
-    fn end_walk(&self, meta: &SnapshotMeta, file: SnapshotWriter) -> io::Result<PathBuf> {
-        let path = file.finish()?;
-        // From here on the log may be purged up to the older snapshot: the store must be as far on disk.
-        self.inner.store.sync()?;
-        self.inner.counters.snapshots.add(1);
-        self.keep(meta.clone(), path.clone())?;
-        Ok(path)
-    }
-
-    fn keep(&self, meta: SnapshotMeta, path: PathBuf) -> io::Result<()> {
-        snapshot::retain(&self.inner.snapshots)?;
-        self.inner.current.send_modify(|kept| {
-            kept.retain(|(_, other)| *other != path);
-            kept.insert(0, (meta, path));
-            kept.sort_by(|a, b| b.1.cmp(&a.1));
-            kept.truncate(snapshot::KEPT);
-        });
         Ok(())
     }
 
@@ -579,7 +597,7 @@ impl Run {
             Ok((meta, path)) => {
                 self.meta = meta.clone();
                 self.inner.counters.snapshots_installed.add(1);
-                self.keep(meta.clone(), path.clone())?;
+                self.inner.keep(meta.clone(), path.clone())?;
                 tell(waiting, &Ok((meta.clone(), path)));
                 drop(reply.send(Ok(meta)));
                 Ok(())
@@ -631,10 +649,7 @@ fn advance(store: &Store, walk: &mut Walk) -> io::Result<bool> {
     Ok(false)
 }
 
-fn tell(
-    replies: Vec<oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>>,
-    result: &io::Result<(SnapshotMeta, PathBuf)>,
-) {
+fn tell(replies: Replies, result: &io::Result<(SnapshotMeta, PathBuf)>) {
     for reply in replies {
         let copy = match result {
             Ok(found) => Ok(found.clone()),

@@ -1,0 +1,67 @@
+//! The end of a snapshot's walk: its file and the store are made durable on a thread of their own, since that takes seconds where much was
+//! written, and what is applied meanwhile would wait for the writer.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::sync::oneshot;
+
+use super::super::snapshot::SnapshotWriter;
+use super::super::types::SnapshotMeta;
+use super::{Inner, Request, tell};
+
+/// Who waits for a snapshot.
+pub(super) type Replies = Vec<oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>>;
+
+/// A snapshot whose rows are all in its file.
+pub(super) struct Ending {
+    meta: SnapshotMeta,
+    replies: Replies,
+    thread: JoinHandle<()>,
+}
+
+impl Ending {
+    /// Starts the thread. Its last act is a [`Request::Ended`].
+    pub(super) fn start(
+        inner: &Arc<Inner>,
+        meta: SnapshotMeta,
+        file: SnapshotWriter,
+        replies: Replies,
+    ) -> Option<Self> {
+        let (inner, copy) = (Arc::clone(inner), meta.clone());
+        let work = move || {
+            // sled panics on some kinds of damage.
+            let ended = catch_unwind(AssertUnwindSafe(|| end(&inner, copy, file)));
+            let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+            inner.pending().requests.push(Request::Ended(ended));
+            inner.wake.notify_one();
+        };
+        match std::thread::Builder::new().name("snapshot-end".to_owned()).spawn(work) {
+            Ok(thread) => Some(Self { meta, replies, thread }),
+            Err(error) => {
+                tell(replies, &Err(error));
+                None
+            }
+        }
+    }
+
+    /// Tells how it came out.
+    pub(super) fn tell(self, ended: io::Result<PathBuf>) {
+        let Self { meta, replies, thread } = self;
+        // It catches its panics.
+        let _ = thread.join();
+        tell(replies, &ended.map(|path| (meta, path)));
+    }
+}
+
+fn end(inner: &Inner, meta: SnapshotMeta, file: SnapshotWriter) -> io::Result<PathBuf> {
+    let path = file.finish()?;
+    // From here on the log may be purged up to the older snapshot: the store must be as far on disk.
+    inner.store.sync()?;
+    inner.counters.snapshots.add(1);
+    inner.keep(meta, path.clone())?;
+    Ok(path)
+}
