@@ -77,6 +77,12 @@ impl LogHub {
             AttemptFacts::Open { worker: owner, .. } if owner == *worker => {
                 let log = self.inner.live.get_or_begin(key);
                 let pushing = Arc::new(log.pushing());
+                // Whoever removes sealed logs may have passed by between the answer and the log's begin.
+                let now = self.inner.plane.attempt(key).await.map_err(unavailable)?;
+                if !matches!(now, AttemptFacts::Open { .. }) {
+                    self.remove(vec![key.clone()]).await;
+                    return Ok(Admission::Drop);
+                }
                 // Whoever waits for the first line need not look for it.
                 self.inner.bells.ring(&key.build);
                 Ok(Admission::Keep(log, pushing))

@@ -244,6 +244,19 @@ async fn holes_strangers_and_nonsense_are_refused_and_what_nobody_needs_is_ackno
 }
 
 #[tokio::test]
+async fn a_log_that_is_sealed_just_when_its_first_lines_come_is_not_begun() {
+    let cluster = cluster(1);
+    let node = &cluster.nodes[0];
+    cluster.ledger.set(&key(), running());
+    *cluster.ledger.after_look.lock().unwrap() = Some(AttemptFacts::Expired);
+    let mut pusher = Pusher::to(node);
+    pusher.tx.send(Ok(message(1..=3, false))).await.unwrap();
+    assert_eq!(pusher.ack().await.unwrap(), 3, "what nobody needs is acknowledged");
+    assert_eq!(node.hub.live_totals().0, 0);
+    assert_eq!(std::fs::read_dir(node.root.path().join("live")).unwrap().count(), 0);
+}
+
+#[tokio::test]
 async fn followers_get_every_line_once_across_the_seal() {
     let cluster = cluster(3);
     cluster.ledger.set(&key(), running());

@@ -18,6 +18,8 @@ pub(crate) struct Ledger {
     pub(crate) policy: Mutex<Policy>,
     pub(crate) named: Mutex<BTreeSet<Digest>>,
     pub(crate) attempts: Mutex<HashMap<AttemptKey, AttemptFacts>>,
+    /// What an attempt becomes right after the next look at it, and whoever listens has heard that by then.
+    pub(crate) after_look: Mutex<Option<AttemptFacts>>,
     pub(crate) addresses: Mutex<BTreeMap<NodeId, SocketAddr>>,
     /// Nodes whose copies do not count.
     pub(crate) learners: Mutex<BTreeSet<NodeId>>,
@@ -33,6 +35,7 @@ impl Ledger {
             policy: Mutex::new(Policy { disk_reserve_bytes: 0, ..Policy::default() }),
             named: Mutex::default(),
             attempts: Mutex::default(),
+            after_look: Mutex::default(),
             addresses: Mutex::default(),
             learners: Mutex::default(),
             reachable: AtomicBool::new(true),
@@ -107,7 +110,11 @@ impl Plane for Recorded {
     }
 
     fn attempt<'a>(&'a self, key: &'a AttemptKey) -> BoxFuture<'a, Result<AttemptFacts, Unavailable>> {
-        let facts = self.ledger.attempts.lock().unwrap().get(key).cloned().unwrap_or(AttemptFacts::Unknown);
+        let mut attempts = self.ledger.attempts.lock().unwrap();
+        let facts = attempts.get(key).cloned().unwrap_or(AttemptFacts::Unknown);
+        if let Some(next) = self.ledger.after_look.lock().unwrap().take() {
+            attempts.insert(key.clone(), next);
+        }
         Box::pin(async move { Ok(facts) })
     }
 
