@@ -60,10 +60,18 @@ impl World {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_is_run_reported_and_forgotten() {
     let world = World::new().await;
-    let command =
-        "echo to stdout; echo to stderr >&2; printf result > \"$HELIX_OUTPUT\"; test \"$HELIX_BUILD_ID\" = b1";
-    let spec = BuildSpec { outputs: Outputs::Default, ..line(command) };
+    // What is over before the agent hears of a line is not shown on while it grows.
+    let heard = world.dir().join("heard");
+    let command = format!(
+        "echo to stdout; echo to stderr >&2; until test -e {}; do sleep 0.01; done; printf result > \"$HELIX_OUTPUT\"; \
+         test \"$HELIX_BUILD_ID\" = b1",
+        heard.display()
+    );
+    let spec = BuildSpec { outputs: Outputs::Default, ..line(&command) };
     let id = world.cluster.assign("b1", &spec).await;
+    let lines = || world.cluster.live_lines(&id);
+    eventually("its lines are shown on", || lines().len() == 2).await;
+    std::fs::write(heard, "").unwrap();
     let finished = world.cluster.finished(&id).await;
     assert_eq!((finished.outcome.as_str(), finished.exit_code), ("succeeded", Some(0)), "{finished:?}");
     assert!(world.host.workdirs().is_empty(), "the workdir is there when the end is seen");
@@ -76,7 +84,7 @@ async fn a_build_is_run_reported_and_forgotten() {
     sealed.sort();
     assert_eq!(sealed, ["to stderr", "to stdout"]);
     world.cluster.wait_for("the live log's end", |seen| seen.logs_ended.contains(&"b1".to_owned()).then_some(())).await;
-    let mut live = world.cluster.live_lines(&id);
+    let mut live = lines();
     live.sort();
     assert_eq!(live, sealed);
     world.forget(&id).await;
