@@ -141,12 +141,12 @@ impl Large {
                 let stored_at = std::fs::metadata(path)?.modified()?;
                 self.write_index().insert(digest, Held { size: tail.size, stored_at, lies: Lies::Bucket(object) });
             }
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Err(error) if is_exhaustion(&error) => return Err(error),
+            Err(error) => {
                 tracing::error!(%digest, %error, "the marker of a blob in the bucket is damaged and set aside");
                 self.move_aside(digest, Lies::Bucket(0));
                 self.health.damaged(digest);
             }
-            Err(error) => return Err(error),
         }
         Ok(())
     }
@@ -203,11 +203,16 @@ impl Large {
         !away && self.set_aside_before().is_ok_and(|asides| !asides.iter().any(|aside| aside.is_marker))
     }
 
-    /// Whether an object is needed: a marker names it, or one was set aside whose object may yet be looked at again.
+    /// Whether an object is needed: a marker names it, or there is one that may yet be looked at again.
     pub(super) fn needs_object(&self, digest: &Digest, object: u64) -> bool {
         // Under the lock: a marker is set aside, and put back, in one step.
         let index = self.read_index();
-        index.get(digest).is_some_and(|held| held.lies == Lies::Bucket(object)) || self.has_marker_aside(digest)
+        match index.get(digest) {
+            Some(Held { lies: Lies::Bucket(named), .. }) if *named == object => true,
+            Some(_) => self.has_marker_aside(digest),
+            // One that could not be set aside is where it was.
+            None => self.has_marker_aside(digest) || self.marker_of(digest).try_exists().unwrap_or(true),
+        }
     }
 
     /// Opens a blob for reading; `None` if it is not held. One whose file or marker is damaged is set aside.
@@ -258,7 +263,10 @@ impl Large {
             std::fs::rename(self.path_of(digest), &trash)?;
             held.lies = Lies::Bucket(object);
         }
-        std::fs::remove_file(&trash)?;
+        // From here on it did, whatever becomes of the file: what is left of it goes at the next start.
+        if let Err(error) = std::fs::remove_file(&trash) {
+            tracing::warn!(path = %trash.display(), %error, "the file of a blob that went to the bucket cannot be removed");
+        }
         Ok(true)
     }
 

@@ -34,7 +34,7 @@ const LEFT_OVER_AFTER: Duration = Duration::from_secs(86_400);
 /// With less than so many times the reserve free, blobs go at once.
 const PRESSED_BELOW: u64 = 2;
 
-/// So many blobs in a row that do not go end a pass. One that the bucket will never take does not keep the others here.
+/// So many blobs in a row that do not move end a pass. One that the bucket will never take, or give, does not keep the others.
 const FAILED_IN_A_ROW_MAX: u32 = 3;
 
 /// Which blobs go, and when.
@@ -66,6 +66,38 @@ pub(super) enum MoveError {
     Bucket(#[from] BucketError),
     #[error(transparent)]
     Here(#[from] BlobError),
+}
+
+/// What became of the blobs of a pass.
+#[derive(Default)]
+struct Tally {
+    moved: usize,
+    first: Option<MoveError>,
+    failed_in_a_row: u32,
+}
+
+impl Tally {
+    /// One more. Its error is only returned when so many failed in a row that the pass is to end.
+    fn note(&mut self, moved: Result<bool, MoveError>) -> Result<(), MoveError> {
+        match moved {
+            Ok(moved) => {
+                self.moved += usize::from(moved);
+                self.failed_in_a_row = 0;
+            }
+            Err(error) => {
+                self.failed_in_a_row += 1;
+                if self.failed_in_a_row == FAILED_IN_A_ROW_MAX {
+                    return Err(error);
+                }
+                self.first.get_or_insert(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn outcome(self) -> Result<usize, MoveError> {
+        self.first.map_or(Ok(self.moved), Err)
+    }
 }
 
 impl Offload {
@@ -111,35 +143,22 @@ impl Offload {
             self.searched = Some(Instant::now());
         }
         let large = mover.store.large();
-        let mut moved = 0;
+        let mut tally = Tally::default();
         if moves.recall {
             for digest in large.in_bucket() {
-                moved += usize::from(mover.bring_back(digest, self.room_for_any()).await?);
+                tally.note(mover.bring_back(digest, self.room_for_any()).await)?;
             }
-            return Ok(moved);
+            return tally.outcome();
         }
-        let (mut first, mut failed_in_a_row) = (None, 0);
         for (stored_at, digest) in large.in_files() {
             // A clock that went back makes it young, and the disk may press all the same.
             let age = SystemTime::now().duration_since(stored_at).unwrap_or_default();
             if age < moves.after && !self.is_pressed()? {
                 break;
             }
-            match mover.go(digest).await {
-                Ok(went) => {
-                    moved += usize::from(went);
-                    failed_in_a_row = 0;
-                }
-                Err(error) => {
-                    failed_in_a_row += 1;
-                    if failed_in_a_row == FAILED_IN_A_ROW_MAX {
-                        return Err(error);
-                    }
-                    first.get_or_insert(error);
-                }
-            }
+            tally.note(mover.go(digest).await)?;
         }
-        first.map_or(Ok(moved), Err)
+        tally.outcome()
     }
 
     fn is_pressed(&self) -> Result<bool, BlobError> {
@@ -177,12 +196,13 @@ impl Mover {
             Err(error) => return Err(error.into()),
         }
         let large = Arc::clone(self.store.large());
-        let went = blocking(move || Ok(large.went_to_bucket(&digest, object, blob.tail())?)).await;
-        if !matches!(went, Ok(true)) {
-            // Removed meanwhile, or the disk has no room for the marker.
+        // After an error nothing is sure but that the search for what is left over knows which objects are needed.
+        let went = blocking(move || Ok(large.went_to_bucket(&digest, object, blob.tail())?)).await?;
+        if !went {
+            // It was removed meanwhile.
             self.bucket.delete(&under_way.name).await?;
         }
-        Ok(went?)
+        Ok(went)
     }
 
     /// Opens a blob that lies here; `None` if it does not, or is damaged.

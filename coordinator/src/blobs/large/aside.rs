@@ -59,8 +59,9 @@ impl Large {
         self.damaged.join(format!("{digest}{MARKER}"))
     }
 
+    /// Whether a marker was set aside; in doubt it was.
     pub(super) fn has_marker_aside(&self, digest: &Digest) -> bool {
-        self.marker_aside(digest).exists()
+        self.marker_aside(digest).try_exists().unwrap_or(true)
     }
 
     pub(super) fn set_aside_before(&self) -> io::Result<Vec<Aside>> {
@@ -123,12 +124,13 @@ impl Large {
         Ok(())
     }
 
-    /// Removes uploads that are older than a day, and damaged blobs: those that were replaced as soon, others after a month, since
+    /// Removes parts of uploads that are older than a day, and damaged blobs: those that were replaced as soon, others after a month, since
     /// they may be the last there is.
     pub(in crate::blobs) fn remove_stale(&self) {
         let uploads = std::fs::read_dir(&self.uploads).into_iter().flatten().flatten().map(|entry| entry.path());
-        let owned = |path: &Path| digest_of_part(path).is_some_and(|digest| self.owners().contains_key(&digest));
-        let uploads = uploads.filter(|path| !owned(path) && is_older(path, PART_KEPT_FOR));
+        // What else lies there is somebody's who is about to remove it.
+        let given_up = |path: &Path| digest_of_part(path).is_some_and(|digest| !self.owners().contains_key(&digest));
+        let uploads = uploads.filter(|path| given_up(path) && is_older(path, PART_KEPT_FOR));
         let damaged = self.set_aside_before().unwrap_or_default().into_iter().filter(|aside| {
             let kept_for = if self.size(&aside.digest).is_some() { PART_KEPT_FOR } else { DAMAGED_KEPT_FOR };
             is_older(&aside.path, kept_for)

@@ -243,6 +243,25 @@ async fn a_blob_that_never_goes_does_not_keep_the_others() {
     assert!(asked < 10, "{asked} requests");
     endpoint(&cluster.place).fails_with(Fault::None);
     assert_eq!(offload.pass(NOW).await.unwrap(), 21);
+    // Nor does one that it does not give keep the others there.
+    endpoint(&cluster.place).fails_with(Fault::DeniedTo(digest_of(&data[0]).to_string()));
+    assert!(offload.pass(Moves { recall: true, ..NOW }).await.is_err());
+    assert_eq!((node.store().totals().large, node.store().totals().bucket), (24, 1));
+}
+
+#[tokio::test]
+async fn what_is_on_its_way_out_is_not_taken_for_stale() {
+    let (place, root) = (Place::bucket().await, tempfile::tempdir().unwrap());
+    let (store, _) = open(&place, root.path());
+    let digest = digest_of(b"old");
+    let [part, trash] = ["part", "7.trash"].map(|it| root.path().join("uploads").join(format!("{digest}.{it}")));
+    let long_ago = SystemTime::now() - Duration::from_secs(2 * 86_400);
+    for path in [&part, &trash] {
+        std::fs::File::create(path).unwrap().set_modified(long_ago).unwrap();
+    }
+    store.remove_stale_uploads().await.unwrap();
+    // Whoever is about to remove it has just given it its name.
+    assert!(!part.exists() && trash.exists());
 }
 
 #[tokio::test]
