@@ -26,6 +26,7 @@ use helix_agent_core::{Assignment, Death, Event, Found, PlatformImage, Report, S
 use helix_model::{AttemptKey, Reason};
 use helix_runner::journal::{self, Journal};
 use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep};
+use rustix::io::Errno;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
@@ -43,7 +44,7 @@ const SWEEP_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two tries of what must succeed in the end.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Looks at an attempt whose directory does not tell what runs, before that is taken for an answer.
+/// Looks in a row at an attempt whose directory does not tell what runs, before that is taken for an answer.
 const BLIND_LOOKS_MAX: u32 = 10;
 
 /// What the agent wants of an attempt; only ever more.
@@ -442,9 +443,7 @@ impl Attempt {
                 Ok(death) => return death,
                 Err(error) => error,
             };
-            if !matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) {
-                blind += 1;
-            }
+            blind = if is_blind(&error) { blind + 1 } else { 0 };
             if blind == BLIND_LOOKS_MAX {
                 tracing::error!(attempt = %self.key, %error, "that all processes of an attempt are dead is not proven");
                 return Death::Unproven;
@@ -486,4 +485,12 @@ impl Attempt {
             Sweep::Unproven { .. } => Ok(Death::Unproven),
         }
     }
+}
+
+/// Whether an error says that an attempt's directory does not tell what runs: not where something is seen to live, and not where
+/// the host is short of something, which passes.
+fn is_blind(error: &io::Error) -> bool {
+    use io::ErrorKind::{OutOfMemory, ResourceBusy, StorageFull, TimedOut, WouldBlock};
+    let short = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error())).contains(&error.raw_os_error());
+    !short && !matches!(error.kind(), TimedOut | WouldBlock | ResourceBusy | OutOfMemory | StorageFull)
 }

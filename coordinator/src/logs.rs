@@ -42,6 +42,9 @@ use crate::plane::{AttemptFacts, Plane};
 /// the connection to a peer is never full of followers.
 const REMOTE_FOLLOWERS_MAX: usize = 256;
 
+/// Readers that have peers answer when a log begins there; more of them ask now and then.
+const REMOTE_WAITERS_MAX: usize = 256;
+
 /// How long one look at the free disk is believed.
 const ROOM_BELIEVED: Duration = Duration::from_secs(1);
 
@@ -91,6 +94,7 @@ struct Inner {
     /// Attempts that have ended and whose logs are here and not sealed, and since when this node knows.
     left: Mutex<HashMap<AttemptKey, seal::Left>>,
     remote_followers: Semaphore,
+    remote_waiters: Semaphore,
     /// Free bytes of the disk, and when that was looked up.
     room: Mutex<Option<(Instant, u64)>>,
     readers: AtomicU64,
@@ -117,6 +121,7 @@ impl LogHub {
             bells: Bells::default(),
             left: Mutex::default(),
             remote_followers: Semaphore::new(REMOTE_FOLLOWERS_MAX),
+            remote_waiters: Semaphore::new(REMOTE_WAITERS_MAX),
             room: Mutex::default(),
             readers: AtomicU64::new(0),
             stopping,

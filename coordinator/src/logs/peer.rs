@@ -25,9 +25,13 @@ impl LogPeerService for LogHub {
         let LogHeadRequest { id, wait_ms } = request.into_inner();
         let key = attempt_from_wire(id).map_err(|error| invalid(&error))?;
         let wait = Duration::from_millis(wait_ms.into()).min(LOOK_MAX);
-        // What is not there within the time is not there.
-        let begun = timeout(wait, self.inner.begun_here(&key)).await;
-        let head = begun.unwrap_or_else(|_| self.inner.head(&key));
+        let head = if wait.is_zero() {
+            self.inner.head(&key)
+        } else {
+            // What is not there within the time is not there.
+            let begun = timeout(wait, self.inner.begun_here(&key)).await;
+            begun.unwrap_or_else(|_| self.inner.head(&key))
+        };
         Ok(Response::new(LogHeadResponse {
             last_seq: head.last_seq,
             pushing: head.pushers > 0,

@@ -195,7 +195,7 @@ impl Reader {
 
     /// Waits until the registry changes the build, or, where nobody has the log, until an agent begins to push it.
     async fn something_changes(&mut self, wait: Duration, nobody: bool) {
-        let permit = if nobody { self.inner.remote_followers.try_acquire().ok() } else { None };
+        let permit = if nobody { self.inner.remote_waiters.try_acquire().ok() } else { None };
         let elsewhere = async {
             if permit.is_none() {
                 std::future::pending::<()>().await;

@@ -397,9 +397,6 @@ impl Run {
         }));
         let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
         self.walk = None;
-        if let Some(ending) = self.ending.take() {
-            ending.tell(Err(io::Error::other("the store is not written any more")));
-        }
         let mut pending = self.inner.pending();
         pending.stopped = true;
         pending.requests.clear();
@@ -409,6 +406,10 @@ impl Run {
         }
         drop(pending);
         self.inner.room.notify_waiters();
+        self.deferred.clear();
+        if let Some(ending) = self.ending.take() {
+            ending.give_up();
+        }
     }
 
     fn work(&mut self) -> io::Result<()> {

@@ -55,6 +55,11 @@ impl Ending {
         let _ = thread.join();
         tell(replies, &ended.map(|path| (meta, path)));
     }
+
+    /// The store is not written any more. The thread is not waited for: the disk that failed may keep it for long.
+    pub(super) fn give_up(self) {
+        tell(self.replies, &Err(io::Error::other("the store is not written any more")));
+    }
 }
 
 fn end(inner: &Inner, meta: SnapshotMeta, file: SnapshotWriter) -> io::Result<PathBuf> {
