@@ -209,7 +209,7 @@ impl Blobs {
         let mut found = self.head_local(digests);
         let asked = digests.iter().map(|digest| digest.0.to_vec().into()).collect();
         let request = v1::HeadBlobsRequest { sha256: asked, local: true };
-        let answers = self.others().into_iter().map(|node| {
+        let answers = self.plane.others().into_iter().map(|node| {
             let request = request.clone();
             async move { (node, self.ask_head(node, request).await) }
         });
@@ -241,11 +241,6 @@ impl Blobs {
         let mut client = self.client(node)?;
         let answer = tokio::time::timeout(PEER_ANSWER, client.head_blobs(request)).await;
         Ok(answer.map_err(|_| Status::deadline_exceeded("the peer does not answer"))??.into_inner())
-    }
-
-    fn others(&self) -> Vec<NodeId> {
-        let own = self.plane.node();
-        self.plane.nodes().into_iter().filter(|node| *node != own).collect()
     }
 
     // A status is what every caller handles here; boxing it would only be undone.

@@ -23,6 +23,12 @@ pub trait Plane: Send + Sync + 'static {
     /// All coordinators, this one among them.
     fn nodes(&self) -> Vec<NodeId>;
 
+    /// All coordinators but this one.
+    fn others(&self) -> Vec<NodeId> {
+        let own = self.node();
+        self.nodes().into_iter().filter(|node| *node != own).collect()
+    }
+
     /// Those whose copies of bytes count.
     fn voters(&self) -> Vec<NodeId>;
 

@@ -117,7 +117,7 @@ impl Blobs {
         failed: &mut BTreeSet<NodeId>,
     ) -> Result<(u64, Source), BlobError> {
         let asked = v1::HeadBlobsRequest { sha256: vec![digest.0.to_vec().into()], local: true };
-        let peers = self.others().into_iter().filter(|node| !failed.contains(node));
+        let peers = self.plane.others().into_iter().filter(|node| !failed.contains(node));
         let mut answers: FuturesUnordered<_> = peers
             .map(|node| {
                 let asked = asked.clone();

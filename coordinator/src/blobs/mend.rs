@@ -95,7 +95,7 @@ impl Blobs {
     /// Who may have it: they say so, and did not serve it just now, or they do not answer.
     async fn hopes(&self, digest: Digest) -> BTreeSet<NodeId> {
         let request = helix_proto::v1::HeadBlobsRequest { sha256: vec![digest.0.to_vec().into()], local: true };
-        let asked = self.others().into_iter().map(|node| {
+        let asked = self.plane.others().into_iter().map(|node| {
             let request = request.clone();
             async move {
                 let answer = self.ask_head(node, request).await;

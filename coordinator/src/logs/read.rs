@@ -392,7 +392,11 @@ impl Inner {
                 return Survey { found, silent: Vec::new() };
             }
         }
-        let asked = self.others().map(|node| async move { (node, self.ask(node, key, Duration::ZERO).await) });
+        let asked = self
+            .plane
+            .others()
+            .into_iter()
+            .map(|node| async move { (node, self.ask(node, key, Duration::ZERO).await) });
         let answers = join_all(asked).await;
         let mut silent = Vec::new();
         for (node, answer) in answers {
@@ -430,18 +434,14 @@ impl Inner {
     /// Waits until an agent pushes a log to another coordinator: each is asked to answer then, or after so long. One of an older
     /// version answers at once; who has nothing is not heard.
     async fn begun_elsewhere(&self, key: &AttemptKey, wait: Duration) {
-        let mut answers: FuturesUnordered<_> = self.others().map(|node| self.ask(node, key, wait)).collect();
+        let mut answers: FuturesUnordered<_> =
+            self.plane.others().into_iter().map(|node| self.ask(node, key, wait)).collect();
         while let Some(answer) = answers.next().await {
             if answer.is_some_and(|head| head.pushing || head.complete) {
                 return;
             }
         }
         std::future::pending().await
-    }
-
-    fn others(&self) -> impl Iterator<Item = NodeId> + use<> {
-        let own = self.plane.node();
-        self.plane.nodes().into_iter().filter(move |node| *node != own)
     }
 
     async fn ask(&self, node: NodeId, key: &AttemptKey, wait: Duration) -> Option<LogHeadResponse> {

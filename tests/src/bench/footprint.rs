@@ -98,8 +98,7 @@ fn disk_of_builds(runtime: &Runtime, ours: &Ours, count: usize) -> anyhow::Resul
         }
         until_idle(&ours.channel(&leader, Traffic::Control)?).await
     })?;
-    let said = ours.cluster.helix(&["list", "--state", "succeeded", "--all", "--limit", "1000000", "-o", "quiet"]);
-    let succeeded = said.stdout.lines().count();
+    let succeeded = ours.count("succeeded")?;
     ensure!(succeeded == count, "{succeeded} of {count} succeeded");
     let grown = sizes().into_iter().zip(before).map(|(after, before)| (after - before) / count as f64);
     Ok((count, grown.map(|ours| Pair { ours, peer: None }).collect()))

@@ -97,8 +97,7 @@ fn grow(runtime: &Runtime, settings: &Settings, kind: Kind, levels: [u64; 3]) ->
 fn turn(runtime: &Runtime, settings: &Settings, kind: Kind, others: u64) -> anyhow::Result<(f64, f64)> {
     let ours = Ours::start(&Shape { capacity: 8, ..Shape::default() })?;
     // Nothing is purged meanwhile.
-    let said = ours.cluster.helix(&["cluster", "policy", "set", "retain_builds=10000000"]);
-    ensure!(said.code == 0, "the policy is not taken: {}", said.stderr);
+    ours.set_policy(&["retain_builds=10000000"])?;
     let leader = ours.cluster.leader();
     let endpoint = leader.grpc.context("a coordinator has an endpoint")?;
     let channel = ours.channel(&endpoint, Traffic::Bulk)?;
@@ -108,8 +107,7 @@ fn turn(runtime: &Runtime, settings: &Settings, kind: Kind, others: u64) -> anyh
     let taken = memory()? - empty;
     let (count, waiting) = (settings.rounds(2_000, 300), if kind == Kind::Queued { others } else { 0 });
     let rate = runtime.block_on(run(&channel, count, waiting))?;
-    let said = ours.cluster.helix(&["list", "--state", "succeeded", "--all", "--limit", "1000000", "-o", "quiet"]);
-    let succeeded = said.stdout.lines().count();
+    let succeeded = ours.count("succeeded")?;
     ensure!(succeeded == count, "{succeeded} of {count} succeeded");
     Ok((rate, taken))
 }

@@ -108,8 +108,7 @@ fn ours(runtime: &Runtime, count: usize) -> anyhow::Result<(Turn, f64)> {
     })?;
     let builds = count as f64;
     let (syncs, cpu) = (ours.metric("helix_fsync_seconds_count") - syncs, ours.cpu_seconds() - cpu);
-    let said = ours.cluster.helix(&["list", "--state", "succeeded", "--all", "--limit", "1000000", "-o", "quiet"]);
-    let succeeded = said.stdout.lines().count();
+    let succeeded = ours.count("succeeded")?;
     ensure!(succeeded == count, "{succeeded} of {count} succeeded");
     Ok((Turn { rate: per_second(count as u64, elapsed), cpu_ms: cpu * 1000.0 / builds }, syncs / builds))
 }

@@ -86,6 +86,26 @@ impl Ours {
         Ok(channel::lazy(endpoint, &self.tls, self.tls.expect_any(), traffic)?)
     }
 
+    /// Changes the cluster's policy.
+    ///
+    /// # Errors
+    /// When it is not taken.
+    pub fn set_policy(&self, changes: &[&str]) -> anyhow::Result<()> {
+        let said = self.cluster.helix(&[&["cluster", "policy", "set"], changes].concat());
+        ensure!(said.code == 0, "the policy is not taken: {}", said.stderr);
+        Ok(())
+    }
+
+    /// How many builds of a state the registry has.
+    ///
+    /// # Errors
+    /// When it does not say.
+    pub fn count(&self, state: &str) -> anyhow::Result<usize> {
+        let said = self.cluster.helix(&["list", "--state", state, "--all", "--limit", "1000000", "-o", "quiet"]);
+        ensure!(said.code == 0, "the list is not given: {}", said.stderr);
+        Ok(said.stdout.lines().count())
+    }
+
     /// A build's status.
     ///
     /// # Errors

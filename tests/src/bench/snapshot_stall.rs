@@ -40,8 +40,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let finished = if settings.quick { FINISHED_QUICK } else { FINISHED };
     // Nobody runs what is submitted.
     let ours = Ours::start(&Shape { agents: 0, ..Shape::default() })?;
-    let said = ours.cluster.helix(&["cluster", "policy", "set", "retain_builds=10000000"]);
-    ensure!(said.code == 0, "the policy is not taken: {}", said.stderr);
+    ours.set_policy(&["retain_builds=10000000"])?;
     let leader = ours.cluster.leader();
     let endpoint = leader.grpc.context("a coordinator has an endpoint")?;
     let bulk = ours.channel(&endpoint, Traffic::Bulk)?;

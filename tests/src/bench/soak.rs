@@ -27,9 +27,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let runtime = runtime()?;
     let _entered = runtime.enter();
     let ours = Ours::start(&Shape { capacity: 8, ..Shape::default() })?;
-    let policy = format!("retain_builds={RETAINED}");
-    let said = ours.cluster.helix(&["cluster", "policy", "set", &policy]);
-    ensure!(said.code == 0, "the policy is not taken: {}", said.stderr);
+    ours.set_policy(&[&format!("retain_builds={RETAINED}")])?;
     let endpoint = ours.cluster.leader().grpc.context("a coordinator has an endpoint")?;
     let (bulk, control) = (ours.channel(&endpoint, Traffic::Bulk)?, ours.channel(&endpoint, Traffic::Control)?);
     let (turns, builds) = (settings.rounds(48, 6), settings.rounds(4_000, 500));
@@ -44,7 +42,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
             submit(&bulk, (0..builds).map(|_| new_key()).collect(), &no_op()).await?;
             until_idle(&control).await
         })?;
-        let failed = listed(&ours, "failed")?;
+        let failed = ours.count("failed")?;
         ensure!(failed == 0, "{failed} builds failed");
         coordinators.push(largest("coordinator"));
         agents.push(largest("agent"));
@@ -52,7 +50,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let (first, second) = coordinators.split_at(turns / 2);
     let most = |pairs: &[Pair]| pairs.iter().map(|pair| pair.ours).fold(0.0, f64::max);
     let halves = vec![Pair { ours: most(second), peer: Some(most(first)) }];
-    let kept = listed(&ours, "succeeded")?;
+    let kept = ours.count("succeeded")?;
     Ok(Figure {
         name: "soak",
         peer: "itself, in the first half".to_owned(),
@@ -68,11 +66,4 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
             "{turns} turns of {builds} builds that say and make nothing; the registry keeps {RETAINED} and, for a week, the ids of the others"
         )],
     })
-}
-
-/// How many builds of a state the registry has.
-fn listed(ours: &Ours, state: &str) -> anyhow::Result<usize> {
-    let said = ours.cluster.helix(&["list", "--state", state, "--all", "--limit", "1000000", "-o", "quiet"]);
-    ensure!(said.code == 0, "the list is not given: {}", said.stderr);
-    Ok(said.stdout.lines().count())
 }

@@ -38,8 +38,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let ours = Ours::start(&Shape { agents: 2, capacity: 1, ..Shape::default() })?;
     let lease = format!("worker_lease_ms={}", LEASE.as_millis());
     // Hosts that are lost as often as these here would be quarantined, and builds would wait for the end of that.
-    let said = ours.cluster.helix(&["cluster", "policy", "set", &lease, "quarantine_after=0"]);
-    ensure!(said.code == 0, "the policy is not taken: {}", said.stderr);
+    ours.set_policy(&[&lease, "quarantine_after=0"])?;
     let channel = ours.leader(1)?.channel(0);
     let mut times = Times::new("ours: host killed to its build running elsewhere");
     let mut pairs = Vec::new();

@@ -1,4 +1,4 @@
-//! The end of a snapshot's walk: its file and the store are made durable on a thread of their own, since that takes seconds where much was
+//! The end of a snapshot's walk: its file and the store are made durable on a thread of their own, since that may take long where much was
 //! written, and what is applied meanwhile would wait for the writer.
 
 use std::io;

@@ -46,7 +46,7 @@ fn coordinator_leftovers(root: &Path) -> Vec<PathBuf> {
     let part = |path: &PathBuf| path.extension().is_some_and(|it| it == "part");
     left.extend(names(&root.join("blobs/uploads")).into_iter().filter(|path| !part(path)));
     left.extend(names(&root.join("blobs/damaged")));
-    left.extend(names(&root.join("live")));
+    left.extend(names(&root.join("logs")));
     left
 }
 
