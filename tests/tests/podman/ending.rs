@@ -61,6 +61,14 @@ fn a_build_that_is_stopped_leaves_nothing() {
     assert_eq!(site.cluster.json(&["status", &late])["reason"], "timeout");
     assert_eq!(asleep(100_002), Vec::<i32>::new());
     site.assert_clean(&late);
+
+    // As when podman is killed between the making of a container and its notes on whose it is.
+    let unnoted = sleeping(&site, 100_004, &[]);
+    let containers = site.cluster.member("agent", "agent-1").data_dir.join("podman/storage/overlay-containers");
+    let notes = fs::read_dir(containers).unwrap().map(|entry| entry.unwrap().path().join("userdata/buildah.json"));
+    assert_ne!(notes.filter(|notes| fs::remove_file(notes).is_ok()).count(), 0);
+    assert_eq!(site.cluster.helix(&["cancel", &unnoted]).code, 0);
+    site.assert_clean(&unnoted);
     site.end();
 }
 

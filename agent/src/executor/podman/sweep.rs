@@ -67,9 +67,17 @@ impl Podman {
         }
         let left = |attempt: Option<&AttemptKey>| attempt.is_some_and(|key| dead.contains(key));
         // Mostly there are none, and then nobody has to wait for the lock.
-        if self.containers().await?.iter().any(|container| left(container.attempt.as_ref())) {
+        let found = self.containers().await?;
+        if found.iter().any(|container| left(container.attempt.as_ref())) {
             let _share = self.share().await?;
             self.remove_containers(tracker, left).await?;
+        }
+        // Where podman was killed before it noted whose a container is, that container is nobody's once nothing builds. While
+        // something does, it may be that build's: it waits for a later sweep.
+        if found.iter().any(|container| container.attempt.is_none())
+            && let Some(_alone) = self.have_alone(Duration::ZERO).await?
+        {
+            self.remove_containers(tracker, |attempt| attempt.is_none()).await?;
         }
         let names: BTreeSet<String> = dead.iter().map(build::list_name).collect();
         self.remove_lists(tracker, |name| names.contains(name)).await?;
