@@ -14,6 +14,7 @@ pub mod files;
 pub mod identity;
 pub mod pki;
 pub mod ports;
+pub mod removal;
 pub mod sealed_log;
 pub mod shutdown;
 pub mod status;

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::time::{Duration, SystemTime};
 
 use helix_common::files::sync_directory;
+use helix_common::removal::remove_gradually;
 use helix_model::Digest;
 
 use self::format::{LargeBlob, Tail};
@@ -103,7 +104,7 @@ impl Large {
         for entry in std::fs::read_dir(&store.uploads)? {
             let path = entry?.path();
             if digest_of_part(&path).is_none() {
-                std::fs::remove_file(&path)?;
+                remove_gradually(&path)?;
             }
         }
         store.remove_stale();
@@ -264,7 +265,7 @@ impl Large {
             held.lies = Lies::Bucket(object);
         }
         // From here on it did, whatever becomes of the file: what is left of it goes at the next start.
-        if let Err(error) = std::fs::remove_file(&trash) {
+        if let Err(error) = remove_gradually(&trash) {
             tracing::warn!(path = %trash.display(), %error, "the file of a blob that went to the bucket cannot be removed");
         }
         Ok(true)
@@ -292,7 +293,7 @@ impl Large {
             index.remove(digest);
             held.lies
         };
-        std::fs::remove_file(&trash)?;
+        remove_gradually(&trash)?;
         match lies {
             Lies::Here => Ok(Removed::File),
             Lies::Bucket(object) => {

@@ -24,6 +24,7 @@ use super::health::Health;
 use super::leases::Leases;
 use super::{BlobError, now_s};
 use helix_common::files::sync_directory;
+use helix_common::removal::{remove_gradually, share};
 
 /// A segment is closed when it has grown to this: small enough to be read whole at start and copied when half dead.
 const SEGMENT_BYTES: u64 = 32 << 20;
@@ -236,6 +237,7 @@ impl Shared {
 impl Index {
     fn load(&mut self, number: u32, path: &Path, last: bool, damaged: &mut Vec<Digest>) -> io::Result<()> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
+        share(&file)?;
         let bytes = std::fs::read(path)?;
         let mut torn = None;
         let mut frames = Vec::new();
@@ -452,6 +454,7 @@ impl Committer {
         self.next += 1;
         let path = path_of(&self.directory, number);
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        share(&file)?;
         file.write_all_at(SEGMENT_HEADER, 0)?;
         failpoint::hit(Point::SegmentBegun)?;
         file.sync_all()?;
@@ -511,7 +514,7 @@ impl Committer {
     fn drop_segment(&self, number: u32) {
         let Some(segment) = self.shared.write().segments.remove(&number) else { return };
         failpoint::pass(Point::SegmentDrop);
-        if let Err(error) = std::fs::remove_file(&segment.path) {
+        if let Err(error) = remove_gradually(&segment.path) {
             tracing::warn!(%error, path = %segment.path.display(), "an empty blob segment cannot be removed");
         }
     }

@@ -36,8 +36,7 @@ impl raft_log::Types for LogTypes {
     }
 
     fn payload_size(payload: &StoredPayload) -> u64 {
-        // What is cached is the encoded and the decoded form.
-        u64::try_from(payload_bytes(&payload.0).saturating_mul(2)).unwrap_or(u64::MAX)
+        u64::try_from(payload_bytes(&payload.0)).unwrap_or(u64::MAX)
     }
 }
 

@@ -6,14 +6,16 @@
 //! a failed fsync is reported to everybody waiting and is never tried again.
 
 use std::fmt::Debug;
+use std::fs::{DirEntry, File, OpenOptions};
 use std::io;
 use std::ops::{Bound, RangeBounds};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use helix_common::removal;
 use helix_failpoint::{self as failpoint, Point};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use raft_log::api::raft_log_writer::RaftLogWriter;
@@ -46,6 +48,7 @@ impl Default for LogLimits {
 #[derive(Clone)]
 pub(crate) struct LogStore {
     inner: Arc<Inner>,
+    directory: Arc<Path>,
     // Joined when the last clone goes.
     _flusher: Arc<Flusher>,
 }
@@ -162,13 +165,13 @@ impl LogStore {
             std::thread::Builder::new().name("log-flush".to_owned()).spawn(move || flush_loop(&inner, &next, &wake))?
         };
         let flusher = Flusher { thread: Mutex::new(Some(thread)), next: Mutex::new(Some(next)) };
-        Ok(Self { inner, _flusher: Arc::new(flusher) })
+        Ok(Self { inner, directory: directory.into(), _flusher: Arc::new(flusher) })
     }
 
     /// Whether there is a log in a directory.
     pub(crate) fn is_in(directory: &Path) -> bool {
-        let is_log = |path: std::path::PathBuf| path.extension().is_some_and(|extension| extension == "wal");
-        std::fs::read_dir(directory).is_ok_and(|mut names| names.any(|name| name.is_ok_and(|name| is_log(name.path()))))
+        let is_log = |name: io::Result<DirEntry>| name.is_ok_and(|name| is_segment(&name.path()));
+        std::fs::read_dir(directory).is_ok_and(|mut names| names.any(is_log))
     }
 
     /// The first and last entry, as ids: what is purged, what is there.
@@ -242,6 +245,17 @@ impl Inner {
         }
         self.counters.log_bytes.set(log.on_disk_size());
     }
+}
+
+/// The files of a log, to be cut down when their names have gone; some of them, where not all can be opened.
+fn open_segments(directory: &Path) -> Vec<(PathBuf, File)> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let paths = entries.map(|entry| entry.path()).filter(|path| is_segment(path));
+    paths.filter_map(|path| OpenOptions::new().write(true).open(&path).ok().map(|file| (path, file))).collect()
+}
+
+fn is_segment(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "wal")
 }
 
 fn bounds_of(range: &impl RangeBounds<u64>) -> (u64, u64) {
@@ -364,8 +378,20 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
         failpoint::hit(Point::LogPurge)?;
-        self.inner.write().purge(StoredLogId(log_id))?;
+        let segments = {
+            let mut log = self.inner.write();
+            // The order matters: they are open before raft-log removes some of them, which then costs its thread nothing.
+            let segments = open_segments(&self.directory);
+            log.purge(StoredLogId(log_id))?;
+            segments
+        };
         failpoint::pass(Point::LogPurged);
-        self.flushed().await
+        // raft-log removes them behind this flush, and before the next.
+        self.flushed().await?;
+        self.flushed().await?;
+        // Nobody reads what is purged.
+        let removed = segments.into_iter().filter(|(path, _)| !path.exists());
+        removed.for_each(|(_, file)| removal::release(file));
+        Ok(())
     }
 }

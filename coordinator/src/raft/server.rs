@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use helix_common::auth;
+use helix_common::removal::remove_gradually;
 use helix_common::status::{not_leader, status};
 use helix_common::tls::PeerInfo;
 use helix_failpoint::{self as failpoint, Point};
@@ -264,7 +265,7 @@ struct Incoming(PathBuf);
 impl Drop for Incoming {
     fn drop(&mut self) {
         // Best effort: what stays is swept at the next start.
-        let _ = std::fs::remove_file(&self.0);
+        let _ = remove_gradually(&self.0);
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use helix_common::files::sync_directory;
+use helix_common::removal::{open_shared, remove_gradually};
 use helix_failpoint::{self as failpoint, Point};
 use helix_proto::raft;
 use prost::Message;
@@ -40,7 +41,7 @@ pub(crate) struct SnapshotFile {
 
 impl SnapshotFile {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        let file = open_shared(path)?;
         let bytes = file.metadata()?.len();
         Ok(Self { path: path.to_owned(), file: Arc::new(file), bytes })
     }
@@ -152,7 +153,7 @@ impl Drop for SnapshotWriter {
     fn drop(&mut self) {
         if !self.done {
             // Best effort: a leftover is removed at the next start.
-            let _ = std::fs::remove_file(&self.temporary);
+            let _ = remove_gradually(&self.temporary);
         }
     }
 }
@@ -189,7 +190,7 @@ pub(super) fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
 pub(super) fn retain(directory: &Path) -> io::Result<()> {
     for old in list(directory)?.into_iter().skip(KEPT) {
         failpoint::hit(Point::SnapshotRetain)?;
-        std::fs::remove_file(old)?;
+        remove_gradually(&old)?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use openraft::EntryPayload;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 
 use super::snapshot::SnapshotFile;
-use super::types::{Batch, Entry, LogId, Membership, Replies, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use super::types::{Entry, LogId, Membership, Replies, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use super::writer::Writer;
 use crate::peers::Peers;
 use crate::registry::{Applied, Shared};
@@ -73,7 +73,12 @@ impl StateMachine {
         self.meta.last_log_id = Some(entry.log_id);
         let (replies, effects) = match entry.payload {
             EntryPayload::Blank => self.change(|_, _| Replies::default()),
-            EntryPayload::Normal(batch) => self.change(|state, changes| apply_batch(state, &batch, changes)),
+            EntryPayload::Normal(batch) => {
+                let (at, commands) = (batch.at(), batch.take_commands()?);
+                self.change(|state, changes| {
+                    Replies(commands.iter().map(|command| state.apply(at, command, changes)).collect())
+                })
+            }
             EntryPayload::Membership(membership) => {
                 self.meta.last_membership = StoredMembership::new(Some(entry.log_id), membership.clone());
                 self.publish_members();
@@ -104,10 +109,6 @@ impl StateMachine {
         self.writer.push(changes.rows, self.meta.clone());
         (replies, changes.effects)
     }
-}
-
-fn apply_batch(state: &mut State, batch: &Batch, changes: &mut Changes) -> Replies {
-    Replies(batch.commands().iter().map(|command| state.apply(batch.at(), command, changes)).collect())
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {

@@ -39,19 +39,29 @@ impl Watcher {
         let mut applied = self.shared.applied();
         let mut renewed: Option<Instant> = None;
         let mut reign = (None, 0, Instant::now());
+        let mut tick = tokio::time::interval(RENEW_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let seen = metrics.borrow_watched().clone();
-            if (reign.0, reign.1) != (seen.current_leader, seen.current_term) {
-                reign = (seen.current_leader, seen.current_term, Instant::now());
-                renewed = None;
-            }
-            self.note_leadership(&seen, *applied.borrow_and_update());
-            if let Err(fatal) = &seen.running_state
-                && !self.stop.is_cancelled()
-            {
-                self.peers.fail(format!("consensus has stopped: {fatal}"));
-            }
-            if renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY) {
+            // Every entry comes by here several times: the whole is cloned only where it is looked at.
+            let mut whole = None;
+            let waits_for_own_term = {
+                let seen = metrics.borrow_watched();
+                if (reign.0, reign.1) != (seen.current_leader, seen.current_term) {
+                    reign = (seen.current_leader, seen.current_term, Instant::now());
+                    renewed = None;
+                }
+                let (leads, is_leader) = self.note_leadership(&seen, *applied.borrow_and_update());
+                if let Err(fatal) = &seen.running_state
+                    && !self.stop.is_cancelled()
+                {
+                    self.peers.fail(format!("consensus has stopped: {fatal}"));
+                }
+                if renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY) {
+                    whole = Some(seen.clone());
+                }
+                leads && !is_leader
+            };
+            if let Some(seen) = whole {
                 renewed = Some(Instant::now());
                 self.status.send_replace(self.look(&seen, reign.2.elapsed()));
             }
@@ -66,14 +76,15 @@ impl Watcher {
                     self.stop.cancelled().await;
                     break;
                 },
-                changed = applied.changed() => if changed.is_err() { break },
-                () = tokio::time::sleep(RENEW_EVERY) => {}
+                changed = applied.changed(), if waits_for_own_term => if changed.is_err() { break },
+                _ = tick.tick() => {}
             }
         }
         self.leadership.send_modify(|leadership| leadership.is_leader = false);
     }
 
-    fn note_leadership(&self, seen: &RaftMetrics<TypeConfig>, applied: Applied) {
+    /// Tells who leads, if that changed. Whether this node has the votes to, and whether it does.
+    fn note_leadership(&self, seen: &RaftMetrics<TypeConfig>, applied: Applied) -> (bool, bool) {
         let leads = seen.state == ServerState::Leader && seen.current_leader == Some(seen.id);
         let now = Leadership {
             leader: seen.current_leader.map(NodeId),
@@ -92,6 +103,7 @@ impl Watcher {
             *before = now;
             true
         });
+        (leads, now.is_leader)
     }
 
     /// How things stand; `reign` is how long the leader has been leading.

@@ -2,7 +2,7 @@
 
 mod cluster;
 mod crash;
-mod harness;
+pub(crate) mod harness;
 mod letting_go;
 mod members;
 mod offline;

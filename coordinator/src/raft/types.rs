@@ -1,7 +1,7 @@
 //! The types that consensus is made of: what an entry carries, what applying it answers, what a member is.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use helix_core::{Command, Reply};
@@ -47,12 +47,16 @@ impl fmt::Display for Member {
 }
 
 /// Commands that share a log entry, with the bytes they are stored and sent as: encoded once, decoded once.
+///
+/// The commands are there until they are applied. The log's cache keeps entries for long and lets go of many at once; hundreds of
+/// thousands of commands among them would hold up consensus, which waits for that.
 #[derive(Clone)]
 pub(crate) struct Batch(Arc<BatchParts>);
 
 struct BatchParts {
     at: LogTime,
-    commands: Vec<Command>,
+    count: usize,
+    commands: Mutex<Option<Vec<Command>>>,
     encoded: Bytes,
 }
 
@@ -67,7 +71,7 @@ impl Batch {
     /// Stamps commands whose durable form is made already.
     pub(crate) fn from_parts(at: LogTime, commands: Vec<Command>, wire: Vec<store::Command>) -> Self {
         let encoded = encode_batch(at, wire).into();
-        Self(Arc::new(BatchParts { at, commands, encoded }))
+        Self::whole(at, commands, encoded)
     }
 
     /// Reads what [`Self::encoded`] gave.
@@ -76,7 +80,11 @@ impl Batch {
     /// [`CodecError`].
     pub(crate) fn decode(encoded: Bytes) -> Result<Self, CodecError> {
         let (at, commands) = decode_batch(&encoded)?;
-        Ok(Self(Arc::new(BatchParts { at, commands, encoded })))
+        Ok(Self::whole(at, commands, encoded))
+    }
+
+    fn whole(at: LogTime, commands: Vec<Command>, encoded: Bytes) -> Self {
+        Self(Arc::new(BatchParts { at, count: commands.len(), commands: Mutex::new(Some(commands)), encoded }))
     }
 
     /// The leader's stamp.
@@ -85,10 +93,13 @@ impl Batch {
         self.0.at
     }
 
-    /// The commands, in order.
-    #[must_use]
-    pub(crate) fn commands(&self) -> &[Command] {
-        &self.0.commands
+    /// The commands, in order, out of this batch and its clones; a second time they are decoded.
+    ///
+    /// # Errors
+    /// [`CodecError`], which it would have been before.
+    pub(crate) fn take_commands(&self) -> Result<Vec<Command>, CodecError> {
+        let taken = self.0.commands.lock().unwrap_or_else(PoisonError::into_inner).take();
+        taken.map_or_else(|| decode_batch(&self.0.encoded).map(|(_, commands)| commands), Ok)
     }
 
     /// The durable form.
@@ -112,10 +123,28 @@ impl fmt::Debug for Batch {
 
 impl fmt::Display for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} commands at {}, {} bytes", self.0.commands.len(), self.0.at, self.0.encoded.len())
+        write!(f, "{} commands at {}, {} bytes", self.0.count, self.0.at, self.0.encoded.len())
     }
 }
 
 /// What applying an entry answered, one reply per command.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub(crate) struct Replies(pub(crate) Vec<Reply>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::tests::harness::submit;
+
+    #[test]
+    fn commands_are_taken_once_and_read_from_then_on() {
+        let commands: Vec<Command> = ["a", "b"].map(submit).into();
+        let batch = Batch::new(LogTime(7), commands.clone());
+        let (copy, decoded) = (batch.clone(), Batch::decode(batch.encoded().clone()).unwrap());
+        assert_eq!(copy.take_commands().unwrap(), commands);
+        assert!(batch.0.commands.lock().unwrap().is_none());
+        assert_eq!(batch.take_commands().unwrap(), commands);
+        assert!(batch == decoded && decoded.at() == LogTime(7));
+        assert_eq!(decoded.take_commands().unwrap(), commands);
+    }
+}

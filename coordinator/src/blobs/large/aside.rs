@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use helix_common::removal::remove_gradually;
 use helix_model::Digest;
 
 use super::format::LargeBlob;
@@ -137,7 +138,7 @@ impl Large {
         });
         for path in uploads.chain(damaged.map(|aside| aside.path)) {
             tracing::info!(path = %path.display(), "a stale file is removed");
-            if let Err(error) = std::fs::remove_file(&path) {
+            if let Err(error) = remove_gradually(&path) {
                 tracing::warn!(path = %path.display(), %error, "a stale file cannot be removed");
             }
         }

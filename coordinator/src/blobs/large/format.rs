@@ -7,13 +7,13 @@
 //! footer  size u64, crc32 of the table and of the size u32, magic "HELIXBLB"
 //! ```
 
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use helix_common::removal::open_shared;
 use helix_model::Digest;
 use helix_model::limits::CHUNK_BYTES;
 use sha2::{Digest as _, Sha256};
@@ -145,7 +145,7 @@ pub(in crate::blobs) struct LargeBlob {
 impl LargeBlob {
     /// Opens a file. Blocks.
     pub(super) fn open(path: &Path, digest: Digest) -> io::Result<Self> {
-        let file = File::open(path)?;
+        let file = open_shared(path)?;
         let tail = Tail::read(file.metadata()?.len(), |buffer, at| file.read_exact_at(buffer, at))?;
         Ok(Self { digest, lies: Lies::Here, tail, place: Box::new(InFile(Arc::new(file))) })
     }

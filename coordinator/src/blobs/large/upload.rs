@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use helix_common::files::sync_directory;
+use helix_common::removal::remove_gradually;
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::Digest;
 use helix_model::limits::CHUNK_BYTES;
@@ -92,7 +93,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         if self.own_name {
             // Gone already when the upload succeeded.
-            let _ = std::fs::remove_file(&self.path);
+            let _ = remove_gradually(&self.path);
         } else {
             let mut owners = self.store.owners();
             if owners.get(&self.digest) == Some(&self.number) {
@@ -140,7 +141,7 @@ impl Upload {
         slot.check()?;
         let (actual, table) = sums.finish();
         if actual != digest {
-            std::fs::remove_file(&slot.path)?;
+            remove_gradually(&slot.path)?;
             return Err(BlobError::Digest { announced: digest, actual, resumed });
         }
         // The order matters: bytes, then the name, then the directory that holds it, then the index.
@@ -148,7 +149,7 @@ impl Upload {
         let written = file.write_all_at(&table, size).and_then(|()| failpoint::hit(Point::BlobWritten));
         if let Err(error) = written.and_then(|()| file.sync_all()) {
             // After a failed fsync the bytes read well and are not on the disk: nobody may go on from them.
-            std::fs::remove_file(&slot.path)?;
+            remove_gradually(&slot.path)?;
             return Err(error.into());
         }
         failpoint::pass(Point::BlobSynced);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use helix_common::files::{Durability, write_atomic};
+use helix_common::removal::remove_gradually;
 use helix_core::State;
 
 use super::{LogLimits, LogStore, Options, StartError, Timing, slowest_fsync};
@@ -101,7 +102,7 @@ fn good_snapshots(directory: &Path) -> io::Result<Vec<(SnapshotMeta, PathBuf)>> 
         }
     }
     for (_, older) in good.split_off(snapshot::KEPT.min(good.len())) {
-        std::fs::remove_file(older)?;
+        remove_gradually(&older)?;
     }
     Ok(good)
 }

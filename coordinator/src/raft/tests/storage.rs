@@ -102,6 +102,29 @@ async fn a_log_cut_short_anywhere_keeps_a_prefix() {
     assert!(lengths_seen.len() >= 4, "{lengths_seen:?}");
 }
 
+/// All of a large file at once would hold up the fsync of every other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_purged_goes_from_the_disk_and_nothing_else() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("log");
+    let mut log = LogStore::open(&path, LogLimits { chunk_bytes: 1 << 10 }, Arc::default()).unwrap();
+    append(&mut log, 0..1).await;
+    let first = std::fs::File::open(only_wal(&path)).unwrap();
+    for index in 1..100 {
+        append(&mut log, index..index + 1).await;
+    }
+    let files = || std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
+    let before = files().count();
+    log.purge(log_id(60)).await.unwrap();
+    assert!(files().count() < before, "{before} files");
+    until("its bytes are gone", || first.metadata().unwrap().len() == 0).await;
+    assert_eq!(log.try_get_log_entries(61..100).await.unwrap().len(), 39);
+    drop(log);
+    let mut log = open_log(&path).unwrap();
+    let entries = log.try_get_log_entries(61..100).await.unwrap();
+    assert!(entries.iter().map(|entry| entry.log_id.index()).eq(61..100));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flipped_bit_in_the_log_is_refused() {
     let root = tempfile::tempdir().unwrap();
