@@ -44,7 +44,7 @@ pub(super) fn endpoint(place: &Place) -> &Endpoint {
 
 #[tokio::test]
 async fn a_blob_goes_in_parts_and_comes_back_in_ranges() {
-    let (place, root) = (Place::bucket().await, tempfile::tempdir().unwrap());
+    let (place, root) = (Place::patient_bucket().await, tempfile::tempdir().unwrap());
     let (store, _) = open(&place, root.path());
     // One part, one part to the byte with its checksums, several, and several to the byte.
     let checksums = |len: usize| len.div_ceil(256 * 1024) * 4 + 20;
@@ -76,7 +76,7 @@ async fn a_blob_goes_in_parts_and_comes_back_in_ranges() {
 
 #[tokio::test]
 async fn what_was_cut_short_leaves_the_file_or_the_marker_and_its_object() {
-    let (place, root) = (Place::bucket().await, tempfile::tempdir().unwrap());
+    let (place, root) = (Place::patient_bucket().await, tempfile::tempdir().unwrap());
     let data = bytes_of(1, 700_000);
     let digest = digest_of(&data);
     let (store, mover) = open(&place, root.path());
@@ -131,7 +131,7 @@ async fn what_was_cut_short_leaves_the_file_or_the_marker_and_its_object() {
 
 #[tokio::test]
 async fn a_blob_that_goes_or_comes_again_while_it_is_moved_is_not_lost() {
-    let (place, root) = (Place::bucket().await, tempfile::tempdir().unwrap());
+    let (place, root) = (Place::patient_bucket().await, tempfile::tempdir().unwrap());
     let data = bytes_of(2, 300_000);
     let digest = digest_of(&data);
     let (store, mover) = open(&place, root.path());
@@ -166,7 +166,7 @@ async fn a_blob_that_goes_or_comes_again_while_it_is_moved_is_not_lost() {
 
 #[tokio::test]
 async fn a_file_that_is_damaged_does_not_go() {
-    let (place, root) = (Place::bucket().await, tempfile::tempdir().unwrap());
+    let (place, root) = (Place::patient_bucket().await, tempfile::tempdir().unwrap());
     let data = bytes_of(3, 300_000);
     let (store, mover) = open(&place, root.path());
     mover.check().await.unwrap();
@@ -221,7 +221,7 @@ async fn blobs_go_when_they_are_old_enough_or_the_disk_presses() {
 
 #[tokio::test]
 async fn a_blob_that_never_goes_does_not_keep_the_others() {
-    let cluster = cluster(1, LEASE, Place::bucket().await).await;
+    let cluster = cluster(1, LEASE, Place::patient_bucket().await).await;
     let node = &cluster.nodes[0].blobs;
     let data: Vec<_> = (30..35).map(|seed| bytes_of(seed, 100_000)).collect();
     for data in &data {
@@ -251,7 +251,7 @@ async fn a_blob_that_never_goes_does_not_keep_the_others() {
 
 #[tokio::test]
 async fn what_is_on_its_way_out_is_not_taken_for_stale() {
-    let (place, root) = (Place::bucket().await, tempfile::tempdir().unwrap());
+    let (place, root) = (Place::patient_bucket().await, tempfile::tempdir().unwrap());
     let (store, _) = open(&place, root.path());
     let digest = digest_of(b"old");
     let [part, trash] = ["part", "7.trash"].map(|it| root.path().join("uploads").join(format!("{digest}.{it}")));
