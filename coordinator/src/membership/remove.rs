@@ -60,6 +60,15 @@ impl Membership {
             return Err(not_leader(inner.registry.leader_hint().as_deref()));
         }
         let reachable = inner.introduction(id, &address).await.is_ok();
+        if inner.is_removed(id) {
+            // An earlier call came that far, after everything was copied. The node stops by itself, so it is not asked any more.
+            change.at("removing", 0, 0).await?;
+            inner.commit(MemberStep::Drop(id)).await?;
+            if reachable {
+                inner.dismiss(id, &address).await;
+            }
+            return change.at("done", 0, 0).await;
+        }
         if !reachable {
             change.note(format!("node {id} does not answer: only what others hold can be copied")).await?;
         }
