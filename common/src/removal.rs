@@ -10,7 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -21,6 +21,9 @@ const STEP_BYTES: u64 = 1 << 20;
 
 /// Between two steps at least; else as long as the last one took, so that others have half of the disk's time.
 const PAUSE: Duration = Duration::from_millis(1);
+
+/// Files that wait to be cut down, each with a descriptor; one too many goes at once.
+const WAITING_MAX: usize = 256;
 
 /// Between two looks at files that somebody still reads.
 const LOOK: Duration = Duration::from_millis(200);
@@ -63,14 +66,14 @@ pub fn remove_gradually(path: &Path) -> io::Result<()> {
 
 /// Takes away the bytes of a file that has no name any more. One that has a name, or another reader of [`open_shared`], keeps them.
 pub fn release(file: File) {
-    static REMOVER: OnceLock<Option<Sender<File>>> = OnceLock::new();
+    static REMOVER: OnceLock<Option<SyncSender<File>>> = OnceLock::new();
     let remover = REMOVER.get_or_init(|| {
-        let (files, queue) = channel();
+        let (files, queue) = sync_channel(WAITING_MAX);
         let thread = std::thread::Builder::new().name("file-removal".to_owned()).spawn(move || run(&queue));
         thread.map(|_| files).ok()
     });
-    // Without the thread it is closed here, and goes at once.
-    let _ = remover.as_ref().map(|files| files.send(file));
+    // Without the thread, or with too much before it, it is closed here. Nobody waits: this may be an asynchronous task.
+    let _ = remover.as_ref().map(|files| files.try_send(file));
 }
 
 fn is_large(file: &File) -> bool {

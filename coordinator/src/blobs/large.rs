@@ -355,7 +355,7 @@ fn in_shelves(root: &Path, mut found: impl FnMut(Digest, &Path) -> io::Result<()
             if let Ok(digest) = Digest::parse(name) {
                 found(digest, &entry.path())?;
             } else if name.starts_with('.') && name.ends_with(".tmp") {
-                std::fs::remove_file(entry.path())?;
+                remove_gradually(&entry.path())?;
             }
         }
     }

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use helix_common::removal::{open_shared, remove_gradually};
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::AttemptKey;
 use helix_model::limits::{CHUNK_BYTES, LOG_LINE_BYTES_MAX};
@@ -185,7 +186,7 @@ impl LiveLog {
         let mut writer = self.lock();
         *writer = Writer::default();
         failpoint::pass(Point::LiveRemove);
-        match std::fs::remove_file(&self.path) {
+        match remove_gradually(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %self.path.display(), %error, "a live log cannot be removed");
             }
@@ -348,7 +349,7 @@ impl LiveReader {
         let file = match &self.file {
             Some(file) => Arc::clone(file),
             None if end == 0 => return Ok(Vec::new()),
-            None => Arc::clone(self.file.insert(Arc::new(File::open(&self.log.path)?))),
+            None => Arc::clone(self.file.insert(Arc::new(open_shared(&self.log.path)?))),
         };
         let mut records = Vec::new();
         while records.is_empty() && self.at < end {
@@ -390,7 +391,7 @@ impl LiveLogs {
             let stem = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".log"));
             if path.extension().is_some_and(|extension| extension == SEALING) {
                 // Cut short: it is begun again.
-                std::fs::remove_file(&path)?;
+                remove_gradually(&path)?;
             }
             let Some(key) = stem.and_then(|stem| stem.parse::<AttemptKey>().ok()) else { continue };
             match LiveLog::recover(path.clone()) {

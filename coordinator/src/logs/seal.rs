@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use helix_common::removal::{remove_gradually, share};
 use helix_common::sealed_log::{LogStream, SealedLogError, SealedLogWriter};
 use helix_core::command::SealLog;
 use helix_core::record::{BlobRef, SealedLog};
@@ -167,7 +168,7 @@ struct Sealing {
 impl Drop for Sealing {
     fn drop(&mut self) {
         // What stays is removed at the next start.
-        let _ = std::fs::remove_file(&self.path);
+        let _ = remove_gradually(&self.path);
     }
 }
 
@@ -175,6 +176,7 @@ impl Sealing {
     /// Writes what is here of the log, and its last line. Blocks.
     fn write(due: &Due, path: PathBuf) -> io::Result<Self> {
         let options = File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        share(&options)?;
         let file = Arc::new(options);
         let out = Hashing { file: Arc::clone(&file), sha256: Sha256::new(), size: 0 };
         let mut sealing = Self { file, path, digest: Digest([0; 32]), size: 0, lines: 0 };

@@ -60,32 +60,11 @@ impl Membership {
             return Err(not_leader(inner.registry.leader_hint().as_deref()));
         }
         let reachable = inner.introduction(id, &address).await.is_ok();
-        if inner.is_removed(id) {
-            // An earlier call came that far, after everything was copied. The node stops by itself, so it is not asked any more.
-            change.at("removing", 0, 0).await?;
-            inner.commit(MemberStep::Drop(id)).await?;
-            if reachable {
-                inner.dismiss(id, &address).await;
-            }
-            return change.at("done", 0, 0).await;
-        }
-        if !reachable {
-            change.note(format!("node {id} does not answer: only what others hold can be copied")).await?;
-        }
-        // While it votes: whatever is found now, nothing has changed.
-        change.copy(last_copies, reachable).await?;
-        if inner.registry.voters().contains(&id) {
-            change.at("demoting", 0, 0).await?;
-            // Copying took a while, and without a quorum of those that stay this could never be committed.
-            inner.hear().await?;
-            inner.expect_removable(id)?;
-            inner.commit(MemberStep::Demote(id)).await?;
-            // What was stored before its copies ceased to count.
-            change.copy(last_copies, reachable).await?;
+        // One that an earlier call retired stops by itself, and all it held was copied before: it is not asked any more.
+        if !inner.is_removed(id) {
+            change.retire(last_copies, reachable).await?;
         }
         change.at("removing", 0, 0).await?;
-        let retire = inner.registry.propose(Command::RetireNode(RetireNode { node: id })).await;
-        answer::expect_done(&retire.map_err(|error| answer::of_propose(&error))?)?;
         inner.commit(MemberStep::Drop(id)).await?;
         if reachable {
             inner.dismiss(id, &address).await;
@@ -152,6 +131,28 @@ impl Inner {
 }
 
 impl Change<'_> {
+    /// Copies what the node holds, takes its vote, and spends its id.
+    async fn retire(&self, last_copies: LastCopies, reachable: bool) -> Result<(), Status> {
+        let (inner, id) = (self.inner, self.id);
+        if !reachable {
+            self.note(format!("node {id} does not answer: only what others hold can be copied")).await?;
+        }
+        // While it votes: whatever is found now, nothing has changed.
+        self.copy(last_copies, reachable).await?;
+        if inner.registry.voters().contains(&id) {
+            self.at("demoting", 0, 0).await?;
+            // Copying took a while, and without a quorum of those that stay this could never be committed.
+            inner.hear().await?;
+            inner.expect_removable(id)?;
+            inner.commit(MemberStep::Demote(id)).await?;
+            // What was stored before its copies ceased to count.
+            self.copy(last_copies, reachable).await?;
+        }
+        self.at("removing", 0, 0).await?;
+        let retire = inner.registry.propose(Command::RetireNode(RetireNode { node: id })).await;
+        answer::expect_done(&retire.map_err(|error| answer::of_propose(&error))?)
+    }
+
     /// `answered`: whether the node that leaves did when the change began.
     async fn copy(&self, last_copies: LastCopies, answered: bool) -> Result<(), Status> {
         let plan = self.inner.repair.plan(Some(self.id), Pace::Now);

@@ -79,7 +79,8 @@ pub(super) fn check_tail(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn files_newest_first(directory: &Path) -> io::Result<Vec<PathBuf>> {
+/// The log's files.
+pub(super) fn files_newest_first(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory)? {
         let path = entry?.path();

@@ -6,7 +6,7 @@
 //! a failed fsync is reported to everybody waiting and is never tried again.
 
 use std::fmt::Debug;
-use std::fs::{DirEntry, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use raft_log::api::raft_log_writer::RaftLogWriter;
 use raft_log::{Callback, RaftLog};
 use tokio::sync::oneshot;
 
-use super::log_check::check_tail;
+use super::log_check::{check_tail, files_newest_first};
 use super::log_codec::{LogTypes, StoredLogId, StoredPayload, StoredVote};
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use super::wire::payload_bytes;
@@ -170,8 +170,7 @@ impl LogStore {
 
     /// Whether there is a log in a directory.
     pub(crate) fn is_in(directory: &Path) -> bool {
-        let is_log = |name: io::Result<DirEntry>| name.is_ok_and(|name| is_segment(&name.path()));
-        std::fs::read_dir(directory).is_ok_and(|mut names| names.any(is_log))
+        files_newest_first(directory).is_ok_and(|files| !files.is_empty())
     }
 
     /// The first and last entry, as ids: what is purged, what is there.
@@ -249,13 +248,8 @@ impl Inner {
 
 /// The files of a log, to be cut down when their names have gone; some of them, where not all can be opened.
 fn open_segments(directory: &Path) -> Vec<(PathBuf, File)> {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let paths = entries.map(|entry| entry.path()).filter(|path| is_segment(path));
+    let paths = files_newest_first(directory).into_iter().flatten();
     paths.filter_map(|path| OpenOptions::new().write(true).open(&path).ok().map(|file| (path, file))).collect()
-}
-
-fn is_segment(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "wal")
 }
 
 fn bounds_of(range: &impl RangeBounds<u64>) -> (u64, u64) {
@@ -378,13 +372,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
         failpoint::hit(Point::LogPurge)?;
-        let segments = {
-            let mut log = self.inner.write();
-            // The order matters: they are open before raft-log removes some of them, which then costs its thread nothing.
-            let segments = open_segments(&self.directory);
-            log.purge(StoredLogId(log_id))?;
-            segments
-        };
+        // The order matters: they are open before raft-log removes some of them, which then costs its thread nothing.
+        let segments = open_segments(&self.directory);
+        self.inner.write().purge(StoredLogId(log_id))?;
         failpoint::pass(Point::LogPurged);
         // raft-log removes them behind this flush, and before the next.
         self.flushed().await?;

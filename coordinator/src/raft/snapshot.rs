@@ -204,7 +204,7 @@ pub(super) fn sweep(directory: &Path) -> io::Result<()> {
     for entry in entries {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "writing" || extension == "incoming") {
-            std::fs::remove_file(path)?;
+            remove_gradually(&path)?;
         }
     }
     Ok(())

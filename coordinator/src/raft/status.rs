@@ -37,18 +37,17 @@ impl Watcher {
     pub(super) async fn run(self) {
         let mut metrics = self.raft.metrics();
         let mut applied = self.shared.applied();
-        let mut renewed: Option<Instant> = None;
         let mut reign = (None, 0, Instant::now());
         let mut tick = tokio::time::interval(RENEW_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut due = true;
         loop {
             // Every entry comes by here several times: the whole is cloned only where it is looked at.
-            let mut whole = None;
-            let waits_for_own_term = {
+            let (whole, waits_for_own_term) = {
                 let seen = metrics.borrow_watched();
                 if (reign.0, reign.1) != (seen.current_leader, seen.current_term) {
                     reign = (seen.current_leader, seen.current_term, Instant::now());
-                    renewed = None;
+                    due = true;
                 }
                 let (leads, is_leader) = self.note_leadership(&seen, *applied.borrow_and_update());
                 if let Err(fatal) = &seen.running_state
@@ -56,13 +55,10 @@ impl Watcher {
                 {
                     self.peers.fail(format!("consensus has stopped: {fatal}"));
                 }
-                if renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY) {
-                    whole = Some(seen.clone());
-                }
-                leads && !is_leader
+                (due.then(|| seen.clone()), leads && !is_leader)
             };
             if let Some(seen) = whole {
-                renewed = Some(Instant::now());
+                due = false;
                 self.status.send_replace(self.look(&seen, reign.2.elapsed()));
             }
             tokio::select! {
@@ -77,7 +73,7 @@ impl Watcher {
                     break;
                 },
                 changed = applied.changed(), if waits_for_own_term => if changed.is_err() { break },
-                _ = tick.tick() => {}
+                _ = tick.tick() => due = true,
             }
         }
         self.leadership.send_modify(|leadership| leadership.is_leader = false);
