@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::groups::put_away;
 use crate::limits::{Group, Limits};
@@ -349,9 +350,11 @@ fn probe_unified(base: &Path) -> Option<Vec<Controller>> {
     found.flatten()
 }
 
-/// Makes a cgroup, looks at it, and removes it.
+/// Makes a cgroup, looks at it, and removes it. Another thread's may be there at the same time.
 fn probe<T>(base: &Path, look: impl FnOnce(&Path) -> T) -> Option<T> {
-    let path = base.join(format!("helix-probe-{}", std::process::id()));
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let path = base.join(format!("helix-probe-{}-{number}", std::process::id()));
     fs::create_dir(&path).ok()?;
     let seen = look(&path);
     fs::remove_dir(&path).ok()?;
@@ -378,6 +381,14 @@ mod tests {
         assert_eq!(v1_base(HYBRID, OWN, "memory"), Some("/sys/fs/cgroup/memory/y".into()));
         assert_eq!(v1_base(HYBRID, OWN, "pids"), None);
         assert_eq!(unified_base("30 29 0:26 / /x rw - cgroup cgroup rw\n", OWN), None);
+    }
+
+    #[test]
+    fn who_looks_at_the_same_time_does_not_meet() {
+        let base = tempfile::tempdir().unwrap();
+        let look = |look: &dyn Fn() -> bool| probe(base.path(), |path| path.is_dir() && look());
+        assert_eq!(look(&|| look(&|| true) == Some(true)), Some(true));
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 0);
     }
 
     #[test]
