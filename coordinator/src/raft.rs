@@ -30,6 +30,7 @@ pub(crate) use proposer::upgrade_pending;
 pub use saved::SavedSnapshot;
 pub use server::{PeerHandler, RaftHandler};
 pub use timing::Timing;
+pub use writer::RenewWhen;
 
 #[cfg(test)]
 use driver::open_for_test;

@@ -76,6 +76,9 @@ pub const MEASURES: &[(&str, Measure)] = &[
     ("soak", soak::measure),
 ];
 
+/// What takes ten minutes and more each, and is measured only where it is named.
+pub const ON_REQUEST: &[&str] = &["growth", "snapshot-stall", "soak"];
+
 /// Measures what is named, prints as it goes, and writes what `--out` asked for.
 ///
 /// # Errors

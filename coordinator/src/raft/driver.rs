@@ -26,7 +26,7 @@ use super::state_machine::{StateMachine, applied_of};
 use super::status::Watcher;
 use super::timing::{Timing, slowest_fsync};
 use super::types::{Member, Raft};
-use super::writer::Writer;
+use super::writer::{RenewWhen, Writer};
 use crate::node_dir::NodeDir;
 use crate::peers::Peers;
 use crate::registry::{
@@ -55,6 +55,8 @@ pub struct Options {
     pub log_chunk_bytes: usize,
     /// Memory for the store's cache.
     pub store_cache_bytes: u64,
+    /// When the store's file is written anew.
+    pub store_renewal: RenewWhen,
     /// The highest command format that this node takes and proposes: the program's, except in tests of mixed versions.
     #[doc(hidden)]
     pub command_format: u32,
@@ -69,6 +71,7 @@ impl Default for Options {
             snapshot_log_bytes: 128 << 20,
             log_chunk_bytes: 64 << 20,
             store_cache_bytes: 48 << 20,
+            store_renewal: RenewWhen { above_bytes: 64 << 20, times: 2 },
             command_format: COMMAND_FORMAT,
         }
     }
@@ -137,7 +140,8 @@ pub async fn start(dir: Arc<NodeDir>, tls: Arc<TlsStore>, options: Options) -> R
     let shared = Arc::new(Shared::new(identity.id(), state, applied, counters));
     let io = |source| StartError::Io { path: snapshots_path.clone(), source };
     let counters = Arc::clone(&shared.counters);
-    let writer = Writer::start(Arc::new(store), snapshots_path.clone(), snapshots, counters).map_err(io)?;
+    let writer = Writer::start(Arc::new(store), snapshots_path.clone(), snapshots, counters, options.store_renewal)
+        .map_err(io)?;
     let machine = StateMachine::new(Arc::clone(&shared), writer.clone(), Some(peers.clone()), meta);
     let network = Network::new(peers.clone(), Arc::clone(&shared));
     let config = Arc::new(config(&identity.cluster, timing)?);

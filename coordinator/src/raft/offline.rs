@@ -24,7 +24,7 @@ use super::state_machine::{StateMachine, applied_of};
 use super::store::Store;
 use super::types::{LogId, Member, Membership, SnapshotMeta, StoredMembership};
 use super::wire::vote;
-use super::writer::Writer;
+use super::writer::{RenewWhen, Writer};
 use crate::codec::{CodecError, decode_row, encode_row};
 use crate::registry::{Applied, Counters, Shared};
 
@@ -259,8 +259,8 @@ pub async fn gather(root: &Path, node: NodeId, scratch: &Path) -> Result<Gathere
     let (store, state, meta) = base(root, scratch, purged.as_ref())?;
     let counters = Arc::<Counters>::default();
     let shared = Arc::new(Shared::new(node, state, applied_of(meta.last_log_id.as_ref()), Arc::clone(&counters)));
-    let writer =
-        Writer::start(Arc::new(store), scratch.join("snapshots"), Vec::new(), counters).map_err(at(scratch))?;
+    let writer = Writer::start(Arc::new(store), scratch.join("snapshots"), Vec::new(), counters, RenewWhen::NEVER)
+        .map_err(at(scratch))?;
     let mut machine = StateMachine::new(shared, writer.clone(), None, meta.clone());
     let mut next = meta.last_log_id.map_or(0, |id| id.index() + 1);
     let end = last.map_or(0, |id| id.index() + 1);

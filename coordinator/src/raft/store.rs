@@ -4,14 +4,16 @@
 //! not at all, and carries the log id up to which its rows are true; so the tree is always a prefix of the log.
 //! Each batch carries a sum over all rows, too: a store whose rows do not add up, for whatever reason, is not used.
 
+mod copy;
+mod generation;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError, RwLock};
 
+use helix_common::files::available_bytes;
 use helix_core::record::Addendum;
 use helix_core::state::State;
 use helix_core::{Row, RowKey};
@@ -20,6 +22,8 @@ use helix_model::{BuildId, Digest};
 use helix_proto::raft;
 use prost::Message;
 
+pub(super) use self::copy::Copy;
+use self::generation::Generation;
 use super::rows::{
     META_KEY, ROWS_END, addenda_prefix, base_key, base_of, blobs_of, first_part, index_begin, index_digest, index_end,
     index_key, index_prefix, part_key, parts_of, split, sum_of,
@@ -28,10 +32,12 @@ use super::snapshot;
 use super::types::SnapshotMeta;
 use crate::codec::decode_row;
 
-const POINTER: &[u8] = b"tree";
-const OPEN_RETRY: Duration = Duration::from_secs(2);
 /// Keys in one batch while everything is replaced: batches lock out readers.
 const IMPORT_KEYS: usize = 512;
+
+/// What is read at once while the store is walked along and serves: what is applied meanwhile waits for it.
+pub(super) const STEP_BYTES: usize = 256 << 10;
+pub(super) const STEP_ROWS: usize = 256;
 
 /// Rows that are in memory twice while everything is loaded.
 const LOAD_ROWS: usize = 1_024;
@@ -42,9 +48,9 @@ pub(super) type Changes = BTreeMap<Vec<u8>, Option<(Vec<u8>, Row)>>;
 
 /// The store.
 pub(crate) struct Store {
-    db: sled::Db,
-    tree: RwLock<sled::Tree>,
-    directory: PathBuf,
+    root: PathBuf,
+    cache_bytes: u64,
+    current: RwLock<Arc<Generation>>,
 }
 
 fn io_error(error: sled::Error) -> io::Error {
@@ -56,32 +62,17 @@ fn io_error(error: sled::Error) -> io::Error {
 
 impl Store {
     /// Opens a store, or makes an empty one.
-    pub(crate) fn open(directory: &Path, cache_bytes: u64) -> io::Result<Self> {
-        let began = Instant::now();
-        let db = loop {
-            let config = sled::Config::new().path(directory).cache_capacity(cache_bytes).flush_every_ms(None);
-            match config.open() {
-                Ok(db) => break db,
-                // The former owner of sled's own lock may still be on its way out.
-                Err(error) if is_locked(&error) && began.elapsed() < OPEN_RETRY => {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                Err(error) => return Err(io_error(error)),
-            }
-        };
-        let name = db.get(POINTER).map_err(io_error)?.unwrap_or_else(|| sled::IVec::from(b"rows-0".as_slice()));
-        for other in db.tree_names() {
-            // What an interrupted replacement left.
-            if other != name && other.starts_with(b"rows-") {
-                db.drop_tree(other).map_err(io_error)?;
-            }
-        }
-        let tree = db.open_tree(&name).map_err(io_error)?;
-        Ok(Self { db, tree: RwLock::new(tree), directory: directory.to_owned() })
+    pub(crate) fn open(root: &Path, cache_bytes: u64) -> io::Result<Self> {
+        let current = RwLock::new(Arc::new(Generation::open_current(root, cache_bytes)?));
+        Ok(Self { root: root.to_owned(), cache_bytes, current })
+    }
+
+    fn current(&self) -> Arc<Generation> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn tree(&self) -> sled::Tree {
-        self.tree.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.current().tree.clone()
     }
 
     /// How far the rows are, and what they add up to.
@@ -121,13 +112,7 @@ impl Store {
 
     /// The keys of all addenda of a build.
     pub(super) fn addenda_keys(&self, build: &BuildId) -> io::Result<Vec<Vec<u8>>> {
-        let mut found = Vec::new();
-        for key in self.tree().scan_prefix(addenda_prefix(build)).keys() {
-            if let Some(base) = base_of(&key.map_err(io_error)?) {
-                found.push(base.to_vec());
-            }
-        }
-        Ok(found)
+        addenda_keys(&self.tree(), build)
     }
 
     /// A build's row and its addenda.
@@ -165,13 +150,8 @@ impl Store {
     /// Applies changes and how far they go, in one step. Not synced.
     pub(super) fn write(&self, changes: &Changes, meta: &SnapshotMeta) -> io::Result<()> {
         let tree = self.tree();
-        let mut batch = sled::Batch::default();
         let mut sum = read_head(&tree)?.sum;
-        let mut unnamed = BTreeMap::new();
-        for (base, change) in changes {
-            put_change(&tree, &mut batch, (&mut sum, &mut unnamed), base, change.as_ref())?;
-        }
-        self.keep_named(&mut batch, changes, &unnamed)?;
+        let mut batch = batch_of(&tree, changes, &mut sum)?;
         batch.insert(META_KEY, encode_head(meta, sum));
         failpoint::hit(Point::StoreWrite)?;
         tree.apply_batch(batch).map_err(io_error)?;
@@ -179,62 +159,110 @@ impl Store {
         Ok(())
     }
 
-    /// A blob that one row of a build names no more may be named by another.
-    fn keep_named(&self, batch: &mut sled::Batch, changes: &Changes, unnamed: &Unnamed) -> io::Result<()> {
-        for (build, digests) in unnamed {
-            let own = base_key(&RowKey::Build(build.clone()));
-            let new =
-                changes.range(addenda_prefix(build)..).take_while(|(base, _)| base.starts_with(&addenda_prefix(build)));
-            let mut bases: BTreeSet<Vec<u8>> = new.map(|(base, _)| base.clone()).collect();
-            bases.extend(self.addenda_keys(build)?);
-            bases.insert(own);
-            for base in bases {
-                let row = match changes.get(&base) {
-                    Some(change) => change.as_ref().map(|(_, row)| row.clone()),
-                    None => self.row(&base)?.map(|bytes| decode_row(&bytes)).transpose()?,
-                };
-                let named = row.as_ref().and_then(blobs_of).map(|(_, named)| named).unwrap_or_default();
-                for digest in named.intersection(digests) {
-                    batch.insert(index_key(digest, build), &[] as &[u8]);
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Makes everything written so far survive a power cut.
     pub(super) fn sync(&self) -> io::Result<()> {
         failpoint::hit(Point::StoreSync)?;
-        self.db.flush().map_err(io_error)?;
-        // sled's own flush is no fsync on Linux.
-        File::open(self.directory.join("db"))?.sync_data()?;
+        self.current().sync()?;
         failpoint::pass(Point::StoreSynced);
         Ok(())
     }
 
-    /// Bytes on disk.
-    pub(super) fn size(&self) -> u64 {
-        self.db.size_on_disk().unwrap_or(0)
+    /// Bytes on disk, now and when its file was new; the latter is 0 where that is not known.
+    pub(super) fn sizes(&self) -> (u64, u64) {
+        let current = self.current();
+        (current.size(), current.new_bytes)
     }
 
-    /// Replaces all rows by a verified snapshot's: into a new tree, synced, then the pointer moves, then the old tree goes.
+    /// Replaces all rows by a verified snapshot's.
     pub(super) fn replace(&self, path: &Path) -> io::Result<SnapshotMeta> {
-        let old = self.tree();
-        // sled numbers from 0, which is the first tree's.
-        let name = format!("rows-{}", self.db.generate_id().map_err(io_error)?.saturating_add(1));
-        let tree = self.db.open_tree(&name).map_err(io_error)?;
-        let meta = import(&tree, path)?;
-        failpoint::hit(Point::StoreImported)?;
-        self.sync()?;
-        self.db.insert(POINTER, name.as_bytes()).map_err(io_error)?;
-        self.sync()?;
-        failpoint::hit(Point::StoreSwitched)?;
-        let old_name = old.name();
-        *self.tree.write().unwrap_or_else(PoisonError::into_inner) = tree;
-        drop(old);
-        self.db.drop_tree(old_name).map_err(io_error)?;
+        let rows = self.current().next(&self.root, self.cache_bytes)?;
+        let meta = import(&rows.tree, path)?;
+        rows.sync_new(&self.root)?;
+        self.switch(rows)?;
         Ok(meta)
     }
+
+    /// Begins a copy of all rows.
+    ///
+    /// # Errors
+    /// Also when there is too little room for one as large as the original.
+    pub(super) fn begin_copy(&self) -> io::Result<Copy> {
+        let current = self.current();
+        let (size, free) = (current.size(), available_bytes(&self.root)?);
+        if free < size {
+            let why = format!("{free} bytes are free, and it has {size}");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
+        }
+        Ok(Copy::new(current.next(&self.root, self.cache_bytes)?))
+    }
+
+    /// Goes on with a finished copy.
+    ///
+    /// # Errors
+    /// Then it is not known which of the two the next start takes: nothing may be written any more.
+    pub(super) fn switch_to(&self, copy: Copy) -> io::Result<()> {
+        self.switch(copy.into_rows())
+    }
+
+    /// The next generation is durable: it counts from here on, and the others go.
+    fn switch(&self, mut rows: Generation) -> io::Result<()> {
+        failpoint::hit(Point::StoreImported)?;
+        rows.become_current(&self.root)?;
+        failpoint::hit(Point::StoreSwitched)?;
+        let rows = Arc::new(rows);
+        let old = {
+            let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *current, Arc::clone(&rows))
+        };
+        // Readers may still have it: what they read stays until they let go.
+        drop(old);
+        rows.remove_others(&self.root);
+        Ok(())
+    }
+}
+
+/// What changes do to a tree; `sum` follows its rows.
+fn batch_of(tree: &sled::Tree, changes: &Changes, sum: &mut u128) -> io::Result<sled::Batch> {
+    let mut batch = sled::Batch::default();
+    let mut unnamed = Unnamed::new();
+    for (base, change) in changes {
+        put_change(tree, &mut batch, (sum, &mut unnamed), base, change.as_ref())?;
+    }
+    keep_named(tree, &mut batch, changes, &unnamed)?;
+    Ok(batch)
+}
+
+/// A blob that one row of a build names no more may be named by another.
+fn keep_named(tree: &sled::Tree, batch: &mut sled::Batch, changes: &Changes, unnamed: &Unnamed) -> io::Result<()> {
+    for (build, digests) in unnamed {
+        let own = base_key(&RowKey::Build(build.clone()));
+        let new =
+            changes.range(addenda_prefix(build)..).take_while(|(base, _)| base.starts_with(&addenda_prefix(build)));
+        let mut bases: BTreeSet<Vec<u8>> = new.map(|(base, _)| base.clone()).collect();
+        bases.extend(addenda_keys(tree, build)?);
+        bases.insert(own);
+        for base in bases {
+            let row = match changes.get(&base) {
+                Some(change) => change.as_ref().map(|(_, row)| row.clone()),
+                None => row_bytes(tree, &base)?.map(|bytes| decode_row(&bytes)).transpose()?,
+            };
+            let named = row.as_ref().and_then(blobs_of).map(|(_, named)| named).unwrap_or_default();
+            for digest in named.intersection(digests) {
+                batch.insert(index_key(digest, build), &[] as &[u8]);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn addenda_keys(tree: &sled::Tree, build: &BuildId) -> io::Result<Vec<Vec<u8>>> {
+    let mut found = Vec::new();
+    for key in tree.scan_prefix(addenda_prefix(build)).keys() {
+        if let Some(base) = base_of(&key.map_err(io_error)?) {
+            found.push(base.to_vec());
+        }
+    }
+    Ok(found)
 }
 
 /// A tree's rows in order, checked against its index; ends early where reading fails.
@@ -273,11 +301,6 @@ impl Iterator for Rows<'_> {
             None
         })
     }
-}
-
-fn is_locked(error: &sled::Error) -> bool {
-    let text = error.to_string();
-    matches!(error, sled::Error::Io(_)) && (text.contains("lock") || text.contains("WouldBlock"))
 }
 
 /// How far a tree's rows are, and the sum of [`sum_of`] over them.
@@ -457,7 +480,17 @@ pub(super) fn merge(record: &mut helix_core::record::BuildRecord, addenda: Vec<R
 }
 
 #[cfg(test)]
+fn pairs(tree: &sled::Tree) -> Vec<(sled::IVec, sled::IVec)> {
+    tree.iter().map(|pair| pair.unwrap()).collect()
+}
+
+#[cfg(test)]
 impl Store {
+    /// All that is in its tree.
+    pub(super) fn pairs(&self) -> Vec<(sled::IVec, sled::IVec)> {
+        pairs(&self.tree())
+    }
+
     /// Takes a row away behind the store's back, as sled does when it loses a page.
     pub(super) fn lose(&self, key: &RowKey) {
         assert!(self.tree().remove(part_key(&base_key(key), 0)).unwrap().is_some());

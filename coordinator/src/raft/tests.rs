@@ -6,5 +6,6 @@ pub(crate) mod harness;
 mod letting_go;
 mod members;
 mod offline;
+mod renewal;
 mod storage;
 mod versions;

@@ -5,6 +5,7 @@
 //! here only after the store has it.
 
 mod ending;
+mod renewal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -22,9 +23,11 @@ use helix_model::{BuildId, Digest, LogTime};
 use tokio::sync::{Notify, oneshot, watch};
 
 use self::ending::{Ending, Replies};
+pub use self::renewal::RenewWhen;
+pub(in crate::raft) use self::renewal::Renewal;
 use super::rows::{base_key, blobs_of, sum_of};
 use super::snapshot::{self, SnapshotWriter};
-use super::store::{Changes, Head, Store, merge};
+use super::store::{Changes, Head, STEP_BYTES, STEP_ROWS, Store, merge};
 use super::types::SnapshotMeta;
 use crate::codec::{decode_row, encode_row};
 use crate::registry::{Counters, StoreError};
@@ -35,9 +38,6 @@ const WRITE_AFTER: Duration = Duration::from_millis(100);
 const WRITE_KEYS: usize = 2_048;
 /// `apply` waits when this many rows wait.
 const WAITING_KEYS_MAX: usize = 8_192;
-/// One step of a snapshot's walk: what is applied meanwhile waits for it.
-const STEP_BYTES: usize = 256 << 10;
-const STEP_ROWS: usize = 256;
 const SIZE_EVERY: Duration = Duration::from_secs(5);
 
 /// The queue in front of the thread. Clones share it.
@@ -175,6 +175,7 @@ impl Writer {
         snapshots: PathBuf,
         known: Vec<(SnapshotMeta, PathBuf)>,
         counters: Arc<Counters>,
+        renewal: RenewWhen,
     ) -> io::Result<Self> {
         let inner = Arc::new(Inner {
             pending: Mutex::new(Pending::default()),
@@ -188,7 +189,7 @@ impl Writer {
         });
         let thread = {
             let inner = Arc::clone(&inner);
-            std::thread::Builder::new().name("store-write".to_owned()).spawn(move || Run::new(inner).run())?
+            std::thread::Builder::new().name("store-write".to_owned()).spawn(move || Run::new(inner, renewal).run())?
         };
         *inner.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(Self { inner })
@@ -376,6 +377,7 @@ struct Run {
     ending: Option<Ending>,
     /// Requests that wait for it.
     deferred: Vec<Request>,
+    renewal: Renewal,
     measured: Option<Instant>,
 }
 
@@ -385,8 +387,10 @@ struct Work {
 }
 
 impl Run {
-    fn new(inner: Arc<Inner>) -> Self {
-        Self { inner, meta: SnapshotMeta::default(), walk: None, ending: None, deferred: Vec::new(), measured: None }
+    fn new(inner: Arc<Inner>, renewal: RenewWhen) -> Self {
+        let renewal = Renewal::new(Arc::clone(&inner.store), renewal);
+        let meta = SnapshotMeta::default();
+        Self { inner, meta, walk: None, ending: None, deferred: Vec::new(), renewal, measured: None }
     }
 
     fn run(mut self) {
@@ -397,6 +401,7 @@ impl Run {
         }));
         let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
         self.walk = None;
+        self.renewal.give_up();
         let mut pending = self.inner.pending();
         pending.stopped = true;
         pending.requests.clear();
@@ -415,6 +420,7 @@ impl Run {
     fn work(&mut self) -> io::Result<()> {
         loop {
             let Work { rows, requests } = self.next();
+            let written = rows.is_some();
             if let Some((rows, meta)) = rows {
                 self.write(&rows, meta)?;
             }
@@ -433,7 +439,8 @@ impl Run {
             if self.walk.is_some() {
                 self.step()?;
             }
-            self.measure();
+            self.renewal.step()?;
+            self.measure(written);
         }
     }
 
@@ -462,7 +469,7 @@ impl Run {
         loop {
             let age = pending.since.map(|since| since.elapsed());
             let due = age.is_some_and(|age| age >= WRITE_AFTER) || pending.rows.len() >= WRITE_KEYS;
-            if due || !pending.requests.is_empty() || self.walk.is_some() {
+            if due || !pending.requests.is_empty() || self.walk.is_some() || self.renewal.is_under_way() {
                 break;
             }
             let wait = age.map_or(SIZE_EVERY, |age| WRITE_AFTER.saturating_sub(age));
@@ -497,6 +504,7 @@ impl Run {
         }
         self.save_images(&changes)?;
         self.inner.store.write(&changes, &meta)?;
+        self.renewal.write(changes);
         self.inner.counters.store_write.record(began.elapsed());
         self.inner.counters.stored_index.set(meta.last_log_id.as_ref().map_or(0, |id| id.index()));
         self.meta = meta;
@@ -589,6 +597,7 @@ impl Run {
         // What waits is older than the snapshot, and was written before this request was looked at. So is what a walk
         // under way would write: whoever waits for it is given the newer one, since an error would stop consensus.
         let waiting = self.walk.take().map(|walk| walk.replies).unwrap_or_default();
+        self.renewal.give_up();
         let name = snapshot::verify(file).and_then(|meta| {
             let path = self.inner.snapshots.join(snapshot::name_of(&meta));
             self.take_file(file, &path)?;
@@ -629,10 +638,10 @@ impl Run {
         helix_common::files::sync_directory(&self.inner.snapshots)
     }
 
-    fn measure(&mut self) {
-        if self.measured.is_none_or(|at| at.elapsed() >= SIZE_EVERY) {
+    fn measure(&mut self, written: bool) {
+        if written || self.measured.is_none_or(|at| at.elapsed() >= SIZE_EVERY) {
             self.measured = Some(Instant::now());
-            self.inner.counters.store_bytes.set(self.inner.store.size());
+            self.inner.counters.store_bytes.set(self.renewal.look());
         }
     }
 }

@@ -11,6 +11,7 @@ use helix_core::{Command, Reply};
 use super::harness::{id, submit_with};
 use super::storage::{meta, open_machine};
 use crate::raft::driver::open::try_open;
+use crate::raft::writer::RenewWhen;
 use helix_core::record::Applied as Changes;
 use helix_model::LogTime;
 
@@ -22,13 +23,13 @@ const ENTRIES: u64 = 40;
 const BLOCK: usize = 4096;
 
 /// All files of a store, by their names.
-type Image = BTreeMap<PathBuf, Vec<u8>>;
+pub(super) type Image = BTreeMap<PathBuf, Vec<u8>>;
 
 /// Numbers that look random, the same every time (splitmix64).
-struct Numbers(u64);
+pub(super) struct Numbers(pub(super) u64);
 
 impl Numbers {
-    fn below(&mut self, end: usize) -> usize {
+    pub(super) fn below(&mut self, end: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -49,7 +50,7 @@ impl Numbers {
     }
 }
 
-fn copy_of(directory: &Path) -> Image {
+pub(super) fn copy_of(directory: &Path) -> Image {
     let mut image = Image::new();
     let mut left = vec![PathBuf::new()];
     while let Some(inside) = left.pop() {
@@ -82,7 +83,7 @@ async fn story(root: &Path) -> (Vec<State>, Vec<Image>) {
     let mut state = State::default();
     let (mut states, mut images) = (vec![state.clone()], Vec::new());
     for image in 0..IMAGES {
-        let (_, writer) = open_machine(root);
+        let (_, writer) = open_machine(root, RenewWhen::NEVER);
         for index in image * ENTRIES + 1..=(image + 1) * ENTRIES {
             let command = if index % 3 == 0 {
                 let (build, authority) = (id(&format!("b{}", index - 1)), Authority::Any("operator/o".to_owned()));
@@ -107,7 +108,7 @@ async fn story(root: &Path) -> (Vec<State>, Vec<Image>) {
 }
 
 /// What a start makes of an image: the number of the entry up to which it is, or nothing, where it was refused.
-fn judge(image: &Image, states: &[State], directory: &Path, what: &str) -> Option<u64> {
+pub(super) fn judge(image: &Image, states: &[State], directory: &Path, what: &str) -> Option<u64> {
     lay_out(image, directory);
     // One that is refused is built anew from snapshot and log: see `storage`.
     let (_store, state, meta) = try_open(directory, 1 << 20).ok()?;

@@ -14,9 +14,9 @@ use helix_model::{
 };
 
 use super::harness::{id, submit};
-use super::storage::{apply, meta, open_machine};
+use super::storage::{ALWAYS, apply, meta, open_machine};
 use crate::raft::store::Store;
-use crate::raft::writer::Writer;
+use crate::raft::writer::{RenewWhen, Writer};
 
 fn worker() -> (WorkerName, Instance) {
     (WorkerName::new("w1").unwrap(), Instance::new("d.b").unwrap())
@@ -81,9 +81,9 @@ struct Both {
 }
 
 impl Both {
-    fn new() -> Self {
+    fn new(renewal: RenewWhen) -> Self {
         let root = tempfile::tempdir().unwrap();
-        let (_, writer) = open_machine(root.path());
+        let (_, writer) = open_machine(root.path(), renewal);
         let mut both = Self { state: State::default(), writer, index: 0, _root: root };
         let (worker, instance) = worker();
         let offer = WorkerOffer {
@@ -129,8 +129,10 @@ impl Both {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_what_some_row_still_names_is_named() {
     // Rows are let go of while they wait for the store, and when they are in it.
-    for stored_before in [false, true] {
-        let mut both = Both::new();
+    for (stored_before, renewal) in
+        [(false, RenewWhen::NEVER), (true, RenewWhen::NEVER), (false, ALWAYS), (true, ALWAYS)]
+    {
+        let mut both = Both::new(renewal);
         both.push(&failed("a", 1));
         both.push(&failed("b", 2));
         if stored_before {
@@ -161,7 +163,7 @@ async fn only_what_some_row_still_names_is_named() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_id_that_is_used_again_has_nothing_of_what_it_let_go() {
-    let mut both = Both::new();
+    let mut both = Both::new(ALWAYS);
     both.push(&failed("a", 1));
     both.stored().await;
     let purge = PurgeBuilds { builds: vec![id("a")], cutoff: LogTime(u64::MAX) };

@@ -20,18 +20,21 @@ use crate::raft::log_store::{LogLimits, LogStore};
 use crate::raft::state_machine::StateMachine;
 use crate::raft::store::Store;
 use crate::raft::types::{Batch, Entry, LeaderId, LogId, SnapshotMeta, TypeConfig, Vote};
-use crate::raft::writer::Writer;
+use crate::raft::writer::{RenewWhen, Writer};
 use crate::registry::{Applied, Counters, Shared};
 
 fn open_log(path: &Path) -> io::Result<LogStore> {
     LogStore::open(path, LogLimits::default(), Arc::default())
 }
 
-pub(super) fn open_machine(path: &Path) -> (StateMachine, Writer) {
+/// The store's file is written anew again and again, without an end.
+pub(super) const ALWAYS: RenewWhen = RenewWhen { above_bytes: 0, times: 0 };
+
+pub(super) fn open_machine(path: &Path, renewal: RenewWhen) -> (StateMachine, Writer) {
     let store = Arc::new(Store::open(&path.join("registry"), 1 << 20).unwrap());
     let counters: Arc<Counters> = Arc::default();
     let shared = Arc::new(Shared::new(NodeId(1), State::default(), Applied::default(), Arc::clone(&counters)));
-    let writer = Writer::start(store, path.join("snapshots"), Vec::new(), counters).unwrap();
+    let writer = Writer::start(store, path.join("snapshots"), Vec::new(), counters, renewal).unwrap();
     (StateMachine::new(shared, writer.clone(), None, SnapshotMeta::default()), writer)
 }
 
@@ -41,7 +44,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, LogStore, StateMachine), StorageError<TypeConfig>> {
         let root = tempfile::tempdir().unwrap();
         let log = open_log(&root.path().join("log")).unwrap();
-        let (machine, _) = open_machine(root.path());
+        let (machine, _) = open_machine(root.path(), ALWAYS);
         Ok((root, log, machine))
     }
 }
@@ -181,8 +184,14 @@ pub(super) fn meta(index: u64) -> SnapshotMeta {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_is_the_state_as_it_began_whatever_changes_meanwhile() {
+    for renewal in [RenewWhen::NEVER, ALWAYS] {
+        a_snapshot_amid_changes(renewal).await;
+    }
+}
+
+async fn a_snapshot_amid_changes(renewal: RenewWhen) {
     let root = tempfile::tempdir().unwrap();
-    let (_, writer) = open_machine(root.path());
+    let (_, writer) = open_machine(root.path(), renewal);
     let mut state = State::default();
     for index in 1..=300 {
         // Long rows lie in several parts.
@@ -230,12 +239,13 @@ async fn a_snapshot_is_the_state_as_it_began_whatever_changes_meanwhile() {
     let record = writer.record(&id("b7")).unwrap();
     assert!(record.is_some());
     writer.stop().await;
+    assert_eq!(root.path().join("registry/current").exists(), renewal == ALWAYS, "the file was written anew, or not");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_snapshot_is_noticed_at_every_byte() {
     let root = tempfile::tempdir().unwrap();
-    let (_, writer) = open_machine(root.path());
+    let (_, writer) = open_machine(root.path(), RenewWhen::NEVER);
     let mut state = State::default();
     writer.push(apply(&mut state, 1, &[submit("a")]).rows, meta(1));
     let (_, file) = writer.snapshot().await.unwrap();
@@ -273,10 +283,12 @@ async fn a_store_that_is_gone_or_broken_is_rebuilt_from_snapshot_and_log() {
     drop(watched);
     for damage in [
         |path: &Path| std::fs::remove_dir_all(path).unwrap(),
-        |path: &Path| {
-            std::fs::write(path.join("db"), b"garbage").unwrap();
-        },
+        // It was rebuilt, and has no first file any more.
+        |path: &Path| std::fs::write(path.join("1/db"), b"garbage").unwrap(),
+        |path: &Path| std::fs::remove_dir_all(path.join("1")).unwrap(),
+        |path: &Path| std::fs::write(path.join("current"), "what").unwrap(),
     ] {
+        assert!(!registry.join("1").exists() || registry.join("1/db").exists());
         cluster.stop_all().await;
         damage(&registry);
         cluster.start_all().await;
@@ -322,7 +334,7 @@ async fn a_store_that_lost_rows_is_rebuilt() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_snapshot_is_made_of_a_store_that_lost_rows() {
     let root = tempfile::tempdir().unwrap();
-    let (_, writer) = open_machine(root.path());
+    let (_, writer) = open_machine(root.path(), RenewWhen::NEVER);
     let mut state = State::default();
     let changes = apply(&mut state, 1, &[submit("a"), submit("b")]);
     writer.push(changes.rows, meta(1));
@@ -378,7 +390,7 @@ async fn a_snapshot_that_ends_before_the_log_begins_is_not_used() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_step_of_a_walk_passes_over_rows_whose_names_begin_alike() {
     let root = tempfile::tempdir().unwrap();
-    let (_, writer) = open_machine(root.path());
+    let (_, writer) = open_machine(root.path(), RenewWhen::NEVER);
     let names = ["a", "a-", "a-1", "a-10", "a-100", "a-2", "b"];
     let mut state = State::default();
     let commands = names.map(|name| submit_with(name, &"x".repeat(9_000)));
