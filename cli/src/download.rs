@@ -2,9 +2,9 @@
 
 use std::io::{self, Write};
 
+use helix_common::sha256::Sha256;
 use helix_model::Digest;
 use helix_proto::v1;
-use sha2::{Digest as _, Sha256};
 
 use crate::connection::{Connection, blobs};
 use crate::failure::Failure;
@@ -63,7 +63,7 @@ pub(crate) async fn blob(
             }
         }
     }
-    let found = Digest(hasher.finalize().into());
+    let found = hasher.finalize();
     if found == digest && size == Some(offset) {
         return Ok(offset);
     }

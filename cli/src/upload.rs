@@ -5,11 +5,11 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use helix_common::sha256::Sha256;
 use helix_model::limits::CHUNK_BYTES;
 use helix_model::{Digest, Source};
 use helix_proto::v1::{self, put_blob_request::Part};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -140,7 +140,7 @@ fn pack(root: &Path) -> io::Result<(File, Source, Vec<PathBuf>)> {
     let mut skipped = Vec::new();
     append_children(&mut tar, root, Path::new(""), &mut skipped)?;
     let sink = tar.into_inner()?.finish()?;
-    let digest = Digest(sink.hasher.finalize().into());
+    let digest = sink.hasher.finalize();
     Ok((sink.file, Source { digest, size: sink.size }, skipped))
 }
 

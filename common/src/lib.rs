@@ -16,6 +16,7 @@ pub mod pki;
 pub mod ports;
 pub mod removal;
 pub mod sealed_log;
+pub mod sha256;
 pub mod shutdown;
 pub mod status;
 pub mod telemetry;

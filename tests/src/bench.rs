@@ -89,13 +89,12 @@ pub fn run(names: &[&str], settings: &Settings) -> anyhow::Result<()> {
         let machine = Machine::look();
         let figure = measure(settings).with_context(|| (*name).to_owned())?;
         figure.print(&machine);
-        if let Some(out) = &settings.out {
-            report::write_one(out, &figure, &machine, settings)?;
-        }
         done.push((figure, machine));
+        if let (Some(out), Some((figure, machine))) = (&settings.out, done.last()) {
+            report::write_one(out, figure, machine, settings)?;
+            // Each time: who ends it early has a table, too.
+            report::write_table(out, &done, settings)?;
+        }
     }
-    match &settings.out {
-        Some(out) => report::write_table(out, &done, settings),
-        None => Ok(()),
-    }
+    Ok(())
 }

@@ -9,10 +9,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path};
 
+use helix_common::sha256::Sha256;
 use helix_model::Digest;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, mkdirat, openat, symlinkat, unlinkat};
 use rustix::io::Errno;
-use sha2::{Digest as _, Sha256};
 use tar::EntryType;
 
 use super::SourceError;
@@ -43,7 +43,7 @@ pub fn unpack(bytes: impl Read, expected: &Digest, into: &Path, limits: Limits) 
     // A damaged upload is the better explanation of whatever else went wrong.
     let drained = io::copy(&mut hashing, &mut io::sink());
     drained.map_err(|error| SourceError::host("cannot fetch the uploaded source", &error))?;
-    let digest = Digest(hashing.hasher.finalize().into());
+    let digest = hashing.hasher.finalize();
     if digest != *expected {
         return Err(SourceError::source(format!("the uploaded source has sha256 {digest}, not {expected}")));
     }

@@ -7,11 +7,11 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use helix_common::sha256::Sha256;
 use helix_model::Digest;
 use helix_model::limits::{CHUNK_BYTES, SMALL_BLOB_BYTES_MAX};
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, openat};
-use sha2::{Digest as _, Sha256};
 
 use crate::attempt::outputs::{Why, walk};
 
@@ -42,7 +42,7 @@ impl Body {
     #[must_use]
     pub fn of_bytes(bytes: impl Into<Bytes>) -> Self {
         let bytes = bytes.into();
-        let digest = Digest(Sha256::digest(&bytes).into());
+        let digest = Sha256::digest(&bytes);
         Self { digest, size: bytes.len() as u64, source: Source::Memory(bytes) }
     }
 
@@ -53,7 +53,7 @@ impl Body {
     pub fn measure(source: Source, bytes_max: u64) -> io::Result<Self> {
         let mut sink = Hashing { hasher: Sha256::new(), small: Some(Vec::new()), size: 0, bytes_max };
         source.write_to(&mut sink)?;
-        let digest = Digest(sink.hasher.finalize().into());
+        let digest = sink.hasher.finalize();
         let source = sink.small.map_or(source, |bytes| Source::Memory(Bytes::from(bytes)));
         Ok(Self { digest, size: sink.size, source })
     }

@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use helix_common::backup::blob_path;
+use helix_common::sha256::Sha256;
 use helix_model::limits::{CHUNK_BYTES, SMALL_BLOB_BYTES_MAX};
 use helix_model::{BuildId, Digest};
-use sha2::{Digest as _, Sha256};
 
 use super::BlobError;
 use super::store::{BlobStore, Room, blocking};
@@ -119,6 +119,6 @@ fn small(file: File, digest: &Digest) -> io::Result<Option<Bytes>> {
     let mut data = Vec::new();
     // It may grow while it is read.
     file.take(SMALL_BLOB_BYTES_MAX + 1).read_to_end(&mut data)?;
-    let actual = Digest(Sha256::digest(&data).into());
+    let actual = Sha256::digest(&data);
     Ok((actual == *digest).then(|| data.into()))
 }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use helix_common::sha256::Sha256;
 use helix_model::Digest;
-use sha2::{Digest as _, Sha256};
 
 use super::BlobError;
 use super::large::format::{LargeBlob, hashed};
@@ -67,7 +67,7 @@ impl Check {
         let bytes = data.len() as u64;
         self.sha256 = hashed(std::mem::take(&mut self.sha256), data).await?;
         self.read += bytes;
-        if self.read >= blob.size() && Digest(self.sha256.clone().finalize().into()) != self.digest {
+        if self.read >= blob.size() && self.sha256.clone().finalize() != self.digest {
             tracing::error!(digest = %self.digest, "a blob holds other bytes than its name says, and is set aside");
             return Err(BlobError::Damaged(self.digest));
         }

@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use bytes::Bytes;
+use helix_common::sha256::Sha256;
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::Digest;
-use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
 use super::frame::{FRAME_HEADER_BYTES, Found, FrameHeader, Kind, SEGMENT_HEADER, scan};
@@ -150,7 +150,7 @@ impl Segments {
         let len = std::num::NonZeroU64::new(u64::from(entry.len));
         // Advice: without it, what the system keeps in memory is checked.
         let _ = rustix::fs::fadvise(&*file, entry.data_at, len, rustix::fs::Advice::DontNeed);
-        let named = |data: &Vec<u8>| Digest(Sha256::digest(data).into()) == *digest;
+        let named = |data: &Vec<u8>| Sha256::digest(data) == *digest;
         match read_checked(&file, &entry) {
             Ok(data) if named(&data) => Ok(Some(u64::from(entry.len))),
             outcome => {

@@ -9,9 +9,9 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use helix_common::files::available_bytes;
+use helix_common::sha256::Sha256;
 use helix_model::Digest;
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
-use sha2::{Digest as _, Sha256};
 
 use super::bucket::Bucket;
 use super::check::Check;
@@ -167,7 +167,7 @@ impl BlobStore {
                     let max = SMALL_BLOB_BYTES_MAX.min(room.blob_bytes_max);
                     return Err(BlobError::TooLarge { size: data.len() as u64, max });
                 }
-                let actual = Digest(Sha256::digest(data).into());
+                let actual = Sha256::digest(data);
                 if actual != *announced {
                     return Err(BlobError::Digest { announced: *announced, actual, resumed: false });
                 }

@@ -17,13 +17,13 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use helix_common::removal::{remove_gradually, share};
 use helix_common::sealed_log::{LogStream, SealedLogError, SealedLogWriter};
+use helix_common::sha256::Sha256;
 use helix_core::command::SealLog;
 use helix_core::record::{BlobRef, SealedLog};
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::limits::CHUNK_BYTES;
 use helix_model::{AttemptKey, Digest, NodeId, WorkerName};
 use helix_proto::v1;
-use sha2::{Digest as _, Sha256};
 use tonic::Status;
 
 use super::LogHub;
@@ -208,7 +208,7 @@ impl Sealing {
             writer.push_parts(last + 1, at, LogStream::System, text.as_bytes()).map_err(to_io)?;
         }
         let (out, totals) = writer.finish().map_err(to_io)?;
-        (sealing.digest, sealing.size, sealing.lines) = (Digest(out.sha256.finalize().into()), out.size, totals.lines);
+        (sealing.digest, sealing.size, sealing.lines) = (out.sha256.finalize(), out.size, totals.lines);
         Ok(sealing)
     }
 

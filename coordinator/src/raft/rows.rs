@@ -5,10 +5,10 @@
 
 use std::collections::BTreeSet;
 
+use helix_common::sha256::Sha256;
 use helix_core::record::{Addendum, BlobRef, BuildRecord};
 use helix_core::{Row, RowKey};
 use helix_model::{BuildId, Digest};
-use sha2::{Digest as _, Sha256};
 
 /// Bytes of a row in one value.
 const PART_BYTES: usize = 4_000;
@@ -126,11 +126,10 @@ pub(super) fn first_part(value: &[u8]) -> Option<(u16, &[u8])> {
 /// What one row adds to the sum over all rows. Sums wrap around, so that a row can be taken out again.
 pub(super) fn sum_of(base: &[u8], row: &[u8]) -> u128 {
     let mut hash = Sha256::new();
-    hash.update(u64::try_from(base.len()).unwrap_or(u64::MAX).to_be_bytes());
+    hash.update(&u64::try_from(base.len()).unwrap_or(u64::MAX).to_be_bytes());
     hash.update(base);
     hash.update(row);
-    let digest: [u8; 32] = hash.finalize().into();
-    digest.first_chunk().map_or(0, |half| u128::from_be_bytes(*half))
+    hash.finalize().0.first_chunk().map_or(0, |half| u128::from_be_bytes(*half))
 }
 
 /// How many parts a row of so many bytes has.

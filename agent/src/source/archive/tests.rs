@@ -35,7 +35,7 @@ impl Archive {
 }
 
 fn sha256(bytes: &[u8]) -> Digest {
-    Digest(Sha256::digest(bytes).into())
+    Sha256::digest(bytes)
 }
 
 /// Unpacks beside a file that must not change.

@@ -14,9 +14,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use helix_common::removal::open_shared;
+use helix_common::sha256::Sha256;
 use helix_model::Digest;
 use helix_model::limits::CHUNK_BYTES;
-use sha2::{Digest as _, Sha256};
 
 use super::Lies;
 use super::place::{InFile, Place, Unread};
@@ -66,7 +66,7 @@ impl Sums {
         let crc = crc32fast::hash(&self.table);
         self.table.extend_from_slice(&crc.to_le_bytes());
         self.table.extend_from_slice(FOOTER_MAGIC);
-        (Digest(self.digest.finalize().into()), self.table)
+        (self.digest.finalize(), self.table)
     }
 }
 
@@ -219,7 +219,7 @@ impl LargeBlob {
             at += chunk.len() as u64;
             sha256 = hashed(sha256, chunk).await?;
         }
-        Ok(Digest(sha256.finalize().into()) == self.digest)
+        Ok(sha256.finalize() == self.digest)
     }
 }
 

@@ -7,14 +7,14 @@
 use std::sync::Arc;
 
 use futures::StreamExt;
+use helix_common::sha256::Sha256;
 use helix_common::status::{error_code, invalid, metadata, status, with_metadata};
 use helix_core::command::SubmitBuild;
 use helix_core::record::Standing;
 use helix_core::{Command, Reply};
 use helix_failpoint::{self as failpoint, Point};
-use helix_model::{BuildId, BuildSpec, Digest, ErrorCode, Executor, InvalidField, Outputs, Source};
+use helix_model::{BuildId, BuildSpec, ErrorCode, Executor, InvalidField, Outputs, Source};
 use helix_proto::{convert, v1};
-use sha2::{Digest as _, Sha256};
 use tonic::{Code, Status};
 
 use super::{BuildRpc, explanation};
@@ -105,7 +105,7 @@ impl BuildRpc {
         let build = given.id("build_id", &request.build_id)?;
         let mut spec = convert::spec_of_submit(request).map_err(|wrong| invalid(&wrong))?;
         spec.validate().map_err(|wrong| invalid_spec(&wrong))?;
-        let spec_digest = Digest(Sha256::digest(spec.canonical_bytes()).into());
+        let spec_digest = Sha256::digest(&spec.canonical_bytes());
         if spec.executor.is_none() {
             spec.executor = Some(executor_for(&spec, || self.podman_is_offered()));
         }
