@@ -39,6 +39,9 @@ const IMPORT_KEYS: usize = 512;
 pub(super) const STEP_BYTES: usize = 256 << 10;
 pub(super) const STEP_ROWS: usize = 256;
 
+/// What a copy leaves of the disk: for two files of the log and a snapshot.
+const ROOM_LEFT: u64 = 256 << 20;
+
 /// Rows that are in memory twice while everything is loaded.
 const LOAD_ROWS: usize = 1_024;
 const LOAD_BYTES: usize = 4 << 20;
@@ -188,12 +191,17 @@ impl Store {
     /// Also when there is too little room for one as large as the original.
     pub(super) fn begin_copy(&self) -> io::Result<Copy> {
         let current = self.current();
-        let (size, free) = (current.size(), available_bytes(&self.root)?);
-        if free < size {
-            let why = format!("{free} bytes are free, and it has {size}");
-            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
-        }
+        self.expect_room(current.size())?;
         Ok(Copy::new(current.next(&self.root, self.cache_bytes)?))
+    }
+
+    /// A copy can wait, the log cannot.
+    fn expect_room(&self, bytes: u64) -> io::Result<()> {
+        let (free, wanted) = (available_bytes(&self.root)?, bytes.saturating_add(ROOM_LEFT));
+        if free >= wanted {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::StorageFull, format!("{free} bytes are free, {wanted} are wanted")))
     }
 
     /// Goes on with a finished copy.
@@ -215,7 +223,7 @@ impl Store {
             std::mem::replace(&mut *current, Arc::clone(&rows))
         };
         // Readers may still have it: what they read stays until they let go.
-        drop(old);
+        generation::close(old);
         rows.remove_others(&self.root);
         Ok(())
     }
@@ -489,6 +497,12 @@ impl Store {
     /// All that is in its tree.
     pub(super) fn pairs(&self) -> Vec<(sled::IVec, sled::IVec)> {
         pairs(&self.tree())
+    }
+
+    /// Syncs what is current now, whenever it is called.
+    pub(super) fn syncs_later(&self) -> impl Fn() -> io::Result<()> + use<> {
+        let current = self.current();
+        move || current.sync()
     }
 
     /// Takes a row away behind the store's back, as sled does when it loses a page.

@@ -401,7 +401,6 @@ impl Run {
         }));
         let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
         self.walk = None;
-        self.renewal.give_up();
         let mut pending = self.inner.pending();
         pending.stopped = true;
         pending.requests.clear();
@@ -412,6 +411,7 @@ impl Run {
         drop(pending);
         self.inner.room.notify_waiters();
         self.deferred.clear();
+        self.renewal.give_up();
         if let Some(ending) = self.ending.take() {
             ending.give_up();
         }

@@ -44,6 +44,7 @@ impl Copy {
         if self.unsynced >= SYNC_BYTES {
             self.unsynced = 0;
             self.rows.sync()?;
+            store.expect_room(0)?;
         }
         Ok(false)
     }

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,8 @@ const OPEN_RETRY: Duration = Duration::from_secs(2);
 pub(super) struct Generation {
     db: sled::Db,
     pub(super) tree: sled::Tree,
+    /// Its file once more, for fsync, which sled's flush is not on Linux: who syncs it may be slower than who removes its name.
+    file: File,
     directory: PathBuf,
     number: u64,
     /// Its size when it was new; 0 for the first.
@@ -34,11 +37,13 @@ impl Generation {
     /// Opens the one that counts, or makes the first, and removes the others.
     pub(super) fn open_current(root: &Path, cache_bytes: u64) -> io::Result<Self> {
         let (number, new_bytes) = read_current(root)?;
-        sweep(root, number)?;
         let directory = directory_of(root, number);
-        if number > 0 && !directory.join("db").exists() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is gone", directory.display())));
+        // Without `current` only a store that never was has neither a file of its own nor later ones.
+        if !directory.join("db").exists() && (number > 0 || has_later(root)?) {
+            let why = format!("{} has no rows, or lacks what says where they are", directory.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
+        remove_others(root, number);
         Ok(Self { new_bytes, ..Self::open(directory, number, cache_bytes)? })
     }
 
@@ -67,14 +72,14 @@ impl Generation {
         };
         let name = db.get(POINTER).map_err(io_error)?.unwrap_or_else(|| sled::IVec::from(FIRST_TREE));
         let tree = db.open_tree(&name).map_err(io_error)?;
-        Ok(Self { db, tree, directory, number, new_bytes: 0 })
+        let file = File::open(directory.join("db"))?;
+        Ok(Self { db, tree, file, directory, number, new_bytes: 0 })
     }
 
     /// Makes everything written so far survive a power cut.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.db.flush().map_err(io_error)?;
-        // sled's own flush is no fsync on Linux.
-        File::open(self.directory.join("db"))?.sync_data()
+        self.file.sync_data()
     }
 
     /// Makes one that is new survive a power cut whole, with the names of its files.
@@ -97,17 +102,15 @@ impl Generation {
         write_atomic(&root.join(CURRENT), text.as_bytes(), 0o600, Durability::Synced)
     }
 
-    /// Removes all others. What cannot be removed now goes at the next start.
+    /// Removes all others.
     pub(super) fn remove_others(&self, root: &Path) {
-        if let Err(error) = sweep(root, self.number) {
-            tracing::warn!(%error, "files of the registry that are not needed any more stay until the next start");
-        }
+        remove_others(root, self.number);
     }
 
     /// Removes one that never counted.
     pub(super) fn discard(self) {
-        let Self { db, tree, directory, .. } = self;
-        drop((tree, db));
+        let directory = self.directory.clone();
+        close(self);
         if let Err(error) = remove_whole(&directory) {
             tracing::warn!(%error, "half a copy of the registry stays until the next start");
         }
@@ -116,6 +119,13 @@ impl Generation {
     /// Bytes on disk.
     pub(super) fn size(&self) -> u64 {
         self.db.size_on_disk().unwrap_or(0)
+    }
+}
+
+/// Lets go of one that is not needed any more. sled panics where it cannot sync on its way out, which says nothing of what is needed.
+pub(super) fn close(generation: impl Sized) {
+    if catch_unwind(AssertUnwindSafe(|| drop(generation))).is_err() {
+        tracing::warn!("an old file of the registry could not be closed in order");
     }
 }
 
@@ -141,6 +151,28 @@ fn read_current(root: &Path) -> io::Result<(u64, u64)> {
     }
 }
 
+/// Whether there is one behind the first, or a part of it.
+fn has_later(root: &Path) -> io::Result<bool> {
+    match fs::read_dir(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        entries => {
+            let names = entries?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+            Ok(names.iter().any(|name| is_later(&name.to_string_lossy())))
+        }
+    }
+}
+
+fn is_later(name: &str) -> bool {
+    name.parse::<u64>().is_ok()
+}
+
+/// Removes all but one. What cannot be removed now goes at a later start.
+fn remove_others(root: &Path, number: u64) {
+    if let Err(error) = sweep(root, number) {
+        tracing::warn!(%error, "files of the registry that are not needed any more stay for now");
+    }
+}
+
 /// Removes what does not belong to a generation.
 fn sweep(root: &Path, number: u64) -> io::Result<()> {
     let entries = match fs::read_dir(root) {
@@ -151,7 +183,7 @@ fn sweep(root: &Path, number: u64) -> io::Result<()> {
     for entry in entries {
         let name = entry?.file_name();
         let name = name.to_string_lossy();
-        let later = name.parse::<u64>().is_ok();
+        let later = is_later(&name);
         let firsts = !later && name != CURRENT;
         if (later && name != own) || (firsts && number > 0) {
             remove_whole(&root.join(&*name))?;

@@ -34,7 +34,7 @@ fn artifact(name: &str, byte: u8) -> Artifact {
     Artifact { name: name.to_owned(), blob: blob(byte) }
 }
 
-fn register(build: &str, name: &str, byte: u8) -> Command {
+pub(super) fn register(build: &str, name: &str, byte: u8) -> Command {
     let authority = Authority::Any("operator/o".to_owned());
     Command::RegisterArtifact(RegisterArtifact { build: id(build), authority, artifact: artifact(name, byte) })
 }
