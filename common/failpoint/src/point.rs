@@ -42,9 +42,9 @@ pub enum Point {
     StoreSync,
     /// They are synced.
     StoreSynced,
-    /// A snapshot's rows are in a tree of their own, which nothing points to.
+    /// A snapshot's rows, or a copy of all, are in a file of their own, which does not count yet.
     StoreImported,
-    /// The pointer has moved, and the old tree is there.
+    /// That file counts, and the old one is there.
     StoreSwitched,
     // Coordinator: snapshot files.
     /// Before the end mark of a snapshot's file.
