@@ -40,19 +40,28 @@ pub(crate) struct DevArguments {
     /// How agents isolate exec builds
     #[arg(long, value_name = "MODE", default_value = "none")]
     pub(crate) isolation: String,
-    /// Another key of every agent's configuration. May be repeated
+    /// Another key of every agent's or, with coordinator. in the place of agent., coordinator's configuration. May be repeated
     #[arg(long = "set", value_name = "agent.KEY=VALUE", value_parser = setting)]
-    pub(crate) settings: Vec<(String, String)>,
+    pub(crate) settings: Vec<Setting>,
     /// Start again what dies
     #[arg(long)]
     pub(crate) restart: bool,
 }
 
-fn setting(text: &str) -> Result<(String, String), String> {
-    let wrong = || format!("{text:?} is not agent.KEY=VALUE");
-    let (key, value) = text.split_once('=').ok_or_else(wrong)?;
-    let key = key.strip_prefix("agent.").filter(|key| !key.is_empty()).ok_or_else(wrong)?;
-    Ok((key.to_owned(), value.to_owned()))
+/// A key of the configuration of all members of a role.
+#[derive(Clone, Debug)]
+pub(crate) struct Setting {
+    pub(crate) role: &'static str,
+    pub(crate) key: String,
+    pub(crate) value: String,
+}
+
+fn setting(text: &str) -> Result<Setting, String> {
+    let wrong = || format!("{text:?} is neither agent.KEY=VALUE nor coordinator.KEY=VALUE");
+    let (name, value) = text.split_once('=').ok_or_else(wrong)?;
+    let (role, key) = name.split_once('.').filter(|(_, key)| !key.is_empty()).ok_or_else(wrong)?;
+    let role = ["agent", "coordinator"].into_iter().find(|known| *known == role).ok_or_else(wrong)?;
+    Ok(Setting { role, key: key.to_owned(), value: value.to_owned() })
 }
 
 /// The signals that end the cluster.

@@ -15,6 +15,9 @@ use helix_coordinator::{node_dir, program};
 use helix_model::NodeId;
 use toml::Table;
 
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// A control node of Helix Build: keeps the registry of builds, decides who runs them, stores what they leave.
 #[derive(Parser, Debug)]
 #[command(name = "helix-coordinator", version, args_conflicts_with_subcommands = true)]

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::context::Context;
-use crate::dev::DevArguments;
+use crate::dev::{DevArguments, Setting};
 use crate::failure::Failure;
 
 const CLUSTER: &str = "dev";
@@ -60,7 +60,7 @@ impl Layout {
         let authority = authority(&root.join("pki"))?;
         let mut members = Vec::new();
         for (index, ports) in made.coordinators.iter().enumerate() {
-            members.push(coordinator(root, &authority, &made, index + 1, *ports)?);
+            members.push(coordinator(root, &authority, &made, (index + 1, *ports), arguments)?);
         }
         for number in 1..=arguments.agents {
             members.push(agent(root, &authority, &made, number, arguments)?);
@@ -183,7 +183,13 @@ fn text(path: &Path) -> Value {
     Value::String(path.display().to_string())
 }
 
-fn coordinator(root: &Path, authority: &Authority, made: &Made, id: usize, ports: Ports) -> Result<Member, Failure> {
+fn coordinator(
+    root: &Path,
+    authority: &Authority,
+    made: &Made,
+    (id, ports): (usize, Ports),
+    arguments: &DevArguments,
+) -> Result<Member, Failure> {
     let program = program("helix-coordinator")?;
     let data_dir = root.join(format!("coordinator-{id}"));
     let hosts = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
@@ -204,6 +210,7 @@ fn coordinator(root: &Path, authority: &Authority, made: &Made, id: usize, ports
     config.insert("listen".to_owned(), Value::Table(listen));
     config.insert("advertise".to_owned(), Value::String(format!("https://127.0.0.1:{}", ports.grpc)));
     config.insert("tls".to_owned(), tls(root, &cert, &key));
+    set_all(&mut config, "coordinator", &arguments.settings)?;
     write(&marker, &config.to_string())?;
     Ok(Member {
         role: "coordinator",
@@ -253,9 +260,7 @@ fn agent(
     config.insert("tls".to_owned(), tls(root, &cert, &key));
     set(&mut config, "exec.allow_job_commands", "true")?;
     set(&mut config, "source.allow_file_urls", "true")?;
-    for (key, value) in &arguments.settings {
-        set(&mut config, key, value)?;
-    }
+    set_all(&mut config, "agent", &arguments.settings)?;
     let path = root.join("config").join(format!("{name}.toml"));
     write(&path, &config.to_string())?;
     Ok(Member {
@@ -269,6 +274,11 @@ fn agent(
 }
 
 /// Sets a dotted key; the value is TOML if it reads as that, else text.
+fn set_all(config: &mut Table, role: &str, settings: &[Setting]) -> Result<(), Failure> {
+    let mut own = settings.iter().filter(|setting| setting.role == role);
+    own.try_for_each(|setting| set(config, &setting.key, &setting.value))
+}
+
 fn set(config: &mut Table, key: &str, value: &str) -> Result<(), Failure> {
     let value = format!("v = {value}")
         .parse::<Table>()

@@ -19,6 +19,9 @@ const RETAINED: usize = 2_000;
 /// How long the ids of those that went are remembered: far shorter than a run, or it would end before the first was forgotten.
 const REMEMBERED: &str = "2m";
 
+/// Bytes of the log between two snapshots: an eighth of what is usual, so that a run of minutes sees the log purged many times.
+const SNAPSHOT_LOG_BYTES: u64 = 16 << 20;
+
 /// How much more the second half of the turns may take than the first.
 const GROWN: f64 = 1.1;
 
@@ -29,7 +32,8 @@ const GROWN: f64 = 1.1;
 pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     let runtime = runtime()?;
     let _entered = runtime.enter();
-    let ours = Ours::start(&Shape { capacity: 8, ..Shape::default() })?;
+    let often = format!("coordinator.raft.snapshot_log_bytes={SNAPSHOT_LOG_BYTES}");
+    let ours = Ours::start(&Shape { capacity: 8, settings: vec![often], ..Shape::default() })?;
     ours.set_policy(&[&format!("retain_builds={RETAINED}"), &format!("tombstone_ms={REMEMBERED}")])?;
     let endpoint = ours.cluster.leader().grpc.context("a coordinator has an endpoint")?;
     let (bulk, control) = (ours.channel(&endpoint, Traffic::Bulk)?, ours.channel(&endpoint, Traffic::Control)?);
@@ -66,7 +70,8 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
         times: Vec::new(),
         history: format!("none of {} builds failed; {kept} are kept", turns * builds),
         notes: vec![format!(
-            "{turns} turns of {builds} builds that say and make nothing; the registry keeps {RETAINED} and, for {REMEMBERED}, the ids of the others"
+            "{turns} turns of {builds} builds that say and make nothing; the registry keeps {RETAINED} and, for {REMEMBERED}, the ids of the others; a snapshot each {} MiB of the log",
+            SNAPSHOT_LOG_BYTES >> 20
         )],
     })
 }

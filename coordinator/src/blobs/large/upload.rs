@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,10 +14,14 @@ use helix_common::removal::remove_gradually;
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::Digest;
 use helix_model::limits::CHUNK_BYTES;
+use rustix::fs::{Advice, fadvise};
 
 use super::format::Sums;
 use super::{Held, Large, Lies, make_shelf};
 use crate::blobs::BlobError;
+
+/// Bytes that the kernel is asked to write out together.
+const WRITE_OUT_BYTES: u64 = 8 << 20;
 
 impl Large {
     /// Bytes of an unfinished upload, to go on from.
@@ -51,8 +56,15 @@ impl Large {
         }
         // A longer one was cut short while its table was written, or its tail was not acknowledged.
         file.set_len(offset)?;
-        let mut upload =
-            Upload { slot, digest, size, sums: Sums::default(), file: file.try_clone()?, resumed: offset > 0 };
+        let mut upload = Upload {
+            slot,
+            digest,
+            size,
+            sums: Sums::default(),
+            asked: 0,
+            file: file.try_clone()?,
+            resumed: offset > 0,
+        };
         let mut buffer = vec![0; CHUNK_BYTES];
         while upload.sums.bytes < offset {
             let read = file.read(&mut buffer)?;
@@ -109,6 +121,8 @@ pub(in crate::blobs) struct Upload {
     digest: Digest,
     size: u64,
     sums: Sums,
+    /// How far the kernel was asked to write out.
+    asked: u64,
     file: File,
     resumed: bool,
 }
@@ -129,12 +143,25 @@ impl Upload {
         failpoint::hit(Point::BlobWrite)?;
         self.file.write_all_at(data, self.sums.bytes)?;
         self.sums.update(data);
+        self.write_out();
         Ok(())
+    }
+
+    /// Has the kernel begin to write what is here, so that less is left for the sync at the end.
+    fn write_out(&mut self) {
+        let Some(more) = NonZeroU64::new(self.sums.bytes - self.asked).filter(|more| more.get() >= WRITE_OUT_BYTES)
+        else {
+            return;
+        };
+        // Linux answers this advice so, and lets go of what is written already. It is no more than advice: whatever goes wrong
+        // is told by the sync.
+        let _ = fadvise(&self.file, self.asked, Some(more), Advice::DontNeed);
+        self.asked = self.sums.bytes;
     }
 
     /// Checks the digest, makes the blob durable, and gives it its name.
     pub(in crate::blobs) fn finish(self) -> Result<(), BlobError> {
-        let Self { slot, digest, size, sums, file, resumed } = self;
+        let Self { slot, digest, size, sums, file, resumed, asked: _ } = self;
         if sums.bytes != size {
             return Err(BlobError::Size { announced: size, sent: sums.bytes });
         }
