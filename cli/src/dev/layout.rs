@@ -311,6 +311,7 @@ pub(crate) fn program(name: &str) -> Result<PathBuf, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dev::setting;
 
     #[test]
     fn settings_are_toml_or_text_at_dotted_keys() {
@@ -322,6 +323,20 @@ mod tests {
         assert_eq!(config["exec"]["shell"].as_str(), Some("bash"));
         assert_eq!(config["exec"]["bind"].as_array().map(Vec::len), Some(1));
         assert!(set(&mut config, "capacity.x", "1").is_err());
+    }
+
+    #[test]
+    fn a_setting_is_for_one_role() {
+        let settings =
+            ["coordinator.raft.snapshot_log_bytes=16MiB", "agent.name=x=y"].map(|text| setting(text).unwrap());
+        let (mut coordinator, mut agent) = (Table::new(), Table::new());
+        set_all(&mut coordinator, "coordinator", &settings).unwrap();
+        set_all(&mut agent, "agent", &settings).unwrap();
+        assert_eq!(coordinator.to_string(), "[raft]\nsnapshot_log_bytes = \"16MiB\"\n");
+        assert_eq!(agent.to_string(), "name = \"x=y\"\n");
+        for wrong in ["worker.x=1", "x=1", "agent.=1", "agent.x", "agents.x=1", ""] {
+            assert!(setting(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod generation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Bound;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -61,6 +62,12 @@ fn io_error(error: sled::Error) -> io::Error {
         sled::Error::Io(error) => error,
         other => io::Error::other(other.to_string()),
     }
+}
+
+/// sled panics on some kinds of damage, and where it has no room: an error then, as for other damage.
+pub(super) fn guarded<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let panicked = |_| Err(io::Error::new(io::ErrorKind::InvalidData, "the store's files are damaged: sled panicked"));
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
 }
 
 impl Store {

@@ -9,7 +9,6 @@ mod renewal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -27,7 +26,7 @@ pub use self::renewal::RenewWhen;
 pub(in crate::raft) use self::renewal::Renewal;
 use super::rows::{base_key, blobs_of, sum_of};
 use super::snapshot::{self, SnapshotWriter};
-use super::store::{Changes, Head, STEP_BYTES, STEP_ROWS, Store, merge};
+use super::store::{Changes, Head, STEP_BYTES, STEP_ROWS, Store, guarded, merge};
 use super::types::SnapshotMeta;
 use crate::codec::{decode_row, encode_row};
 use crate::registry::{Counters, StoreError};
@@ -394,12 +393,11 @@ impl Run {
     }
 
     fn run(mut self) {
-        // sled panics on some kinds of damage. Nobody may wait for ever for a thread that is gone.
-        let ended = catch_unwind(AssertUnwindSafe(|| {
+        // Nobody may wait for ever for a thread that is gone.
+        let ended = guarded(|| {
             self.meta = self.inner.store.head()?.meta;
             self.work()
-        }));
-        let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+        });
         self.walk = None;
         let mut pending = self.inner.pending();
         pending.stopped = true;
@@ -469,10 +467,12 @@ impl Run {
         loop {
             let age = pending.since.map(|since| since.elapsed());
             let due = age.is_some_and(|age| age >= WRITE_AFTER) || pending.rows.len() >= WRITE_KEYS;
-            if due || !pending.requests.is_empty() || self.walk.is_some() || self.renewal.is_under_way() {
+            let copy_in = self.renewal.due_in();
+            if due || !pending.requests.is_empty() || self.walk.is_some() || copy_in == Some(Duration::ZERO) {
                 break;
             }
             let wait = age.map_or(SIZE_EVERY, |age| WRITE_AFTER.saturating_sub(age));
+            let wait = copy_in.map_or(wait, |copy_in| copy_in.min(wait));
             pending = self.inner.wake.wait_timeout(pending, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
         let requests = std::mem::take(&mut pending.requests);

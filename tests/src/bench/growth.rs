@@ -105,6 +105,8 @@ fn turn(runtime: &Runtime, settings: &Settings, kind: Kind, others: u64) -> anyh
     let empty = memory()?;
     runtime.block_on(add(&channel, kind, others))?;
     let taken = memory()? - empty;
+    // What so many at once left to be done is not what having them costs.
+    ours.until_quiet()?;
     let (count, waiting) = (settings.rounds(2_000, 300), if kind == Kind::Queued { others } else { 0 });
     let rate = runtime.block_on(run(&channel, count, waiting))?;
     let succeeded = ours.count("succeeded")?;

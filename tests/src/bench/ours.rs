@@ -20,6 +20,10 @@ use tonic::transport::Channel;
 use super::drive::{DEADLINE, Replicated, Target, Writer, gone};
 use crate::cluster::{Cluster, Member, Shape, signal, wait_for};
 
+/// What a cluster that has nothing to do takes at most, in cores; and for how long, before that is believed.
+const QUIET: f64 = 0.3;
+const QUIET_SECONDS: u32 = 3;
+
 #[derive(Deserialize)]
 struct Context {
     endpoints: Vec<String>,
@@ -137,6 +141,22 @@ impl Ours {
     #[must_use]
     pub fn cpu_seconds(&self) -> f64 {
         self.cluster.members().iter().filter_map(|member| cpu_seconds(member.pid?)).sum()
+    }
+
+    /// Waits until the cluster has done what it put off (snapshots, copies of the registry's file): all processes together take
+    /// less than [`QUIET`] of a core for a few seconds.
+    ///
+    /// # Errors
+    /// When that does not come.
+    pub fn until_quiet(&self) -> anyhow::Result<()> {
+        let (end, mut quiet) = (Instant::now() + DEADLINE * 5, 0);
+        while quiet < QUIET_SECONDS {
+            ensure!(Instant::now() < end, "the cluster does not come to rest");
+            let before = self.cpu_seconds();
+            std::thread::sleep(Duration::from_secs(1));
+            quiet = if self.cpu_seconds() - before < QUIET { quiet + 1 } else { 0 };
+        }
+        Ok(())
     }
 }
 

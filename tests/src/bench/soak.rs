@@ -20,7 +20,7 @@ const RETAINED: usize = 2_000;
 const REMEMBERED: &str = "2m";
 
 /// Bytes of the log between two snapshots: an eighth of what is usual, so that a run of minutes sees the log purged many times.
-const SNAPSHOT_LOG_BYTES: u64 = 16 << 20;
+const SNAPSHOT_LOG_BYTES: &str = "16MiB";
 
 /// How much more the second half of the turns may take than the first.
 const GROWN: f64 = 1.1;
@@ -70,8 +70,7 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
         times: Vec::new(),
         history: format!("none of {} builds failed; {kept} are kept", turns * builds),
         notes: vec![format!(
-            "{turns} turns of {builds} builds that say and make nothing; the registry keeps {RETAINED} and, for {REMEMBERED}, the ids of the others; a snapshot each {} MiB of the log",
-            SNAPSHOT_LOG_BYTES >> 20
+            "{turns} turns of {builds} builds that say and make nothing; the registry keeps {RETAINED} and, for {REMEMBERED}, the ids of the others; a snapshot each {SNAPSHOT_LOG_BYTES} of the log"
         )],
     })
 }

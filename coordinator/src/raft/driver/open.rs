@@ -1,7 +1,6 @@
 //! Opening what is on disk, and rebuilding the store where it is gone, broken, or behind the log.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,7 +13,7 @@ use crate::clock::wall_ms;
 use crate::codec::CodecError;
 use crate::node_dir::NodeDir;
 use crate::raft::snapshot;
-use crate::raft::store::Store;
+use crate::raft::store::{Store, guarded};
 use crate::raft::types::{LogId, SnapshotMeta};
 use crate::registry::Counters;
 
@@ -145,14 +144,12 @@ fn open_registry(
     Ok((store, state, meta))
 }
 
-/// sled panics on some kinds of damage.
 pub(in crate::raft) fn try_open(path: &Path, cache_bytes: u64) -> io::Result<(Store, State, SnapshotMeta)> {
-    let opened = catch_unwind(AssertUnwindSafe(|| {
+    guarded(|| {
         let store = Store::open(path, cache_bytes)?;
         let (state, meta) = store.load()?;
         Ok((store, state, meta))
-    }));
-    opened.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::InvalidData, "the store's files are damaged")))
+    })
 }
 
 /// Keeps a broken store for people to look at; only the last one, or disks would fill.

@@ -6,14 +6,13 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use helix_common::files::{Durability, sync_directory, write_atomic};
 use helix_common::removal::remove_gradually;
 
-use super::io_error;
+use super::{guarded, io_error};
 
 const CURRENT: &str = "current";
 /// Which tree counts, where an earlier program replaced all rows.
@@ -124,8 +123,12 @@ impl Generation {
 
 /// Lets go of one that is not needed any more. sled panics where it cannot sync on its way out, which says nothing of what is needed.
 pub(super) fn close(generation: impl Sized) {
-    if catch_unwind(AssertUnwindSafe(|| drop(generation))).is_err() {
-        tracing::warn!("an old file of the registry could not be closed in order");
+    let closed = guarded(|| {
+        drop(generation);
+        Ok(())
+    });
+    if let Err(error) = closed {
+        tracing::warn!(%error, "an old file of the registry could not be closed in order");
     }
 }
 

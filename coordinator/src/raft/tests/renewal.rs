@@ -144,6 +144,39 @@ fn a_copy_that_lacks_a_row_does_not_count() {
     assert!(error.to_string().contains("does not add up"), "{error}");
 }
 
+#[test]
+fn a_copy_that_fails_is_given_up_and_tried_again_later() {
+    let root = tempfile::tempdir().unwrap();
+    let registry = root.path().join("registry");
+    let mut story = Story::new(&registry);
+    story.write(&[submit("a"), submit("b")]);
+    let mut renewal = Renewal::new(Arc::clone(&story.store), RenewWhen { above_bytes: 0, times: 0 });
+    renewal.look();
+    assert!(renewal.due_in().is_some() && registry.join("1").exists());
+    renewal.step().unwrap();
+    // Nobody told it of this: it will not add up.
+    story.write(&[submit("c")]);
+    while renewal.due_in().is_some() {
+        renewal.step().unwrap();
+    }
+    assert!(
+        !registry.join("1").exists() && !registry.join("current").exists(),
+        "the copy is gone, the old file counts"
+    );
+    renewal.look();
+    assert!(!renewal.due_in().is_some(), "not at once");
+    // The store serves on, and the next renewal, as after a start, goes through.
+    story.write(&[submit("d")]);
+    let mut next = Renewal::new(Arc::clone(&story.store), RenewWhen { above_bytes: 0, times: 0 });
+    next.look();
+    next.write(story.write(&[cancel("a")]));
+    while next.due_in().is_some() {
+        next.step().unwrap();
+    }
+    assert!(registry.join("1/db").exists() && registry.join("current").exists());
+    assert!(story.store.load().unwrap().0 == story.state);
+}
+
 /// How large the store is after 200 turns of 40 builds, of which 200 are kept and the ids of all, and how large a copy of it is.
 fn sizes(when: RenewWhen) -> (u64, u64) {
     let root = tempfile::tempdir().unwrap();
@@ -163,7 +196,7 @@ fn sizes(when: RenewWhen) -> (u64, u64) {
             let changes = story.write(&commands);
             renewal.write(changes);
             renewal.look();
-            while renewal.is_under_way() {
+            while renewal.due_in().is_some() {
                 renewal.step().unwrap();
             }
         }

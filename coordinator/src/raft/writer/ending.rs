@@ -2,7 +2,6 @@
 //! written, and what is applied meanwhile would wait for the writer.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -10,6 +9,7 @@ use std::thread::JoinHandle;
 use tokio::sync::oneshot;
 
 use super::super::snapshot::SnapshotWriter;
+use super::super::store::guarded;
 use super::super::types::SnapshotMeta;
 use super::{Inner, Request, tell};
 
@@ -33,9 +33,7 @@ impl Ending {
     ) -> Option<Self> {
         let (inner, copy) = (Arc::clone(inner), meta.clone());
         let work = move || {
-            // sled panics on some kinds of damage.
-            let ended = catch_unwind(AssertUnwindSafe(|| end(&inner, copy, file)));
-            let ended = ended.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+            let ended = guarded(|| end(&inner, copy, file));
             inner.pending().requests.push(Request::Ended(ended));
             inner.wake.notify_one();
         };

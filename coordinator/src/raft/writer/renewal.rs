@@ -4,14 +4,16 @@
 //! counts does the writer end.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::store::{Changes, Copy, Store};
+use super::super::store::{Changes, Copy, Store, guarded};
 
 /// Between a copy that failed and the next.
 const AGAIN_AFTER: Duration = Duration::from_secs(600);
+
+/// A step is followed by a rest of so many times what it took: nothing waits for the copy, and all else waits for the processor.
+const RESTS: u32 = 3;
 
 /// When a store's file is written anew: both must be so.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,16 +34,19 @@ pub(in crate::raft) struct Renewal {
     store: Arc<Store>,
     when: RenewWhen,
     copy: Option<Copy>,
+    rests_until: Option<Instant>,
     not_before: Option<Instant>,
 }
 
 impl Renewal {
     pub(in crate::raft) fn new(store: Arc<Store>, when: RenewWhen) -> Self {
-        Self { store, when, copy: None, not_before: None }
+        Self { store, when, copy: None, rests_until: None, not_before: None }
     }
 
-    pub(in crate::raft) fn is_under_way(&self) -> bool {
-        self.copy.is_some()
+    /// How long until the next step of a copy; `None` while there is none.
+    pub(in crate::raft) fn due_in(&self) -> Option<Duration> {
+        let rest = |until: Instant| until.saturating_duration_since(Instant::now());
+        self.copy.as_ref().map(|_| self.rests_until.map_or(Duration::ZERO, rest))
     }
 
     /// Looks how large the store is, and begins a copy where one is due. Returns the bytes on disk.
@@ -66,14 +71,18 @@ impl Renewal {
         }
     }
 
-    /// Copies some more.
+    /// Copies some more, if it is time to.
     ///
     /// # Errors
     /// When it is not known what the store is now: nothing may be written to it.
     pub(in crate::raft) fn step(&mut self) -> io::Result<()> {
+        if self.due_in() != Some(Duration::ZERO) {
+            return Ok(());
+        }
         let Some(copy) = &mut self.copy else { return Ok(()) };
-        let store = &self.store;
+        let (store, began) = (&self.store, Instant::now());
         let step = guarded(|| Ok(copy.step(store)? && copy.finish(store).map(|()| true)?));
+        self.rests_until = Instant::now().checked_add(began.elapsed() * RESTS);
         match step {
             Ok(false) => {}
             Ok(true) => self.switch()?,
@@ -103,10 +112,4 @@ impl Renewal {
         self.not_before = Instant::now().checked_add(AGAIN_AFTER);
         self.give_up();
     }
-}
-
-/// sled panics on some kinds of damage, and may on a disk that is full.
-fn guarded<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let done = catch_unwind(AssertUnwindSafe(work));
-    done.unwrap_or_else(|_| Err(io::Error::other("the store's library panicked")))
 }
