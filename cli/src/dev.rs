@@ -40,8 +40,9 @@ pub(crate) struct DevArguments {
     /// How agents isolate exec builds
     #[arg(long, value_name = "MODE", default_value = "none")]
     pub(crate) isolation: String,
-    /// Another key of every agent's or, with coordinator. in the place of agent., coordinator's configuration. May be repeated
-    #[arg(long = "set", value_name = "agent.KEY=VALUE", value_parser = setting)]
+    /// Another key of every agent's configuration (agent.KEY=VALUE), or of every coordinator's (coordinator.KEY=VALUE). May be
+    /// repeated
+    #[arg(long = "set", value_name = "ROLE.KEY=VALUE", value_parser = setting)]
     pub(crate) settings: Vec<Setting>,
     /// Start again what dies
     #[arg(long)]

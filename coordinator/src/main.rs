@@ -15,6 +15,7 @@ use helix_coordinator::{node_dir, program};
 use helix_model::NodeId;
 use toml::Table;
 
+#[cfg(target_arch = "x86_64")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

@@ -28,7 +28,7 @@ pub struct Shape {
     pub agents: u16,
     /// Concurrent builds of an agent.
     pub capacity: u32,
-    /// `agent.KEY=VALUE` or `coordinator.KEY=VALUE` of everybody's configuration.
+    /// `KEY=VALUE` of every agent's configuration, or `coordinator.KEY=VALUE` of every coordinator's.
     pub settings: Vec<String>,
 }
 
@@ -188,11 +188,12 @@ impl Cluster {
         command.args(["--base-port", &ports::free(shape.coordinators * 3)?.to_string()]);
         command.args(["--agents", &shape.agents.to_string(), "--capacity", &shape.capacity.to_string()]);
         // Trying podman takes each agent a second, and few tests build images.
-        if !shape.settings.iter().any(|setting| setting.starts_with("agent.podman.")) {
+        if !shape.settings.iter().any(|setting| setting.starts_with("podman.")) {
             command.args(["--set", "agent.podman.enabled=false"]);
         }
         for setting in &shape.settings {
-            command.args(["--set", setting]);
+            let role = if setting.starts_with("coordinator.") { "" } else { "agent." };
+            command.args(["--set", &format!("{role}{setting}")]);
         }
         command.envs(environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(fs::File::create(&talk)?);

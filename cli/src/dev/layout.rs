@@ -273,12 +273,12 @@ fn agent(
     })
 }
 
-/// Sets a dotted key; the value is TOML if it reads as that, else text.
 fn set_all(config: &mut Table, role: &str, settings: &[Setting]) -> Result<(), Failure> {
     let mut own = settings.iter().filter(|setting| setting.role == role);
     own.try_for_each(|setting| set(config, &setting.key, &setting.value))
 }
 
+/// Sets a dotted key; the value is TOML if it reads as that, else text.
 fn set(config: &mut Table, key: &str, value: &str) -> Result<(), Failure> {
     let value = format!("v = {value}")
         .parse::<Table>()

@@ -1,7 +1,7 @@
-//! The part of the crate `base2histogram` that openraft uses, computed where the original looks it up.
+//! The part of the crate `base2histogram` that openraft and raft-log use, computed where the original looks it up.
 //!
 //! The original (0.2.3) makes tables for all sixteen of its resolutions at the first use of one: 26 MiB of each coordinator, of
-//! which openraft uses 2 KiB. Buckets are as there: up to three each value has one, above that each power of two has four, so that
+//! which those two use 2 KiB. Buckets are as there: up to three each value has one, above that each power of two has four, so that
 //! a percentile is at most a fifth below what was recorded.
 
 use std::fmt;

@@ -18,10 +18,12 @@ use crate::retention::{Kept, Labels};
 
 pub mod fit;
 pub(crate) mod index;
+mod listing;
 mod load;
 mod pending;
 mod queries;
 
+pub use listing::{Listed, Walk};
 pub use load::LoadError;
 pub(crate) use load::check_build;
 pub use pending::Offered;

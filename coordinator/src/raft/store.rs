@@ -64,10 +64,11 @@ fn io_error(error: sled::Error) -> io::Error {
     }
 }
 
-/// sled panics on some kinds of damage, and where it has no room: an error then, as for other damage.
+/// sled panics on some kinds of damage, and may on a disk that is full: a panic is an error here.
 pub(super) fn guarded<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let panicked = |_| Err(io::Error::new(io::ErrorKind::InvalidData, "the store's files are damaged: sled panicked"));
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
+    let panicked = "it panicked, as sled does when its files are damaged or its disk is full";
+    let done = catch_unwind(AssertUnwindSafe(work));
+    done.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::InvalidData, panicked)))
 }
 
 impl Store {

@@ -21,7 +21,7 @@ use super::drive::{DEADLINE, Replicated, Target, Writer, gone};
 use crate::cluster::{Cluster, Member, Shape, signal, wait_for};
 
 /// What a cluster that has nothing to do takes at most, in cores; and for how long, before that is believed.
-const QUIET: f64 = 0.3;
+const QUIET: f64 = 0.18;
 const QUIET_SECONDS: u32 = 3;
 
 #[derive(Deserialize)]
@@ -143,8 +143,8 @@ impl Ours {
         self.cluster.members().iter().filter_map(|member| cpu_seconds(member.pid?)).sum()
     }
 
-    /// Waits until the cluster has done what it put off (snapshots, copies of the registry's file): all processes together take
-    /// less than [`QUIET`] of a core for a few seconds.
+    /// Waits until the cluster has done what it put off (snapshots, copies of the registry's file): until all processes together
+    /// take hardly any of a core for a few seconds.
     ///
     /// # Errors
     /// When that does not come.

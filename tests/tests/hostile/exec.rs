@@ -190,7 +190,7 @@ fn without_isolation_the_attacks_that_look_get_through() {
     if !geteuid().is_root() {
         return skip("attacks without isolation", "only root may see everything");
     }
-    let shape = Shape { coordinators: 1, agents: 1, capacity: 6, settings: vec!["agent.isolation=none".to_owned()] };
+    let shape = Shape { coordinators: 1, agents: 1, capacity: 6, settings: vec!["isolation=none".to_owned()] };
     let cluster = Cluster::start(&shape).unwrap();
     let victim = start_victim(&cluster);
     let places = places(&cluster, &victim);

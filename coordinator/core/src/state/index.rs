@@ -17,8 +17,11 @@ mod queue;
 
 pub(crate) use queue::Queue;
 
+/// A finished build's end, its place in the order of submits, its id.
+pub(crate) type Ended = (LogTime, u64, BuildId);
+
 /// Finished builds by their end.
-pub(crate) type ByEnd = BTreeSet<(LogTime, u64, BuildId)>;
+pub(crate) type ByEnd = BTreeSet<Ended>;
 
 type Workers = BTreeMap<WorkerName, Arc<WorkerRecord>>;
 
@@ -46,6 +49,8 @@ pub(crate) struct Counts {
 pub(crate) struct Index {
     /// Open builds in the order of submits.
     pub(crate) by_sequence: BTreeMap<u64, BuildId>,
+    /// Those that are not queued any more: few among many.
+    pub(crate) begun: BTreeMap<u64, BuildId>,
     /// Waiting tasks, and the workers with room for them.
     pub(crate) queue: Queue,
     /// What runs where; a worker's load is the size of its set, and an empty set is not kept.
@@ -69,9 +74,9 @@ pub(crate) struct Index {
     /// Draining workers with a deadline.
     pub(crate) drains: BTreeSet<(LogTime, WorkerName)>,
     /// Finished builds by end.
-    pub(crate) by_end: BTreeSet<(LogTime, u64, BuildId)>,
+    pub(crate) by_end: ByEnd,
     /// The same without pinned ones: what retention may take.
-    pub(crate) purgeable: BTreeSet<(LogTime, u64, BuildId)>,
+    pub(crate) purgeable: ByEnd,
     /// The same by what is kept of them and for how long, then by end: those that go first are first in each. As many
     /// groups as policy knows lifetimes. Logs and artifacts stand here only while they go before their build.
     pub(crate) lifetimes: BTreeMap<(Kept, u64), ByEnd>,
@@ -95,6 +100,9 @@ impl Index {
 
     pub(crate) fn add_build(&mut self, build: &BuildRecord, now: LogTime, workers: &Workers) {
         self.by_sequence.insert(build.sequence, build.id.clone());
+        if build.state != BuildState::Queued {
+            self.begun.insert(build.sequence, build.id.clone());
+        }
         *self.count_of(standing(build)) += 1;
         each_blob(build, |digest| *self.blobs.entry(*digest).or_default() += 1);
         for (index, task) in build.indexed_tasks() {
@@ -111,6 +119,7 @@ impl Index {
 
     pub(crate) fn remove_build(&mut self, build: &BuildRecord, workers: &Workers) {
         self.by_sequence.remove(&build.sequence);
+        self.begun.remove(&build.sequence);
         *self.count_of(standing(build)) -= 1;
         each_blob(build, |digest| {
             if let Some(count) = self.blobs.get_mut(digest) {

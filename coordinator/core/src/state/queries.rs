@@ -1,6 +1,7 @@
 //! Questions about the registry that read and change nothing.
 
 use std::collections::BTreeSet;
+use std::ops::Bound::{self, Excluded, Included, Unbounded};
 use std::sync::Arc;
 
 use helix_model::{AttemptKey, BuildId, Digest, LogTime, NodeId, WorkerName};
@@ -9,6 +10,7 @@ use crate::record::{AttemptRecord, BuildRecord, FinishedBuild, NodeRecord, Polic
 
 use super::State;
 use super::fit::Used;
+use super::index::Ended;
 
 /// What the registry knows under an id.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +60,6 @@ impl State {
     /// Ids of open and finished builds that begin with `prefix`, at most `max`, in their order.
     #[must_use]
     pub fn builds_with_prefix(&self, prefix: &str, max: usize) -> Vec<BuildId> {
-        use std::ops::Bound::{Included, Unbounded};
         let from = (Included(prefix), Unbounded);
         let open = self.open.range::<str, _>(from).map(|(id, _)| id);
         let finished = self.finished.range::<str, _>(from).map(|(id, _)| id);
@@ -70,12 +71,32 @@ impl State {
 
     /// Builds that have not ended, newest first.
     pub fn open_builds(&self) -> impl Iterator<Item = &Arc<BuildRecord>> {
-        self.index.by_sequence.values().rev().filter_map(|id| self.open.get(id))
+        self.open_builds_after(None, false)
+    }
+
+    /// Those behind a place in that order; all of them, or those alone that are not queued any more.
+    pub(crate) fn open_builds_after(
+        &self,
+        sequence: Option<u64>,
+        begun_alone: bool,
+    ) -> impl Iterator<Item = &Arc<BuildRecord>> {
+        let builds = if begun_alone { &self.index.begun } else { &self.index.by_sequence };
+        let older = (Unbounded, sequence.map_or(Unbounded, Excluded));
+        builds.range(older).rev().filter_map(|(_, id)| self.open.get(id))
     }
 
     /// Finished builds, newest end first.
     pub fn finished_builds(&self) -> impl Iterator<Item = (&BuildId, &FinishedBuild)> {
-        self.index.by_end.iter().rev().filter_map(|(_, _, id)| self.finished.get_key_value(id))
+        self.finished_builds_after(None).map(|((_, _, id), build)| (id, build))
+    }
+
+    /// Those behind a place in that order.
+    pub(crate) fn finished_builds_after<'a>(
+        &'a self,
+        place: Option<&Ended>,
+    ) -> impl Iterator<Item = (&'a Ended, &'a FinishedBuild)> + use<'a> {
+        let earlier: (Bound<&Ended>, Bound<&Ended>) = (Unbounded, place.map_or(Unbounded, Excluded));
+        self.index.by_end.range(earlier).rev().filter_map(|place| Some((place, self.finished.get(&place.2)?)))
     }
 
     /// The newest build that `submitter` (`ROLE/NAME`) submitted and that was not purged. Walks until it is found.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use helix_core::command::{self as cmd, Command, Outcome};
 use helix_core::effect::Effect;
 use helix_core::record::{Addendum, DrainedBy, FinishedBuild, Pinned, Policy, Row, RowKey, Standing};
-use helix_core::state::Offered;
+use helix_core::state::{Listed, Offered, Walk};
 use helix_core::{Known, Reply, State};
 use helix_model::{BuildSpec, BuildState, LogTime, NodeId, OnWorkerLoss, Reason};
 
@@ -450,6 +450,45 @@ fn lists_prefixes_and_newest() {
     assert_eq!(story.state.builds_with_prefix("a", 1), [build("a1")]);
     assert_eq!(story.state.newest_of("client/ann"), Some(build("b1")));
     assert_eq!(story.state.newest_of("client/bob"), None);
+}
+
+fn listed(walk: &mut Walk, state: &State, looks: usize, wanted: usize) -> Vec<String> {
+    let step = walk.step(state, looks, wanted, |_| true);
+    let id = |build: Listed<'_>| match build {
+        Listed::Open(build) => build.id.to_string(),
+        Listed::Finished(id, _) => id.to_string(),
+    };
+    step.into_iter().map(id).collect()
+}
+
+#[test]
+fn a_list_that_is_taken_in_steps_has_each_build_once() {
+    let mut story = Story::new();
+    story.worker("w1", 5);
+    for id in ["a", "b", "c", "d", "e"] {
+        story.wait(1).submit(id);
+    }
+    for id in ["a", "b", "d"] {
+        story.assign(&format!("{id}.0.1"), "w1");
+    }
+    story.wait(1).finish("a.0.1", "w1", success());
+    let mut walk = Walk::new(BTreeSet::from([BuildState::Running]));
+    assert_eq!(listed(&mut walk, &story.state, 2, 9), ["d", "b"], "queued ones are not even looked at");
+    let mut walk = Walk::new(BTreeSet::from([BuildState::Failed, BuildState::Queued]));
+    assert_eq!(listed(&mut walk, &story.state, 9, 1), ["e"]);
+    assert_eq!(listed(&mut walk, &story.state, 1, 9), [""; 0], "one look, at a build that runs");
+    assert_eq!(listed(&mut walk, &story.state, 9, 9), ["c"]);
+    assert!(walk.is_over());
+
+    let mut walk = Walk::new(BTreeSet::new());
+    let mut found = listed(&mut walk, &story.state, 9, 2);
+    // One that was listed ends, and one that was not.
+    story.wait(1).finish("d.0.1", "w1", success());
+    story.wait(1).finish("b.0.1", "w1", success());
+    while !walk.is_over() {
+        found.extend(listed(&mut walk, &story.state, 1, 9));
+    }
+    assert_eq!(found, ["e", "d", "c", "b", "a"]);
 }
 
 #[test]

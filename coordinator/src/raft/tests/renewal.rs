@@ -164,7 +164,7 @@ fn a_copy_that_fails_is_given_up_and_tried_again_later() {
         "the copy is gone, the old file counts"
     );
     renewal.look();
-    assert!(!renewal.due_in().is_some(), "not at once");
+    assert!(renewal.due_in().is_none(), "not at once");
     // The store serves on, and the next renewal, as after a start, goes through.
     story.write(&[submit("d")]);
     let mut next = Renewal::new(Arc::clone(&story.store), RenewWhen { above_bytes: 0, times: 0 });

@@ -15,6 +15,9 @@ const AGAIN_AFTER: Duration = Duration::from_secs(600);
 /// A step is followed by a rest of so many times what it took: nothing waits for the copy, and all else waits for the processor.
 const RESTS: u32 = 3;
 
+/// But no longer than this: a step that a slow disk held up says little of the next.
+const REST_MAX: Duration = Duration::from_millis(500);
+
 /// When a store's file is written anew: both must be so.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RenewWhen {
@@ -82,7 +85,7 @@ impl Renewal {
         let Some(copy) = &mut self.copy else { return Ok(()) };
         let (store, began) = (&self.store, Instant::now());
         let step = guarded(|| Ok(copy.step(store)? && copy.finish(store).map(|()| true)?));
-        self.rests_until = Instant::now().checked_add(began.elapsed() * RESTS);
+        self.rests_until = Instant::now().checked_add((began.elapsed() * RESTS).min(REST_MAX));
         match step {
             Ok(false) => {}
             Ok(true) => self.switch()?,

@@ -1,15 +1,15 @@
 //! Lists: unfinished builds first, newest first, then finished ones by their end.
 //!
-//! Ids are taken under the registry's lock in one go, records are read in pages while the answer streams, so a
-//! long list neither holds the lock nor fills memory. A build purged meanwhile is left out.
+//! The registry is walked in steps while the answer streams, so neither a long list nor one of few among many holds up what is
+//! applied, and memory holds a page and the numbers of open builds listed. A build purged meanwhile is left out.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use futures::stream;
 use helix_common::status::invalid;
-use helix_core::state::Known;
-use helix_model::{BuildId, BuildState};
+use helix_core::record::BuildRecord;
+use helix_core::state::{Listed, Walk};
 use helix_proto::v1;
 use tonic::Status;
 
@@ -23,76 +23,73 @@ const LIMIT_DEFAULT: u64 = 100;
 /// Records read at once.
 const PAGE: usize = 128;
 
+/// Builds looked at in one go: some milliseconds, for which nothing is applied.
+const LOOKS: usize = 4_096;
+
 impl BuildRpc {
     pub(super) async fn list(
         &self,
         principal: &str,
         request: v1::ListBuildsRequest,
     ) -> Result<Answers<v1::BuildStatus>, Status> {
-        let filter = Filter::of(principal, &request)?;
+        let (walk, filter) = wanted(principal, &request)?;
         self.services.freshen(consistency(request.stale)).await?;
         let left = match (request.limit, request.all) {
             (0, true) => u64::MAX,
             (0, false) => LIMIT_DEFAULT,
             (limit, _) => limit,
         };
-        let candidates = self.candidates(&filter, left);
-        let listing = Listing { service: self.clone(), filter, candidates, ready: VecDeque::new(), left };
+        let listing = Listing { service: self.clone(), walk, filter, ready: VecDeque::new(), left };
         Ok(Box::pin(stream::try_unfold(listing, Listing::next)))
-    }
-
-    /// Ids that pass what memory knows of them. Without filters that need the record, no more than will be shown.
-    fn candidates(&self, filter: &Filter, left: u64) -> VecDeque<BuildId> {
-        let enough = if filter.needs_record() { usize::MAX } else { usize::try_from(left).unwrap_or(usize::MAX) };
-        self.services.registry.with_state(|state| {
-            let open = state.open_builds().filter(|build| {
-                filter.fits(build.state, &build.submitted_by) && view::passes(build, &filter.repo_url, &filter.labels)
-            });
-            let finished = state.finished_builds().filter(|(_, build)| filter.fits(build.state, &build.submitted_by));
-            open.map(|build| &build.id).chain(finished.map(|(id, _)| id)).take(enough).cloned().collect()
-        })
     }
 }
 
+fn wanted(principal: &str, request: &v1::ListBuildsRequest) -> Result<(Walk, Filter), Status> {
+    let states = request.states.iter().map(|word| word.parse()).collect::<Result<BTreeSet<_>, _>>();
+    let filter = Filter {
+        repo_url: request.repo_url.clone(),
+        labels: request.labels.clone(),
+        mine: request.mine.then(|| principal.to_owned()),
+    };
+    Ok((Walk::new(states.map_err(|wrong| invalid(&wrong))?), filter))
+}
+
+/// What is wanted beside the state.
 struct Filter {
-    states: BTreeSet<BuildState>,
     repo_url: String,
     labels: BTreeMap<String, String>,
     mine: Option<String>,
 }
 
 impl Filter {
-    fn of(principal: &str, request: &v1::ListBuildsRequest) -> Result<Self, Status> {
-        let states = request.states.iter().map(|word| word.parse()).collect::<Result<_, _>>();
-        Ok(Self {
-            states: states.map_err(|wrong| invalid(&wrong))?,
-            repo_url: request.repo_url.clone(),
-            labels: request.labels.clone(),
-            mine: request.mine.then(|| principal.to_owned()),
-        })
+    /// As far as memory knows: of a finished build, whose it was.
+    fn may_fit(&self, build: Listed<'_>) -> bool {
+        match build {
+            Listed::Open(build) => self.is_by(&build.submitted_by) && self.fits(build),
+            Listed::Finished(_, build) => self.is_by(&build.submitted_by),
+        }
     }
 
-    fn needs_record(&self) -> bool {
-        !self.repo_url.is_empty() || !self.labels.is_empty()
+    fn is_by(&self, submitted_by: &str) -> bool {
+        self.mine.as_deref().is_none_or(|mine| mine == submitted_by)
     }
 
-    fn fits(&self, state: BuildState, submitted_by: &str) -> bool {
-        (self.states.is_empty() || self.states.contains(&state))
-            && self.mine.as_deref().is_none_or(|mine| mine == submitted_by)
+    fn fits(&self, record: &BuildRecord) -> bool {
+        view::passes(record, &self.repo_url, &self.labels)
     }
 }
 
 struct Listing {
     service: BuildRpc,
+    walk: Walk,
     filter: Filter,
-    candidates: VecDeque<BuildId>,
     ready: VecDeque<v1::BuildStatus>,
     left: u64,
 }
 
 impl Listing {
     async fn next(mut self) -> Result<Option<(v1::BuildStatus, Self)>, Status> {
-        while self.ready.is_empty() && !self.candidates.is_empty() && self.left > 0 {
+        while self.ready.is_empty() && !self.walk.is_over() && self.left > 0 {
             self.read_page().await?;
         }
         let next = if self.left > 0 { self.ready.pop_front() } else { None };
@@ -103,32 +100,26 @@ impl Listing {
     }
 
     async fn read_page(&mut self) -> Result<(), Status> {
-        let size = self.candidates.len().min(PAGE).min(usize::try_from(self.left).unwrap_or(PAGE));
-        let ids: Vec<BuildId> = self.candidates.drain(..size).collect();
+        let size = usize::try_from(self.left).unwrap_or(PAGE).min(PAGE);
         let registry = &self.service.services.registry;
-        // Open builds were taken first, so what memory still has of this page comes before what the store has.
-        let (mut records, mut ended) = (Vec::with_capacity(size), Vec::new());
+        let (mut records, mut ended) = (Vec::new(), Vec::new());
         registry.with_state(|state| {
-            for id in ids {
-                match state.build(&id) {
-                    Some(Known::Open(record)) => records.push(Arc::clone(record)),
-                    Some(Known::Finished(_)) => ended.push(id),
-                    Some(Known::Purged(_)) | None => {}
+            for build in self.walk.step(state, LOOKS, size, |build| self.filter.may_fit(build)) {
+                match build {
+                    Listed::Open(record) => records.push(Arc::clone(record)),
+                    Listed::Finished(id, _) => ended.push(id.clone()),
                 }
             }
         });
-        if !ended.is_empty() {
+        if ended.is_empty() {
+            // Others want the processor, and the lock, too.
+            tokio::task::yield_now().await;
+        } else {
             let found = registry.finished_page(ended).await.map_err(|error| answer::of_store(&error))?;
             records.extend(found.into_iter().map(|view| view.record));
         }
-        for record in &records {
-            // Looked at again: a build may have moved on since its id was taken.
-            if self.filter.fits(record.state, &record.submitted_by)
-                && view::passes(record, &self.filter.repo_url, &self.filter.labels)
-            {
-                self.ready.push_back(view::status_of(record));
-            }
-        }
+        records.retain(|record| self.filter.fits(record));
+        self.ready.extend(records.iter().map(|record| view::status_of(record)));
         Ok(())
     }
 }
