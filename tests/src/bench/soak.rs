@@ -37,7 +37,8 @@ pub fn measure(settings: &Settings) -> anyhow::Result<Figure> {
     ours.set_policy(&[&format!("retain_builds={RETAINED}"), &format!("tombstone_ms={REMEMBERED}")])?;
     let endpoint = ours.cluster.leader().grpc.context("a coordinator has an endpoint")?;
     let (bulk, control) = (ours.channel(&endpoint, Traffic::Bulk)?, ours.channel(&endpoint, Traffic::Control)?);
-    let (turns, builds) = (settings.rounds(48, 6), settings.rounds(4_000, 500));
+    // The log's first segment goes after some forty turns: each half has to see that.
+    let (turns, builds) = (settings.rounds(96, 6), settings.rounds(4_000, 500));
     let largest = |role: &str| {
         let members = ours.cluster.all(role);
         let sizes = members.iter().map(|member| disk_bytes(&member.data_dir) / f64::from(1 << 20));
