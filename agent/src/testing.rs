@@ -25,7 +25,11 @@ pub(crate) fn config(data_dir: &Path) -> Config {
         source: SourceConfig { allow_file_urls: true, ..SourceConfig::default() },
         limits: crate::config::LimitsConfig::default(),
         resources: crate::config::ResourcesConfig::default(),
-        disk: crate::config::DiskConfig::default(),
+        disk: crate::config::DiskConfig {
+            reserve_bytes: Some(0),
+            reserve_inodes: Some(0),
+            ..crate::config::DiskConfig::default()
+        },
         podman: PodmanConfig::default(),
         policy: crate::policy::PolicyConfig::default(),
         secrets: std::collections::BTreeMap::new(),

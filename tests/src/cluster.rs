@@ -191,6 +191,10 @@ impl Cluster {
         if !shape.settings.iter().any(|setting| setting.starts_with("podman.")) {
             command.args(["--set", "agent.podman.enabled=false"]);
         }
+        // How full the disk of this machine is must not decide.
+        if !shape.settings.iter().any(|setting| setting.starts_with("disk.")) {
+            command.args(["--set", "agent.disk.reserve_bytes=0", "--set", "agent.disk.reserve_inodes=0"]);
+        }
         for setting in &shape.settings {
             let role = if setting.starts_with("coordinator.") { "" } else { "agent." };
             command.args(["--set", &format!("{role}{setting}")]);

@@ -53,11 +53,13 @@ impl Host {
 
     fn wrapped(dir: &Path, cluster: &Cluster, wrapper: &[&str], more: &str) -> Self {
         let tls = &cluster.tls;
+        // How full the disk of this machine is must not decide.
+        let no_reserve = if more.contains("[disk]") { "" } else { "[disk]\nreserve_bytes = 0\nreserve_inodes = 0\n" };
         let text = format!(
             "name = 'w1'\ncoordinators = ['{}']\ncapacity = 8\nisolation = 'none'\ndata_dir = '{}'\nrunner_path = '{}'\n\
              [tls]\nca = '{}'\ncert = '{}'\nkey = '{}'\n\
              [exec]\nallow_job_commands = true\n[source]\nallow_file_urls = true\n\
-             [podman]\nenabled = false\n{more}",
+             [podman]\nenabled = false\n{no_reserve}{more}",
             cluster.endpoint,
             dir.join("data").display(),
             runner().display(),

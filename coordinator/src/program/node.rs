@@ -24,7 +24,7 @@ use crate::membership::{Membership, belong};
 use crate::metrics::Metrics;
 use crate::node_dir::{NodeDir, NodeIdentity};
 use crate::plane::ClusterPlane;
-use crate::raft::{self, Options, Started, Timing};
+use crate::raft::{self, Options, RenewWhen, Started, Timing};
 use crate::registry::Registry;
 use crate::rpc::changes::Changes;
 use crate::rpc::cluster::ClusterRpc;
@@ -282,6 +282,10 @@ fn options(config: &Config) -> Options {
         grpc: config.advertise.clone(),
         timing: timing(&config.raft),
         snapshot_log_bytes: config.raft.snapshot_log_bytes.unwrap_or(defaults.snapshot_log_bytes),
+        store_renewal: RenewWhen {
+            above_bytes: config.raft.registry_renew_bytes.unwrap_or(defaults.store_renewal.above_bytes),
+            ..defaults.store_renewal
+        },
         ..defaults
     }
 }

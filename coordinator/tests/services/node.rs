@@ -64,7 +64,7 @@ impl One {
                 heartbeat_interval: Some(Duration::from_millis(30)),
                 election_timeout_min: Some(Duration::from_millis(80)),
                 election_timeout_max: Some(Duration::from_millis(150)),
-                snapshot_log_bytes: None,
+                ..RaftTimings::default()
             },
             log: Log::default(),
         };

@@ -38,6 +38,24 @@ pub struct Walk {
     listed: BTreeSet<u64>,
 }
 
+/// What one step may do, and what it found.
+struct Page<'a> {
+    looks: usize,
+    wanted: usize,
+    found: Vec<Listed<'a>>,
+}
+
+impl Page<'_> {
+    /// Whether one more build may be looked at, which counts as a look.
+    fn takes_a_look(&mut self) -> bool {
+        if self.looks == 0 || self.found.len() >= self.wanted {
+            return false;
+        }
+        self.looks -= 1;
+        true
+    }
+}
+
 impl Walk {
     /// Along all builds of some states; of every state, if none is named.
     #[must_use]
@@ -55,48 +73,75 @@ impl Walk {
     pub fn step<'a>(
         &mut self,
         state: &'a State,
-        mut looks: usize,
+        looks: usize,
         wanted: usize,
         fits: impl Fn(Listed<'a>) -> bool,
     ) -> Vec<Listed<'a>> {
-        let mut found = Vec::new();
+        let mut page = Page { looks, wanted, found: Vec::new() };
         if let Place::Open { after } = self.place {
-            if self.wants(BuildState::Queued) || self.wants(BuildState::Running) {
-                let begun_alone = !self.wants(BuildState::Queued);
-                for build in state.open_builds_after(after, begun_alone) {
-                    if looks == 0 || found.len() >= wanted {
-                        return found;
-                    }
-                    looks -= 1;
-                    self.place = Place::Open { after: Some(build.sequence) };
-                    if self.wants(build.state) && fits(Listed::Open(build)) {
-                        self.listed.insert(build.sequence);
-                        found.push(Listed::Open(build));
-                    }
-                }
+            if !self.has_walked_open(state, after, &mut page, &fits) {
+                return page.found;
             }
             self.place = Place::Finished { after: None };
         }
         if let Place::Finished { after } = self.place.clone() {
-            let mut last: Option<&Ended> = None;
-            if BuildState::ALL.into_iter().any(|it| it.is_terminal() && self.wants(it)) {
-                for (place, build) in state.finished_builds_after(after.as_ref()) {
-                    if looks == 0 || found.len() >= wanted {
-                        self.place = Place::Finished { after: last.cloned().or(after) };
-                        return found;
-                    }
-                    looks -= 1;
-                    last = Some(place);
-                    let (_, sequence, id) = place;
-                    let listed = Listed::Finished(id, build);
-                    if self.wants(build.state) && !self.listed.contains(sequence) && fits(listed) {
-                        found.push(listed);
-                    }
-                }
+            if !self.has_walked_finished(state, after, &mut page, &fits) {
+                return page.found;
             }
             self.place = Place::Over;
         }
-        found
+        page.found
+    }
+
+    /// Whether all open builds were looked at.
+    fn has_walked_open<'a>(
+        &mut self,
+        state: &'a State,
+        after: Option<u64>,
+        page: &mut Page<'a>,
+        fits: impl Fn(Listed<'a>) -> bool,
+    ) -> bool {
+        if !self.wants(BuildState::Queued) && !self.wants(BuildState::Running) {
+            return true;
+        }
+        for build in state.open_builds_after(after, !self.wants(BuildState::Queued)) {
+            if !page.takes_a_look() {
+                return false;
+            }
+            self.place = Place::Open { after: Some(build.sequence) };
+            if self.wants(build.state) && fits(Listed::Open(build)) {
+                self.listed.insert(build.sequence);
+                page.found.push(Listed::Open(build));
+            }
+        }
+        true
+    }
+
+    /// Whether all finished builds were looked at.
+    fn has_walked_finished<'a>(
+        &mut self,
+        state: &'a State,
+        after: Option<Ended>,
+        page: &mut Page<'a>,
+        fits: impl Fn(Listed<'a>) -> bool,
+    ) -> bool {
+        if !BuildState::ALL.into_iter().any(|it| it.is_terminal() && self.wants(it)) {
+            return true;
+        }
+        let mut last: Option<&Ended> = None;
+        for (place, build) in state.finished_builds_after(after.as_ref()) {
+            if !page.takes_a_look() {
+                self.place = Place::Finished { after: last.cloned().or(after) };
+                return false;
+            }
+            last = Some(place);
+            let (_, sequence, id) = place;
+            let listed = Listed::Finished(id, build);
+            if self.wants(build.state) && !self.listed.contains(sequence) && fits(listed) {
+                page.found.push(listed);
+            }
+        }
+        true
     }
 
     fn wants(&self, state: BuildState) -> bool {

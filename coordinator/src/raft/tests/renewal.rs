@@ -11,7 +11,7 @@ use helix_model::LogTime;
 use super::crash::{Image, Numbers, copy_of, judge};
 use super::harness::{id, submit, submit_with};
 use super::letting_go::register;
-use super::storage::{apply, meta};
+use super::storage::{ALWAYS, apply, meta};
 use crate::codec::encode_row;
 use crate::raft::rows::base_key;
 use crate::raft::store::{Changes, Store};
@@ -150,7 +150,7 @@ fn a_copy_that_fails_is_given_up_and_tried_again_later() {
     let registry = root.path().join("registry");
     let mut story = Story::new(&registry);
     story.write(&[submit("a"), submit("b")]);
-    let mut renewal = Renewal::new(Arc::clone(&story.store), RenewWhen { above_bytes: 0, times: 0 });
+    let mut renewal = Renewal::new(Arc::clone(&story.store), ALWAYS);
     renewal.look();
     assert!(renewal.due_in().is_some() && registry.join("1").exists());
     renewal.step().unwrap();
@@ -167,7 +167,7 @@ fn a_copy_that_fails_is_given_up_and_tried_again_later() {
     assert!(renewal.due_in().is_none(), "not at once");
     // The store serves on, and the next renewal, as after a start, goes through.
     story.write(&[submit("d")]);
-    let mut next = Renewal::new(Arc::clone(&story.store), RenewWhen { above_bytes: 0, times: 0 });
+    let mut next = Renewal::new(Arc::clone(&story.store), ALWAYS);
     next.look();
     next.write(story.write(&[cancel("a")]));
     while next.due_in().is_some() {
@@ -213,7 +213,7 @@ fn sizes(when: RenewWhen) -> (u64, u64) {
 #[test]
 fn a_store_whose_builds_come_and_go_does_not_grow_without_an_end() {
     const MIB: u64 = 1 << 20;
-    let (size, copy) = sizes(RenewWhen { above_bytes: MIB, times: 2 });
+    let (size, copy) = sizes(RenewWhen { above_bytes: MIB, times: 2, rests: 3 });
     assert!(size <= 2 * copy + MIB, "{size} bytes, a copy {copy}");
     let (size, copy) = sizes(RenewWhen::NEVER);
     assert!(size > 2 * copy + 2 * MIB, "{size} bytes, a copy {copy}: nothing was proven");

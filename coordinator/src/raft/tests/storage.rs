@@ -29,7 +29,7 @@ fn open_log(path: &Path) -> io::Result<LogStore> {
 }
 
 /// The store's file is written anew again and again, without an end.
-pub(super) const ALWAYS: RenewWhen = RenewWhen { above_bytes: 0, times: 0 };
+pub(super) const ALWAYS: RenewWhen = RenewWhen { above_bytes: 0, times: 0, rests: 0 };
 
 pub(super) fn open_machine(path: &Path, renewal: RenewWhen) -> (StateMachine, Writer) {
     let store = Arc::new(Store::open(&path.join("registry"), 1 << 20).unwrap());
@@ -241,7 +241,7 @@ async fn a_snapshot_amid_changes(renewal: RenewWhen) {
     assert!(record.is_some());
     let current = root.path().join("registry/current");
     if renewal == ALWAYS {
-        // A copy rests between its steps.
+        // A step begins only when nothing else is to be done, and none has to have yet.
         let anew = async {
             while !current.exists() {
                 tokio::time::sleep(Duration::from_millis(5)).await;

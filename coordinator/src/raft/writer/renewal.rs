@@ -12,24 +12,23 @@ use super::super::store::{Changes, Copy, Store, guarded};
 /// Between a copy that failed and the next.
 const AGAIN_AFTER: Duration = Duration::from_secs(600);
 
-/// A step is followed by a rest of so many times what it took: nothing waits for the copy, and all else waits for the processor.
-const RESTS: u32 = 3;
-
-/// But no longer than this: a step that a slow disk held up says little of the next.
+/// The longest rest: a step that a slow disk held up says little of the next.
 const REST_MAX: Duration = Duration::from_millis(500);
 
-/// When a store's file is written anew: both must be so.
+/// When a store's file is written anew, and how hastily.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RenewWhen {
-    /// It is larger than this,
+    /// It must be larger than this,
     pub above_bytes: u64,
     /// and than so many times what it was when it was new.
     pub times: u64,
+    /// A step is followed by a rest of so many times what it took: nothing waits for the copy, and all else waits for the processor.
+    pub rests: u32,
 }
 
 impl RenewWhen {
     /// It is left as it is.
-    pub(in crate::raft) const NEVER: Self = Self { above_bytes: u64::MAX, times: 0 };
+    pub(in crate::raft) const NEVER: Self = Self { above_bytes: u64::MAX, times: 0, rests: 0 };
 }
 
 /// Whether a copy is under way, and when the next is due.
@@ -85,7 +84,7 @@ impl Renewal {
         let Some(copy) = &mut self.copy else { return Ok(()) };
         let (store, began) = (&self.store, Instant::now());
         let step = guarded(|| Ok(copy.step(store)? && copy.finish(store).map(|()| true)?));
-        self.rests_until = Instant::now().checked_add((began.elapsed() * RESTS).min(REST_MAX));
+        self.rests_until = Instant::now().checked_add(began.elapsed().saturating_mul(self.when.rests).min(REST_MAX));
         match step {
             Ok(false) => {}
             Ok(true) => self.switch()?,

@@ -116,9 +116,9 @@ impl Listing {
             tokio::task::yield_now().await;
         } else {
             let found = registry.finished_page(ended).await.map_err(|error| answer::of_store(&error))?;
-            records.extend(found.into_iter().map(|view| view.record));
+            // Repositories and labels of finished builds are in the store alone.
+            records.extend(found.into_iter().map(|view| view.record).filter(|record| self.filter.fits(record)));
         }
-        records.retain(|record| self.filter.fits(record));
         self.ready.extend(records.iter().map(|record| view::status_of(record)));
         Ok(())
     }

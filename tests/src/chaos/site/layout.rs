@@ -21,6 +21,9 @@ const VALID_FOR: Duration = Duration::from_secs(3 * 365 * 24 * 3600);
 /// Below which a coordinator takes nothing more, in bytes.
 pub(in crate::chaos) const RESERVE: u64 = 64 << 20;
 
+/// Few minutes see the log cut and the registry's file written anew, many times.
+const SMALL: &str = "[raft]\nsnapshot_log_bytes = \"2MiB\"\nregistry_renew_bytes = \"1MiB\"\n";
+
 /// How a coordinator begins.
 pub(super) enum Beginning {
     /// As one of the first.
@@ -93,7 +96,7 @@ impl Site {
         let data = self.data_dir(node);
         let text = format!(
             "data_dir = {data:?}\nadvertise = \"https://{0}:7420\"\n[listen]\ngrpc = \"{0}:7420\"\n\
-             peer = \"{0}:7421\"\nhttp = \"{0}:7422\"\n{tls}",
+             peer = \"{0}:7421\"\nhttp = \"{0}:7422\"\n{tls}{SMALL}",
             ip(seat)
         );
         fs::write(self.config(node), text)?;

@@ -86,9 +86,14 @@ pub(super) type Statuses = BTreeMap<String, Value>;
 
 impl Site {
     pub(super) fn start(coordinators: u16, agents: u16) -> Self {
+        Self::start_with(coordinators, agents, &[])
+    }
+
+    pub(super) fn start_with(coordinators: u16, agents: u16, settings: &[&str]) -> Self {
         let points = tempfile::tempdir().unwrap();
         let environment = [(VARIABLE, points.path().display().to_string())];
-        let shape = Shape { coordinators, agents, capacity: 6, settings: Vec::new() };
+        let shape =
+            Shape { coordinators, agents, capacity: 6, settings: settings.iter().map(|&it| it.to_owned()).collect() };
         let cluster = Cluster::start_with(&shape, &environment).unwrap();
         let site = Self { cluster, points, serial: Cell::new(0), ended: Vec::new(), given_up: RefCell::default() };
         // Many a runner dies, which is no fault of its host's; and the largest log is to be small.
