@@ -24,7 +24,7 @@ use super::reader::Reader;
 use super::server::{PeerHandler, RaftHandler};
 use super::state_machine::{StateMachine, applied_of};
 use super::status::Watcher;
-use super::timing::{Timing, slowest_fsync};
+use super::timing::{FSYNC_MOST, Timing, slowest_fsync};
 use super::types::{Member, Raft};
 use super::writer::{RenewWhen, Writer};
 use crate::node_dir::NodeDir;

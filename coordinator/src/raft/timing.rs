@@ -18,7 +18,10 @@ pub struct Timing {
 
 const HEARTBEAT: Duration = Duration::from_millis(30);
 const ELECTION_LEAST: Duration = Duration::from_millis(80);
-const ELECTION_MOST: Duration = Duration::from_millis(800);
+/// A fail-over that took longer would be worse than a leader that changes for nothing.
+const ELECTION_MOST: Duration = Duration::from_secs(2);
+/// The slowest fsync of which an election's wait is ten times.
+pub(super) const FSYNC_MOST: Duration = Duration::from_millis(200);
 const PROBES: usize = 200;
 const PROBE_TIME_MAX: Duration = Duration::from_secs(1);
 
@@ -63,7 +66,9 @@ mod tests {
         let ms = Duration::from_millis;
         assert_eq!(Timing::for_fsync(ms(1)).election_min, ms(80));
         assert_eq!(Timing::for_fsync(ms(20)).election_min, ms(200));
-        assert_eq!(Timing::for_fsync(ms(2_000)).election_min, ms(800));
+        assert_eq!(Timing::for_fsync(ms(150)).election_min, ms(1_500));
+        assert_eq!(Timing::for_fsync(FSYNC_MOST).election_min, FSYNC_MOST * 10);
+        assert_eq!(Timing::for_fsync(ms(2_000)).election_min, FSYNC_MOST * 10);
         assert_eq!(Timing::for_fsync(ms(1)).election_max, ms(150));
     }
 }

@@ -280,6 +280,9 @@ impl Keeper {
             if let Err(error) = self.raft.trigger().transfer_leader(successor).await {
                 tracing::debug!(%error, "leadership is not handed over");
             }
+        } else {
+            // Nobody else has a vote.
+            tracing::warn!("the log is kept whole for a member that is away: bring it back, or `helix cluster remove` it");
         }
     }
 }

@@ -8,7 +8,7 @@ use helix_common::files::{Durability, write_atomic};
 use helix_common::removal::remove_gradually;
 use helix_core::State;
 
-use super::{LogLimits, LogStore, Options, StartError, Timing, slowest_fsync};
+use super::{FSYNC_MOST, LogLimits, LogStore, Options, StartError, Timing, slowest_fsync};
 use crate::clock::wall_ms;
 use crate::codec::CodecError;
 use crate::node_dir::NodeDir;
@@ -65,6 +65,9 @@ fn measure(root: &Path) -> Result<Timing, StartError> {
     let slowest = slowest_fsync(root).map_err(at(root))?;
     let timing = Timing::for_fsync(slowest);
     tracing::info!(?slowest, ?timing, "disk measured");
+    if slowest > FSYNC_MOST {
+        tracing::warn!(?slowest, "the disk is too slow for a coordinator: leaders may change for no other reason");
+    }
     Ok(timing)
 }
 
