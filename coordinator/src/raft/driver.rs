@@ -195,6 +195,7 @@ fn assemble(parts: Parts) -> Started {
     tasks.spawn(Reader { raft: r, shared: s, peers: p, leadership: seen, queue: barrier_queue, stop: token }.run());
     tasks.spawn(look_up(lookup_queue, writer.clone(), stop.clone()));
     tasks.spawn(introduce(registry.clone(), options.clone(), stop.clone()));
+    tasks.spawn(end_with(writer.clone(), peers.clone(), stop.clone()));
     let raft_handler = RaftHandler::new(
         raft.clone(),
         peers.clone(),
@@ -216,6 +217,14 @@ fn assemble(parts: Parts) -> Started {
     };
     let task = tokio::spawn(controller.run());
     Started { registry, peers, raft: raft_handler, peer, task }
+}
+
+/// A node whose store fails ends at once, and not with the next entry, which may be long in coming.
+async fn end_with(writer: Writer, peers: Peers, stop: CancellationToken) {
+    tokio::select! {
+        why = writer.failed() => peers.fail(why),
+        () = stop.cancelled() => {}
+    }
 }
 
 fn config(cluster: &str, timing: Timing) -> Result<Config, StartError> {

@@ -212,6 +212,19 @@ impl Writer {
         }
     }
 
+    /// Waits until it cannot write any more, and says why; for ever, if it can until it is stopped.
+    pub(crate) async fn failed(&self) -> String {
+        loop {
+            let news = self.inner.room.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            if let Some(why) = &self.inner.pending().failed {
+                return why.clone();
+            }
+            news.await;
+        }
+    }
+
     /// Takes what an entry changed, in the order of the log.
     pub(crate) fn push(&self, rows: Vec<RowChange>, meta: SnapshotMeta) {
         let mut pending = self.inner.pending();

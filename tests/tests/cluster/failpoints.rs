@@ -113,20 +113,6 @@ fn processes_die_at_each_point_and_keep_what_they_promised() {
     strike_all(&deaths(Scene::Coordinator), &deaths(Scene::Agent));
 }
 
-/// The same two steps as a latecomer takes, in those who have everything.
-#[test]
-fn coordinators_die_and_disks_fail_when_the_registry_is_written_anew() {
-    let of_renewal = |case: &Case| matches!(case.point, Point::StoreImported | Point::StoreSwitched);
-    let cases = [deaths(Scene::Latecomer), failures(Scene::Latecomer)].concat();
-    let cases: Vec<Case> = cases.into_iter().filter(of_renewal).collect();
-    if cases.is_empty() {
-        return;
-    }
-    let mut site = Site::start_with(3, 1, &["coordinator.raft.registry_renew_bytes=1"]);
-    cases.into_iter().for_each(|case| site.strike(&[case]));
-    site.end();
-}
-
 #[test]
 fn disks_fail_at_each_point_and_nothing_is_called_done_that_is_not() {
     strike_all(&failures(Scene::Coordinator), &failures(Scene::Agent));

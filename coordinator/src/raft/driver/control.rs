@@ -282,7 +282,9 @@ impl Keeper {
             }
         } else {
             // Nobody else has a vote.
-            tracing::warn!("the log is kept whole for a member that is away: bring it back, or `helix cluster remove` it");
+            tracing::warn!(
+                "the log is kept whole for a member that is away: bring it back, or `helix cluster remove` it"
+            );
         }
     }
 }

@@ -119,6 +119,29 @@ fn a_latecomer_dies_at_each_step_of_the_snapshot_that_it_is_sent() {
     site.end();
 }
 
+/// The last two of a latecomer's steps are those of every coordinator whose registry is written anew.
+#[test]
+fn a_coordinator_dies_at_each_step_of_writing_its_registry_anew() {
+    let of_renewal = |case: &Case| matches!(case.point, Point::StoreImported | Point::StoreSwitched);
+    let cases: Vec<Case> = cases(Scene::Latecomer).into_iter().filter(of_renewal).collect();
+    if cases.is_empty() {
+        return;
+    }
+    let site = Site::start_with(3, 1, &["coordinator.raft.registry_renew_bytes=0B"]);
+    for case in cases {
+        // A registry that was lost is made from snapshot and log, and written anew once it is there.
+        let member = site.cluster.member("coordinator", "2");
+        site.cluster.kill(&member);
+        fs::remove_dir_all(member.data_dir.join("registry")).unwrap();
+        site.arm(case);
+        site.cluster.start_again(&member);
+        expect_death(&site, case);
+        expect_known(&site, &member, &build(&site, "true"));
+        eprintln!("{case}");
+    }
+    site.end();
+}
+
 #[test]
 fn a_deposed_leader_dies_giving_up_what_nobody_else_has() {
     let cases = cases(Scene::Deposed);
