@@ -82,6 +82,7 @@ gauges! {
     blob_segment_syncs: "Fsyncs of the segments that small blobs share",
     blobs_damaged: "Blobs this node found damaged and looks for a good copy of",
     blobs_lost: "Blobs that this node found damaged, or misses as the leader, and that have no good copy anywhere",
+    blobs_short: "Blobs of which the coordinators that answer hold fewer copies than policy says, on the leader",
     blobs_found_damaged: "Blobs this node found damaged since its start",
     blobs_repaired: "Damaged blobs this node replaced by a good copy since its start",
     blobs_scrubbed: "Blobs this node read again to check them since its start",
@@ -159,6 +160,7 @@ impl Metrics {
         let health = services.blobs.health().totals();
         gauges.blobs_damaged.set(health.waiting);
         gauges.blobs_lost.set(health.lost.max(registry.counters().blobs_missing.get()));
+        gauges.blobs_short.set(registry.counters().blobs_short.get());
         gauges.blobs_found_damaged.set(health.found);
         gauges.blobs_repaired.set(health.repaired);
         gauges.blobs_scrubbed.set(health.scrubbed);

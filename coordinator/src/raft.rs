@@ -35,4 +35,4 @@ pub use writer::RenewWhen;
 #[cfg(test)]
 use driver::open_for_test;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,7 +1,13 @@
 //! Bytes on as many voters as policy says: looked after by the leader, and before a coordinator leaves.
 //!
 //! A pass walks all blobs that builds name, asks the voters which they hold, and has those that should hold one and do not
-//! fetch it. Nothing of it is recorded: a pass that is cut short is begun anew, and finds less to do.
+//! fetch it. Nothing of it is recorded: a pass that is cut short is begun anew, and finds less to do. When the leader begins
+//! one, and which voters it does without, is in `keep` and `silence`.
+
+mod keep;
+mod silence;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,10 +20,10 @@ use helix_model::placement::rendezvous;
 use helix_model::{Digest, ErrorCode, NodeId};
 use helix_proto::peer;
 use helix_proto::peer::member_service_client::MemberServiceClient;
-use tokio::time::{Instant, MissedTickBehavior};
-use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::Channel;
+
+pub use keep::Schedule;
 
 use crate::peers::Peers;
 use crate::registry::{Consistency, Registry};
@@ -27,10 +33,6 @@ use crate::rpc::answer;
 const HOLD_ANSWER: Duration = Duration::from_secs(10);
 /// How long a node that fetches may say nothing; it says something every few seconds.
 const FETCH_SILENCE: Duration = Duration::from_secs(30);
-/// How often the leader looks whether a pass is due.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// A pass that changed nothing is repeated after so long.
-const PASS_EVERY: Duration = Duration::from_secs(3_600);
 /// In the background so many bytes are copied a second, at most: builds come first.
 const BYTES_PER_SECOND: u64 = 32 << 20;
 /// And so long is waited between pages.
@@ -50,13 +52,18 @@ pub struct Repair {
 }
 
 /// What a pass is to bring about.
+#[derive(PartialEq, Eq)]
 pub(crate) struct Plan {
     /// Whose copies count.
     pub(crate) keepers: BTreeSet<NodeId>,
+    /// Voters for whom nobody waits: they are not asked, take nothing, and may hold anything.
+    pub(crate) silent: BTreeSet<NodeId>,
     /// Somebody whose copies do not count, and who may be asked for them.
     pub(crate) leaving: Option<NodeId>,
     /// How many keepers shall hold each blob.
     pub(crate) copies: usize,
+    /// How many would, if nobody were silent.
+    pub(crate) wanted: usize,
     /// Whether others come first.
     pub(crate) pace: Pace,
 }
@@ -146,57 +153,6 @@ impl Repair {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Says once which blobs are lost.
-    fn note_lost(&self, found: Vec<Digest>) {
-        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        for digest in found.iter().filter(|digest| !lost.contains(digest)) {
-            tracing::error!(%digest, "a blob that a build names is on no coordinator: its bytes are lost");
-        }
-        self.registry.counters().blobs_missing.set(found.len() as u64);
-        *lost = found;
-    }
-
-    /// Looks after the copies while this node leads, until `stop`: soon after it began to lead, when the voters or the
-    /// policy's number of copies changed, and every hour.
-    pub async fn keep(self, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(LOOK_EVERY);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut done: Option<(BTreeSet<NodeId>, usize, Instant)> = None;
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
-            if !self.registry.leadership().borrow().is_leader {
-                done = None;
-                // Whoever leads now knows better.
-                self.note_lost(Vec::new());
-                continue;
-            }
-            let plan = self.plan(None, Pace::Background);
-            let fresh = done.as_ref().is_some_and(|(keepers, copies, at)| {
-                *keepers == plan.keepers && *copies == plan.copies && at.elapsed() < PASS_EVERY
-            });
-            if fresh || plan.keepers.len() < 2 {
-                continue;
-            }
-            let pass = tokio::select! {
-                () = stop.cancelled() => return,
-                pass = self.while_leading(&plan) => pass,
-            };
-            match pass {
-                Ok(mut tally) => {
-                    self.note_lost(std::mem::take(&mut tally.lost));
-                    if tally.copied > 0 || tally.short > 0 {
-                        tracing::info!(?tally, "blobs were copied to where they should be");
-                    }
-                    done = Some((plan.keepers, plan.copies, Instant::now()));
-                }
-                Err(error) => tracing::debug!(%error, "not all copies could be looked after; again soon"),
-            }
-        }
-    }
-
     /// What is to be so once `leaving` has left.
     pub(crate) fn plan(&self, leaving: Option<NodeId>, pace: Pace) -> Plan {
         let mut keepers = self.registry.voters();
@@ -204,17 +160,7 @@ impl Repair {
             keepers.remove(&leaving);
         }
         let copies = usize::try_from(self.registry.policy().copies).unwrap_or(usize::MAX).min(keepers.len()).max(1);
-        Plan { keepers, leaving, copies, pace }
-    }
-
-    async fn while_leading(&self, plan: &Plan) -> Result<Tally, Status> {
-        let mut pass = self.pass(plan).await?;
-        while pass.step().await? {
-            if !self.registry.leadership().borrow().is_leader {
-                return Err(Status::cancelled("this node leads no more"));
-            }
-        }
-        Ok(pass.tally)
+        Plan { keepers, silent: BTreeSet::new(), leaving, copies, wanted: copies, pace }
     }
 
     /// Begins a pass over all blobs that builds name now, and over those that whoever leaves has leased.
@@ -254,14 +200,18 @@ impl Repair {
                     let why = failures.get(digest).map_or("nobody else has it", String::as_str);
                     tally.examples.push(format!("{digest}: {why}"));
                 }
-            } else if have > 0 && have < plan.copies {
+            } else if have > 0 && have < plan.wanted {
                 tally.short += 1;
             } else if have == 0 && plan.leaving.is_none() {
                 absent.push(*digest);
             }
         }
+        let absences = absent.len();
+        let lost = self.on_nobody(plan, absent).await;
+        // Somebody has them, or may.
+        tally.short += (absences - lost.len()) as u64;
         let room = LOST_MAX.saturating_sub(tally.lost.len());
-        tally.lost.extend(self.on_nobody(plan, absent).await.into_iter().take(room));
+        tally.lost.extend(lost.into_iter().take(room));
         tally.checked += digests.len() as u64;
         if plan.pace == Pace::Background {
             let copying = Duration::from_secs_f64((tally.bytes - before) as f64 / BYTES_PER_SECOND as f64);
@@ -270,17 +220,25 @@ impl Repair {
         Ok(())
     }
 
-    /// Those that members without a vote do not have either. A member that does not answer may have all of them.
+    /// Those that members without a vote do not have either. A member that does not answer may have all of them, but for those
+    /// that nobody had when all answered.
     async fn on_nobody(&self, plan: &Plan, mut digests: Vec<Digest>) -> Vec<Digest> {
-        let others: Vec<NodeId> =
-            self.registry.members().into_keys().filter(|node| !plan.keepers.contains(node)).collect();
-        for node in others {
-            if digests.is_empty() {
+        if digests.is_empty() {
+            return digests;
+        }
+        let mut all_answer = plan.silent.is_empty();
+        let members = self.registry.members().into_keys();
+        for node in members.filter(|node| !plan.keepers.contains(node) && !plan.silent.contains(node)) {
+            let Ok(held) = self.held(node, &digests).await else {
+                all_answer = false;
                 break;
-            }
-            let Ok(held) = self.held(node, &digests).await else { return Vec::new() };
+            };
             let mut held = held.into_iter();
             digests.retain(|_| held.next() == Some(false));
+        }
+        if !all_answer {
+            let known = self.lost();
+            digests.retain(|digest| known.contains(digest));
         }
         digests
     }

@@ -26,6 +26,7 @@ use crate::node_dir::{NodeDir, NodeIdentity};
 use crate::plane::ClusterPlane;
 use crate::raft::{self, Options, RenewWhen, Started, Timing};
 use crate::registry::Registry;
+use crate::repair;
 use crate::rpc::changes::Changes;
 use crate::rpc::cluster::ClusterRpc;
 use crate::rpc::members::MemberRpc;
@@ -77,6 +78,14 @@ impl Node {
     /// # Errors
     /// What is wrong, in one line, and what to do about it.
     pub async fn start(config: &Config) -> anyhow::Result<Self> {
+        Self::start_with(config, repair::Schedule::default()).await
+    }
+
+    /// The same, with copies looked after by another schedule. For tests: the times are the same everywhere.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_with(config: &Config, copies: repair::Schedule) -> anyhow::Result<Self> {
         let (dir, tls) = open(config).await?;
         check_identity(dir.identity(), &tls)?;
         let sockets = Sockets {
@@ -87,7 +96,7 @@ impl Node {
         let disk = DiskRoom::of(dir.path())
             .with_context(|| format!("the file system of {} does not answer", dir.path().display()))?;
         let started = raft::start(Arc::clone(&dir), Arc::clone(&tls), options(config)).await?;
-        Self::assemble(dir, tls, sockets, disk, started, config).await
+        Self::assemble(dir, tls, sockets, disk, started, config, copies).await
     }
 
     async fn assemble(
@@ -97,6 +106,7 @@ impl Node {
         disk: DiskRoom,
         started: Started,
         config: &Config,
+        copies: repair::Schedule,
     ) -> anyhow::Result<Self> {
         let Started { registry, peers: others, raft, peer, task: consensus } = started;
         let addresses = sockets.addresses()?;
@@ -124,7 +134,7 @@ impl Node {
         clients.spawn(services.disk.clone().watch(clients_stop.clone()));
 
         let membership = Membership::new(registry.clone(), others.clone());
-        clients.spawn(membership.repair().keep(clients_stop.clone()));
+        clients.spawn(membership.repair().keep(copies, clients_stop.clone()));
         clients.spawn(belong(registry, others.clone(), clients_stop.clone()));
         let members = MemberRpc::new(services.clone(), others.clone(), &config.advertise);
         let cluster = ClusterRpc::new(services.clone(), others, membership);

@@ -95,6 +95,8 @@ pub struct Counters {
     pub store_bytes: Number,
     /// Blobs that builds name and that nobody had when this node last looked as the leader.
     pub blobs_missing: Number,
+    /// Blobs that builds name and that fewer voters that answer had than policy says, when this node last looked as the leader.
+    pub blobs_short: Number,
     /// Rows that wait to be written to the store.
     pub store_pending: Number,
     /// Snapshots written.

@@ -161,7 +161,8 @@ impl ClusterRpc {
             warnings.push("disk_reserve".to_owned());
         }
         let v1::BlobTrouble { damaged, lost, .. } = self.trouble().unwrap_or_default();
-        let words = [(damaged, "blobs_damaged"), (lost, "blobs_lost")];
+        let short = self.services.registry.counters().blobs_short.get();
+        let words = [(damaged, "blobs_damaged"), (lost, "blobs_lost"), (short, "blobs_short")];
         warnings.extend(words.into_iter().filter(|(count, _)| *count > 0).map(|(_, word)| word.to_owned()));
         if self.services.blobs.store().bucket().is_some_and(|bucket| bucket.totals().failing) {
             warnings.push("bucket_failing".to_owned());

@@ -5,6 +5,7 @@
 
 mod builds;
 mod changing;
+mod copies;
 mod listing;
 mod node;
 mod pages;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,21 +53,8 @@ impl One {
         let (grpc, peer) = (free_address(), free_address());
         let data_dir = directory.path().join("data");
         node_dir::init(&data_dir, CLUSTER, NodeId(1), &BTreeMap::from([(NodeId(1), peer.to_string())])).unwrap();
-        let config = Config {
-            data_dir,
-            advertise: format!("https://{grpc}"),
-            worker_threads: 1,
-            listen: Listen { grpc, peer, http: SocketAddr::from(([127, 0, 0, 1], 0)) },
-            tls: files(directory.path(), &authority, Role::Coordinator, "1"),
-            blobs: Default::default(),
-            raft: RaftTimings {
-                heartbeat_interval: Some(Duration::from_millis(30)),
-                election_timeout_min: Some(Duration::from_millis(80)),
-                election_timeout_max: Some(Duration::from_millis(150)),
-                ..RaftTimings::default()
-            },
-            log: Log::default(),
-        };
+        let tls = files(directory.path(), &authority, Role::Coordinator, "1");
+        let config = config(data_dir, grpc, peer, tls, [30, 80, 150]);
         let node = Node::start(&config).await.unwrap();
         let mut leadership = node.registry().leadership();
         tokio::time::timeout(Duration::from_secs(20), leadership.wait_for(|seen| seen.is_leader))
@@ -193,8 +180,24 @@ fn instance() -> Instance {
     Instance::new("disk.boot").unwrap()
 }
 
+/// Of a node with these times of consensus, in milliseconds: heartbeats, and the least and the most of an election.
+pub(crate) fn config(data_dir: PathBuf, grpc: SocketAddr, peer: SocketAddr, tls: TlsFiles, raft: [u64; 3]) -> Config {
+    let [heartbeat_interval, election_timeout_min, election_timeout_max] =
+        raft.map(|ms| Some(Duration::from_millis(ms)));
+    Config {
+        data_dir,
+        advertise: format!("https://{grpc}"),
+        worker_threads: 1,
+        listen: Listen { grpc, peer, http: SocketAddr::from(([127, 0, 0, 1], 0)) },
+        tls,
+        blobs: Default::default(),
+        raft: RaftTimings { heartbeat_interval, election_timeout_min, election_timeout_max, ..RaftTimings::default() },
+        log: Log::default(),
+    }
+}
+
 /// An address that nobody else is given.
-fn free_address() -> SocketAddr {
+pub(crate) fn free_address() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], ports::free(1).unwrap()))
 }
 

@@ -41,6 +41,7 @@ async fn health_readiness_version_and_metrics() {
         ("/metrics", "helix_disk_free_bytes"),
         ("/metrics", "helix_blob_bytes 5"),
         ("/metrics", "helix_blob_segment_syncs 1"),
+        ("/metrics", "helix_blobs_short 0"),
         ("/metrics", "helix_live_log_bytes 0"),
         ("/metrics", "# EOF"),
     ] {

@@ -18,6 +18,7 @@ use helix_model::{BuildId, BuildSpec, Digest, Executor, NodeId};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 
 use crate::node_dir::{NodeDir, NodeDirError, init};
 use crate::peers::Peers;
@@ -72,6 +73,8 @@ pub(crate) struct Cluster {
     pub(crate) snapshot_log_bytes: u64,
     /// Nodes that play an older version: the highest command format that they know.
     pub(crate) formats: BTreeMap<NodeId, u32>,
+    /// What nodes serve beside consensus.
+    pub(crate) routes: BTreeMap<NodeId, Routes>,
 }
 
 /// A node that runs.
@@ -100,6 +103,7 @@ impl Cluster {
             nodes: BTreeMap::new(),
             snapshot_log_bytes: 128 << 20,
             formats: BTreeMap::new(),
+            routes: BTreeMap::new(),
         };
         for number in 1..=count {
             cluster.init(NodeId(number));
@@ -169,7 +173,8 @@ impl Cluster {
         let server = {
             let stop = stop.clone();
             let incoming = accept::serve(listener, tls, Limits::default());
-            let router = accept::server().add_service(raft.service()).add_service(peer.service());
+            let beside = self.routes.get(&node).cloned().unwrap_or_default();
+            let router = accept::server().add_routes(beside).add_service(raft.service()).add_service(peer.service());
             tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled()).await.unwrap() })
         };
         self.nodes.insert(node, Node { registry, peers, stop, server, task });
