@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use helix_agent::attempt::record;
 use helix_agent_core::Assignment;
-use helix_model::{BuildSpec, Instance};
+use helix_model::{AttemptKey, Instance};
 use helix_proto::agent::{AttemptId, Finished, agent_message};
 use helix_runner::AttemptDir;
+use helix_runner::journal::Journal;
 
 use super::World;
 use super::cluster::{Cluster, Link, line};
@@ -109,19 +110,25 @@ async fn what_had_not_begun_when_the_time_was_over_does_not_begin() {
     let instance = Instance::new(&world.cluster.seen().hellos[0].instance).unwrap();
     world.host.kill();
     link.cut();
-    // As an agent leaves it that dies between its assignment and its order.
-    let ran = world.dir().join("ran");
-    let key: helix_model::AttemptKey = "unbegun.0.1".parse().unwrap();
-    let spec: BuildSpec = line(&format!("touch {}", ran.display()));
-    let assignment = Assignment { key: key.clone(), spec, commit: None, platform: None, previous: String::new() };
-    let dir = AttemptDir::new(&world.dir().join("data/attempts").join(key.to_string()));
-    std::fs::create_dir(dir.root()).unwrap();
-    record::write_assignment(&dir, &assignment, &instance).unwrap();
+    // As an agent leaves them that dies between assignment and order; several, because a stop may be seen at more than one place.
+    let dirs: Vec<AttemptDir> = (0..8)
+        .map(|number| {
+            let key: AttemptKey = format!("unbegun{number}.0.1").parse().unwrap();
+            let dir = AttemptDir::new(world.dir().join("data/attempts").join(key.to_string()));
+            let (spec, previous) = (line("true"), String::new());
+            let assignment = Assignment { key, spec, commit: None, platform: None, previous };
+            std::fs::create_dir(dir.root()).unwrap();
+            record::write_assignment(&dir, &assignment, &instance).unwrap();
+            dir
+        })
+        .collect();
     world.host.start();
-    eventually("its time is over", || world.host.log().contains("an attempt is stopped")).await;
+    eventually("their time is over", || world.host.log().matches("an attempt is stopped").count() == dirs.len()).await;
     link.mend();
-    let id = AttemptId { build_id: "unbegun".to_owned(), task: 0, attempt: 1 };
-    assert_cut_off(&world.cluster.finished(&id).await);
-    assert_eq!(world.cluster.sealed_log(&id).await, [LAST_LINE]);
-    assert!(!ran.exists(), "it was begun");
+    for (number, dir) in dirs.iter().enumerate() {
+        let id = AttemptId { build_id: format!("unbegun{number}"), task: 0, attempt: 1 };
+        assert_cut_off(&world.cluster.finished(&id).await);
+        assert_eq!(world.cluster.sealed_log(&id).await, [LAST_LINE]);
+        assert!(!Journal::read(dir).unwrap().is_ordered(), "a runner was given it");
+    }
 }
