@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::attempt::{self, Begin, Handle};
+use crate::config::Config;
 use crate::control::DetachRequest;
 use crate::host::unix_ms;
 use crate::services::Services;
@@ -86,10 +87,12 @@ pub async fn run(services: Arc<Services>, found: Vec<(AttemptKey, Found)>, input
         ended: None,
         unheard_since: None,
     };
+    let mut allowed = running.services.allowed.changes();
+    running.take_limit(&allowed.borrow_and_update());
     for (key, found) in found {
         running.take(Event::AttemptFound(key, found));
     }
-    running.run(events, inputs).await
+    running.run(events, inputs, allowed).await
 }
 
 struct Loop {
@@ -108,7 +111,12 @@ struct Loop {
 }
 
 impl Loop {
-    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut inputs: Inputs) -> Ended {
+    async fn run(
+        mut self,
+        mut events: mpsc::Receiver<Event>,
+        mut inputs: Inputs,
+        mut allowed: watch::Receiver<Arc<Config>>,
+    ) -> Ended {
         let mut tick = interval(TICK);
         let mut sweep = interval(SWEEP_INTERVAL);
         let mut heartbeat = interval(Duration::from_secs(1));
@@ -135,6 +143,7 @@ impl Loop {
                         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
                     }
                 }
+                Ok(()) = allowed.changed() => self.take_limit(&allowed.borrow_and_update()),
                 () = inputs.shutdown.graceful().cancelled(), if !draining => self.take(Event::DrainAsked),
                 () = inputs.shutdown.forced().cancelled(), if !stopping && stop_all_by.is_none() => {
                     stop_all_by = Some(tokio::time::Instant::now() + STOP_ALL_LIMIT);
@@ -172,6 +181,10 @@ impl Loop {
         }
     }
 
+    fn take_limit(&mut self, config: &Config) {
+        self.take(Event::CutOffLimitSet(config.policy.stop_cut_off_after_ms));
+    }
+
     fn perform(&mut self, command: Command) {
         match command {
             Command::Start(assignment) => {
@@ -182,7 +195,12 @@ impl Loop {
             Command::Resume(key) => self.start(key, Begin::Found),
             Command::GiveCommit(key, commit) => self.wish(&key, |wishes| wishes.commit = Some(commit)),
             Command::GiveImages(key, images) => self.wish(&key, |wishes| wishes.images = Some(images)),
-            Command::Stop(key, cause) => self.wish(&key, |wishes| wishes.stop = Some(cause)),
+            Command::Stop(key, cause) => {
+                if let StopCause::CutOff { limit_ms } = cause {
+                    tracing::warn!(attempt = %key, limit_ms, "no leader for too long: an attempt is stopped");
+                }
+                self.wish(&key, |wishes| wishes.stop = Some(cause));
+            }
             Command::Remove(key) => self.wish(&key, |wishes| {
                 wishes.stop.get_or_insert(StopCause::Registry(Reason::Cancelled));
                 wishes.remove = true;

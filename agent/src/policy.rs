@@ -1,5 +1,6 @@
 //! What the owner of this host allows to be built on it, whatever a coordinator assigns: repositories, push targets,
-//! executors, platforms, and who gets which secret. Whether builds bring commands is `exec.allow_job_commands`.
+//! executors, platforms, and who gets which secret; and for how long builds go on that no coordinator can reach. Whether builds
+//! bring commands is `exec.allow_job_commands`.
 //!
 //! A pattern is text in which `*` stands for anything, but in a scheme, host or registry for nothing that would lead to
 //! another: no `/` and no `@`. Invariant: what cannot be read without doubt matches no pattern but `*` alone.
@@ -13,6 +14,13 @@ use crate::config::{Config, ConfigWrong};
 /// The pattern that allows everything.
 pub const ANY: &str = "*";
 
+/// As long as a build may take that names no limit, where the cluster's policy does not say otherwise: while the cluster is away, nothing is
+/// lost that would not have run into its own limit, and nothing goes on for ever that nobody can stop.
+const STOP_CUT_OFF_AFTER_MS: u64 = 24 * 3_600_000;
+
+/// It may take an agent as long to find a new leader: what is shorter would stop builds at a mere change of leaders.
+const STOP_CUT_OFF_AFTER_MS_MIN: u64 = 1_000;
+
 /// See [`Config::policy`]. Each list allows what it names; an empty one allows nothing.
 #[derive(Clone, PartialEq, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -25,13 +33,21 @@ pub struct PolicyConfig {
     pub executors: Vec<String>,
     /// Platforms, or `*`.
     pub platforms: Vec<String>,
+    /// How long the agent may have no session with any leader before it stops all builds; 0: for ever.
+    pub stop_cut_off_after_ms: u64,
 }
 
 impl Default for PolicyConfig {
     fn default() -> Self {
         let any = || vec![ANY.to_owned()];
         let executors = [Executor::Exec, Executor::Podman].map(|executor| executor.as_str().to_owned()).to_vec();
-        Self { repositories: any(), push: any(), executors, platforms: any() }
+        Self {
+            repositories: any(),
+            push: any(),
+            executors,
+            platforms: any(),
+            stop_cut_off_after_ms: STOP_CUT_OFF_AFTER_MS,
+        }
     }
 }
 
@@ -57,6 +73,13 @@ impl PolicyConfig {
         for platform in self.platforms.iter().filter(|platform| *platform != ANY) {
             let checked = Platform::new(platform);
             checked.map_err(|invalid| ConfigWrong { key: "policy.platforms", why: invalid.why })?;
+        }
+        if (1..STOP_CUT_OFF_AFTER_MS_MIN).contains(&self.stop_cut_off_after_ms) {
+            let why = format!(
+                "{} is shorter than a change of leaders may take: at least {STOP_CUT_OFF_AFTER_MS_MIN}, or 0 for never",
+                self.stop_cut_off_after_ms
+            );
+            return Err(ConfigWrong { key: "policy.stop_cut_off_after_ms", why });
         }
         Ok(())
     }
@@ -274,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_that_mean_nothing_are_refused() {
+    fn patterns_and_limits_that_mean_nothing_are_refused() {
         let with = |change: &dyn Fn(&mut PolicyConfig)| {
             let mut policy = PolicyConfig::default();
             change(&mut policy);
@@ -293,6 +316,9 @@ mod tests {
         }
         assert_eq!(with(&|policy| policy.executors.push("docker".to_owned())), "policy.executors");
         assert_eq!(with(&|policy| policy.platforms.push("Linux".to_owned())), "policy.platforms");
+        for (ms, wrong) in [(0, ""), (1, "policy.stop_cut_off_after_ms"), (1_000, ""), (u64::MAX, "")] {
+            assert_eq!(with(&|policy| policy.stop_cut_off_after_ms = ms), wrong, "{ms}");
+        }
     }
 
     #[test]

@@ -138,7 +138,7 @@ pub async fn keep(
         }
         tracing::debug!(%endpoint, %status, "no session");
         if backoff.failures() == 10 {
-            tracing::warn!(%endpoint, %status, "no coordinator takes this agent; builds go on");
+            tracing::warn!(%endpoint, %status, "no coordinator takes this agent; builds go on meanwhile");
         }
         let lease = settings.borrow().as_ref().map(|settings| settings.worker_lease);
         let longest = lease.map_or(WAIT_MAX, |lease| (lease / TRIES_PER_LEASE).max(WAIT_BASE));

@@ -27,8 +27,11 @@ pub enum Event {
     AttemptFound(AttemptKey, Found),
     /// A leader welcomed us.
     SessionOpened(SessionNumber),
-    /// The session is over, for whatever reason. Builds go on: they are fenced off by number, not by silence.
+    /// The session is over, for whatever reason. Builds go on: what comes of them is fenced off by number, not by silence;
+    /// how long they do without any leader is the owner's to say.
     SessionClosed(SessionNumber),
+    /// How long there may be no session before all attempts are stopped, in milliseconds, counts from now on; 0: for ever.
+    CutOffLimitSet(u64),
     /// The leader said something.
     Said(SessionNumber, Order),
     /// An attempt's ref was resolved.
@@ -132,13 +135,24 @@ pub struct Agent {
     /// Removed, and not proven dead: who asks is not told that they are.
     unproven: BTreeSet<AttemptKey>,
     session: Option<SessionNumber>,
+    /// Since when there is no session: since the last one, or since the first tick of this agent.
+    cut_off_since_ms: Option<u64>,
+    cut_off_limit_ms: u64,
     mode: Mode,
     exited: bool,
 }
 
 impl Default for Agent {
     fn default() -> Self {
-        Self { attempts: BTreeMap::new(), unproven: BTreeSet::new(), session: None, mode: Mode::Working, exited: false }
+        Self {
+            attempts: BTreeMap::new(),
+            unproven: BTreeSet::new(),
+            session: None,
+            cut_off_since_ms: None,
+            cut_off_limit_ms: 0,
+            mode: Mode::Working,
+            exited: false,
+        }
     }
 }
 
@@ -166,7 +180,8 @@ impl Agent {
         match event {
             Event::AttemptFound(key, found) => self.attempt_found(key, found, out),
             Event::SessionOpened(session) => self.session_opened(now_ms, session, out),
-            Event::SessionClosed(session) => self.session_closed(session),
+            Event::SessionClosed(session) => self.session_closed(now_ms, session),
+            Event::CutOffLimitSet(limit_ms) => self.cut_off_limit_ms = limit_ms,
             Event::Said(session, order) => {
                 if self.session == Some(session) {
                     self.said(now_ms, order, out);
@@ -185,7 +200,10 @@ impl Agent {
             Event::DetachAsked => self.detach_asked(out),
             Event::DetachTimedOut => self.exit_if(Mode::Detaching, ExitKind::Detached, out),
             Event::StopAllTimedOut => self.exit_if(Mode::Stopping, ExitKind::Done, out),
-            Event::Ticked => self.say_what_is_owed(now_ms, out),
+            Event::Ticked => {
+                self.stop_if_cut_off(now_ms, out);
+                self.say_what_is_owed(now_ms, out);
+            }
         }
         self.exit_when_done(out);
     }
@@ -213,7 +231,7 @@ impl Agent {
     }
 
     fn session_opened(&mut self, now_ms: u64, session: SessionNumber, out: &mut Vec<Command>) {
-        self.session = Some(session);
+        (self.session, self.cut_off_since_ms) = (Some(session), None);
         for attempt in self.attempts.values_mut() {
             attempt.said_at_ms = None;
         }
@@ -225,9 +243,23 @@ impl Agent {
         self.say_what_is_owed(now_ms, out);
     }
 
-    fn session_closed(&mut self, session: SessionNumber) {
+    fn session_closed(&mut self, now_ms: u64, session: SessionNumber) {
         if self.session == Some(session) {
-            self.session = None;
+            (self.session, self.cut_off_since_ms) = (None, Some(now_ms));
+        }
+    }
+
+    /// What runs here may run elsewhere by now, and nobody can stop it. An agent that goes for an upgrade leaves it to the next
+    /// one, which counts anew.
+    fn stop_if_cut_off(&mut self, now_ms: u64, out: &mut Vec<Command>) {
+        if self.session.is_some() {
+            return;
+        }
+        let since_ms = *self.cut_off_since_ms.get_or_insert(now_ms);
+        let limit_ms = self.cut_off_limit_ms;
+        let is_over = limit_ms > 0 && now_ms.saturating_sub(since_ms) >= limit_ms;
+        if is_over && self.mode != Mode::Detaching {
+            self.stop_all(StopCause::CutOff { limit_ms }, out);
         }
     }
 
@@ -412,10 +444,14 @@ impl Agent {
         }
         self.drain_asked(out);
         self.mode = Mode::Stopping;
+        self.stop_all(StopCause::Drained, out);
+    }
+
+    fn stop_all(&mut self, cause: StopCause, out: &mut Vec<Command>) {
         for (key, attempt) in &mut self.attempts {
             if attempt.stop.is_none() && !matches!(attempt.phase, Phase::Ended { .. } | Phase::Removing { .. }) {
-                attempt.stop = Some(StopCause::Drained);
-                out.push(Command::Stop(key.clone(), StopCause::Drained));
+                attempt.stop = Some(cause);
+                out.push(Command::Stop(key.clone(), cause));
             }
         }
     }

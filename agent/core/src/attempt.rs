@@ -48,6 +48,11 @@ pub enum StopCause {
     Registry(Reason),
     /// The agent itself, which has to go now.
     Drained,
+    /// The agent itself, which no leader has had a session with for as long as its owner allows.
+    CutOff {
+        /// How long that is.
+        limit_ms: u64,
+    },
 }
 
 /// What was found of an attempt when the agent started.

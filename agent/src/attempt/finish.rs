@@ -11,6 +11,7 @@ use helix_model::{BuildSpec, Measure, Outputs, Reason, Room};
 use helix_runner::{AttemptDir, End, MemoryKill, Outcome};
 
 use super::outputs::{self, Output, Unusable, Why};
+use super::prepare::stopped;
 use super::{Attempt, Ending, image, record, seal};
 use crate::blocking::blocking;
 use crate::host::unix_ms;
@@ -113,7 +114,7 @@ impl Attempt {
             Ending::RunnerLost(death) => {
                 let verdict = match stop {
                     Some(StopCause::Registry(_)) => Verdict::Stopped,
-                    Some(StopCause::Drained) | None => {
+                    Some(StopCause::Drained | StopCause::CutOff { .. }) | None => {
                         let message = format!("the runner died; {}", proof(death));
                         Verdict::Failed { reason: Reason::Internal, message }
                     }
@@ -136,7 +137,7 @@ impl Attempt {
         let deadline = self.services.stores.nodes().settings().await.store_deadline;
         let store = async { tokio::try_join!(self.store_outputs(assignment), self.store_log()) };
         let stored = tokio::select! {
-            cause = self.stop_wished() => return Err(super::prepare::stopped(cause)),
+            cause = self.stop_wished() => return Err(stopped(cause)),
             stored = tokio::time::timeout(deadline, store) => stored,
         };
         let late = || (Reason::Artifact, format!("outputs and log could not be stored within {deadline:?}"));
@@ -321,10 +322,9 @@ fn verdict(outcome: &Outcome, stop: Option<StopCause>) -> Option<Verdict> {
         (Some(Reason::Silence), None) => {
             return failed(Reason::Silence, "nothing was printed for longer than the silence limit".to_owned());
         }
-        (_, Some(StopCause::Registry(_))) => return Some(Verdict::Stopped),
-        (Some(Reason::Drained), _) | (_, Some(StopCause::Drained)) => {
-            return failed(Reason::Drained, "the agent had to go".to_owned());
-        }
+        (_, Some(cause)) => return Some(stopped(cause)),
+        // An earlier agent stopped it, or somebody its runner.
+        (Some(Reason::Drained), None) => return Some(stopped(StopCause::Drained)),
         (Some(Reason::DiskFull), None) => {
             let message = match outcome.room {
                 Room::Host => "the host's disk was full, or had too little room left for the build",
@@ -409,6 +409,7 @@ mod tests {
         };
         let registry = Some(StopCause::Registry(Reason::Cancelled));
         let drained = Some(StopCause::Drained);
+        let cut_off = Some(StopCause::CutOff { limit_ms: 90_000 });
         let not_started = |errno| End::NotStarted { errno, error: "x".to_owned() };
         let killed = Some(Reason::Cancelled);
         for (end, stopped, stop, expected) in [
@@ -426,10 +427,16 @@ mod tests {
             (End::Exited(0), None, registry, "stopped"),
             (End::Exited(0), None, drained, "drained"),
             (End::Signaled(9), Some(Reason::Drained), None, "drained"),
+            (End::Signaled(9), Some(Reason::Drained), cut_off, "drained"),
+            (End::Exited(0), None, cut_off, "drained"),
             (End::Signaled(15), Some(Reason::Timeout), registry, "stopped"),
         ] {
             assert_eq!(reason(&outcome(end.clone(), stopped), stop), expected, "{end:?} {stopped:?} {stop:?}");
         }
+        let report = Report::bare(verdict(&outcome(End::Signaled(9), Some(Reason::Drained)), cut_off).unwrap());
+        let words =
+            "failed (drained): the agent was cut off from all coordinators for 1m30s (policy.stop_cut_off_after_ms)";
+        assert_eq!(last_words(&report), words);
         let spec = BuildSpec { timeout_ms: 90_000, ..BuildSpec::default() };
         assert_eq!(limit_text(Reason::Timeout, &spec), ": 1m30s");
         assert_eq!(limit_text(Reason::Silence, &spec) + &limit_text(Reason::Exit, &spec), "");

@@ -124,6 +124,7 @@ fn stop_request(cause: StopCause) -> Request {
     match cause {
         StopCause::Registry(reason) => Request::Stop { reason, grace_ms: GRACE_MS },
         StopCause::Drained => Request::Stop { reason: Reason::Drained, grace_ms: GRACE_MS / 2 },
+        StopCause::CutOff { .. } => Request::Stop { reason: Reason::Drained, grace_ms: GRACE_MS },
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use helix_agent_core::{Assignment, Event, StopCause, Verdict};
+use helix_model::parse::duration_text;
 use helix_model::{BuildSpec, Command, Executor, Reason};
 use helix_runner::journal;
 use helix_runner::{Order, Privileges};
@@ -36,11 +37,17 @@ const LEFTOVER_MS: u64 = 1_000;
 /// How long unpacking may wait for bytes in all.
 const FETCH_LIMIT: Duration = Duration::from_secs(1800);
 
-/// The verdict on an attempt that was stopped while nothing of it ran.
+/// The verdict on an attempt that was stopped. What the agent ends of its own accord it has drained: that is never the build's fault,
+/// nor does it count against this worker.
 pub(super) fn stopped(cause: StopCause) -> Verdict {
+    let drained = |message| Verdict::Failed { reason: Reason::Drained, message };
     match cause {
         StopCause::Registry(_) => Verdict::Stopped,
-        StopCause::Drained => Verdict::Failed { reason: Reason::Drained, message: "the agent had to go".to_owned() },
+        StopCause::Drained => drained("the agent had to go".to_owned()),
+        StopCause::CutOff { limit_ms } => drained(format!(
+            "the agent was cut off from all coordinators for {} (policy.stop_cut_off_after_ms)",
+            duration_text(limit_ms)
+        )),
     }
 }
 
@@ -94,6 +101,10 @@ impl Attempt {
         if order.isolation.is_some() {
             let handed_over = blocking(move || services.isolated.hand_over(&workdir, &key)).await;
             handed_over.map_err(|error| host("cannot hand over the workdir", &error))?;
+        }
+        // Much of the above waits for others, and for what a stop does not wait for.
+        if let Some(cause) = self.wished.borrow().stop {
+            return Err(stopped(cause));
         }
         match self.services.starter.start_ordered(self.dir.clone(), order, self.steps.token()).await {
             Ok(connection) => self.runner = Some(connection),

@@ -22,6 +22,8 @@ use helix_proto::convert::spec_to_wire;
 use helix_proto::v1::blob_service_server::{BlobService, BlobServiceServer};
 use helix_proto::v1::{self, put_blob_request::Part};
 use sha2::{Digest as _, Sha256};
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
@@ -53,6 +55,53 @@ pub(crate) struct Seen {
     pub(crate) uploads: u32,
 }
 
+/// What lies between an agent and the coordinator, and may be cut.
+pub(crate) struct Link {
+    cut: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Link {
+    /// Leads from this listener to a port.
+    fn new(listener: TcpListener, port: u16) -> Self {
+        let cut = watch::Sender::new(false);
+        let is_cut = cut.subscribe();
+        let task = tokio::spawn(async move {
+            loop {
+                let (mut near, _) = listener.accept().await.unwrap();
+                let mut is_cut = is_cut.clone();
+                tokio::spawn(async move {
+                    tokio::select! {
+                        biased;
+                        _ = is_cut.wait_for(|cut| *cut) => {}
+                        () = async {
+                            let mut far = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                            // However it ends, both are closed.
+                            let _ = copy_bidirectional(&mut near, &mut far).await;
+                        } => {}
+                    }
+                });
+            }
+        });
+        Self { cut, task }
+    }
+
+    /// Ends all connections, and lets no new one be made.
+    pub(crate) fn cut(&self) {
+        self.cut.send_replace(true);
+    }
+
+    pub(crate) fn mend(&self) {
+        self.cut.send_replace(false);
+    }
+}
+
 /// The coordinator.
 pub(crate) struct Cluster {
     seen: Arc<Mutex<Seen>>,
@@ -79,6 +128,21 @@ struct Service {
 
 impl Cluster {
     pub(crate) async fn start(dir: &Path) -> Self {
+        let listener = accept::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        Self::serve(dir, listener, port)
+    }
+
+    /// One that its agent reaches through a link alone.
+    pub(crate) async fn behind_a_link(dir: &Path) -> (Self, Link) {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let (near, far) = (accept::bind(any).await.unwrap(), accept::bind(any).await.unwrap());
+        let (shown, real) = (near.local_addr().unwrap().port(), far.local_addr().unwrap().port());
+        (Self::serve(dir, far, shown), Link::new(near, real))
+    }
+
+    /// Serves on this listener; agents are told this port.
+    fn serve(dir: &Path, listener: TcpListener, port: u16) -> Self {
         let authority = Authority::create("test").unwrap();
         authority.save(dir).unwrap();
         let files = |role, name: &str, stem: &str| {
@@ -87,8 +151,7 @@ impl Cluster {
             TlsFiles { ca: dir.join("ca.pem"), cert, key, revoked: None }
         };
         let own = TlsStore::load(files(Role::Coordinator, "1", "coordinator")).unwrap();
-        let listener = accept::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let endpoint = format!("https://{}", listener.local_addr().unwrap());
+        let endpoint = format!("https://127.0.0.1:{port}");
         let changed = watch::Sender::new(0);
         let service = Service {
             seen: Arc::default(),

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cluster;
+mod cut_off;
 mod disks;
 mod host;
 mod limits;

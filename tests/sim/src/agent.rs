@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use helix_agent_core::{
     Agent as Core, Assignment, Command, Event as Happening, ExitKind, Found, Message, Mode, Report, SessionNumber,
+    StopCause,
 };
 use helix_core::command::WorkerOffer;
 use helix_model::{AttemptKey, Executor, Instance, Platform, Resources, WorkerName};
@@ -18,6 +19,9 @@ use super::world::{Event, World};
 
 /// How long an agent that stopped everything says so, before it goes unheard.
 const UNHEARD_MS: u64 = 2_000;
+
+/// How long what is to be stopped may live on: a tick, and then the slowest kill.
+const STOP_MS: u64 = 9_200;
 
 /// What an agent writes of an attempt before it says anything of it.
 #[derive(Clone, Debug)]
@@ -39,6 +43,10 @@ pub(super) struct Agent {
     pub(super) life: u64,
     pub(super) up: bool,
     pub(super) cut_off_until: u64,
+    /// How long it may do without a leader; 0 for ever.
+    cut_off_limit_ms: u64,
+    /// Since when it does, if it does.
+    alone_since: u64,
     pub(super) capacity: u32,
     pub(super) core: Core,
     pub(super) spool: BTreeMap<AttemptKey, Spooled>,
@@ -60,14 +68,18 @@ impl Agent {
     }
 
     pub(super) fn new(number: usize, random: &mut Random) -> Self {
+        // Every other one has a limit, and some are cut off for far longer than that.
+        let cut_off_limit_ms = 1_000 * number as u64 * (number as u64 % 2);
         Self {
             name: WorkerName::new(&format!("w{number}")).unwrap_or_else(|error| panic!("{error}")),
             data: 0,
             life: 0,
             up: true,
             cut_off_until: 0,
+            cut_off_limit_ms,
+            alone_since: 0,
             capacity: random.between(1, 3) as u32,
-            core: Core::default(),
+            core: core(0, cut_off_limit_ms),
             spool: BTreeMap::new(),
             work: BTreeMap::new(),
             arm: number == 0 || random.chance(40),
@@ -94,6 +106,13 @@ impl Agent {
     }
 }
 
+/// The core of an agent's process that starts.
+fn core(now: u64, cut_off_limit_ms: u64) -> Core {
+    let mut core = Core::default();
+    core.on(now, Happening::CutOffLimitSet(cut_off_limit_ms), &mut Vec::new());
+    core
+}
+
 impl World {
     pub(super) fn instance(&self, agent: usize) -> Instance {
         let text = format!("d{}.b{}", self.agents[agent].data, self.hosts[agent].boot);
@@ -110,6 +129,9 @@ impl World {
         let (session, was_open) = (this.session, this.open);
         this.open = false;
         this.session += 1;
+        if was_open {
+            this.alone_since = self.now;
+        }
         if was_open && this.up {
             self.take(agent, Happening::SessionClosed(SessionNumber(session)));
         }
@@ -147,18 +169,23 @@ impl World {
 
     pub(super) fn agent_tick(&mut self, agent: usize) {
         self.after(100, Event::AgentTick(agent));
-        if !self.agents[agent].up || self.is_cut_off(agent) {
+        if !self.agents[agent].up {
             return;
         }
-        let now = self.now;
+        let (now, cut_off) = (self.now, self.is_cut_off(agent));
         if self.agents[agent].open && now.saturating_sub(self.agents[agent].heard_at) > 2_000 {
             self.disconnect(agent);
         }
-        if !self.agents[agent].open && self.agents[agent].next_hello <= now {
+        if !self.agents[agent].open && self.agents[agent].next_hello <= now && !cut_off {
             self.say_hello(agent);
         }
         self.take(agent, Happening::Ticked);
         self.leave_unheard(agent);
+        let verdict = self.judge_alone(agent);
+        self.check(verdict);
+        if cut_off {
+            return;
+        }
         self.store_what_is_wanted(agent);
         if self.agents[agent].open && self.agents[agent].next_beat <= now {
             self.agents[agent].next_beat = now + 500;
@@ -167,6 +194,21 @@ impl World {
             let silent_ms = silent.map(|(key, (_, since))| (key.clone(), now - since)).collect();
             let session = self.agents[agent].session;
             self.send_up(agent, Up::Beat { session, silent_ms });
+        }
+    }
+
+    /// Whether something runs on that an agent which is cut off had to stop by now.
+    fn judge_alone(&self, agent: usize) -> Result<(), String> {
+        let this = &self.agents[agent];
+        let (alone_ms, limit_ms) = (self.now - this.alone_since, this.cut_off_limit_ms);
+        if !this.up || this.open || limit_ms == 0 || alone_ms < limit_ms + STOP_MS {
+            return Ok(());
+        }
+        match this.spool.keys().find(|key| self.hosts[agent].can_kill(key)) {
+            Some(key) => {
+                Err(format!("{key} runs on w{agent}, which had {limit_ms} ms for finding a leader, and {alone_ms}"))
+            }
+            None => Ok(()),
         }
     }
 
@@ -237,7 +279,11 @@ impl World {
             Command::Resume(key) => self.resume_attempt(agent, &key),
             Command::GiveCommit(key, commit) => self.begin_process(agent, &key, Some(commit)),
             Command::GiveImages(key, images) => self.give_images(agent, &key, &images),
-            Command::Stop(key, cause) => self.stop_attempt(agent, &key, cause),
+            Command::Stop(_, StopCause::CutOff { .. }) if self.bug == Some(Bug::CutOffIgnored) => {}
+            Command::Stop(key, cause) => {
+                self.oracle.summary.cut_off += u64::from(matches!(cause, StopCause::CutOff { .. }));
+                self.stop_attempt(agent, &key, cause);
+            }
             Command::Remove(key) => self.remove_attempt(agent, &key),
             Command::StoreAgain(key, report) => self.store_again(agent, &key, &report),
             Command::Send(message) => self.say(agent, message),
@@ -275,7 +321,7 @@ impl World {
         self.trace.note(self.now, format_args!("the agent of w{agent} starts, as instance {}", self.instance(agent)));
         let this = &mut self.agents[agent];
         this.up = true;
-        this.core = Core::default();
+        (this.core, this.alone_since) = (core(self.now, this.cut_off_limit_ms), self.now);
         this.unheard_since = None;
         let again = self.bug == Some(Bug::RanTwice);
         let spooled: Vec<(AttemptKey, Spooled)> = this.spool.iter().map(|(k, s)| (k.clone(), s.clone())).collect();

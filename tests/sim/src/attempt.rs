@@ -236,7 +236,7 @@ impl World {
             (Ended::Exited(Fate::Succeeds), None) => return self.store_results(agent, key),
             (_, Some(StopCause::Registry(_))) => Verdict::Stopped,
             (Ended::RunnerLost, _) => failed(Reason::Internal, "the runner died"),
-            (_, Some(StopCause::Drained)) => failed(Reason::Drained, "the agent had to go"),
+            (_, Some(cause)) => stopped(cause),
             (Ended::Exited(Fate::Fails), None) => failed(Reason::Exit, "exit code 1"),
             (Ended::Exited(_), None) => failed(Reason::DiskFull, "no space left"),
             (Ended::Killed, None) => failed(Reason::Signal, "killed"),
@@ -270,9 +270,7 @@ impl World {
                 }
             }
             Stage::Preparing | Stage::AwaitingCommit | Stage::Storing(_) | Stage::AwaitingImages(_) => {
-                let drained = Verdict::Failed { reason: Reason::Drained, message: "the agent had to go".to_owned() };
-                let verdict = if cause == StopCause::Drained { drained } else { Verdict::Stopped };
-                self.end_with(agent, key, Report::bare(verdict));
+                self.end_with(agent, key, Report::bare(stopped(cause)));
             }
             Stage::Sealing(_) | Stage::Reported | Stage::Removing => {}
         }
@@ -326,6 +324,16 @@ impl World {
             host.processes.remove(&key);
         }
         self.leave_word(agent, &key, Ended::RunnerLost);
+    }
+}
+
+/// The verdict on what was stopped.
+fn stopped(cause: StopCause) -> Verdict {
+    let drained = |message: &str| Verdict::Failed { reason: Reason::Drained, message: message.to_owned() };
+    match cause {
+        StopCause::Registry(_) => Verdict::Stopped,
+        StopCause::Drained => drained("the agent had to go"),
+        StopCause::CutOff { .. } => drained("the agent was cut off"),
     }
 }
 

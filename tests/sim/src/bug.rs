@@ -24,6 +24,8 @@ pub enum Bug {
     LateLogDropped,
     /// The log of an attempt that could not begin is not sealed.
     UnbegunUnsealed,
+    /// An agent that is cut off for longer than it may be stops nothing.
+    CutOffIgnored,
     /// An agent calls dead what it cannot see.
     ClaimedProof,
     /// An agent offers more memory than its host has.
@@ -72,7 +74,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them, each with the seeds, from 0 on, within which it must be found.
-    pub const ALL: [(Self, u64); 32] = [
+    pub const ALL: [(Self, u64); 33] = [
         (Self::AckBeforeCommit, 10),
         (Self::AssignBeforeCommit, 40),
         (Self::StoppedBeforeDead, 10),
@@ -83,6 +85,7 @@ impl Bug {
         (Self::ForgottenEffects, 50),
         (Self::LateLogDropped, 10),
         (Self::UnbegunUnsealed, 100),
+        (Self::CutOffIgnored, 100),
         (Self::ClaimedProof, 40),
         (Self::InflatedOffer, 10),
         (Self::NeverProbed, 10),

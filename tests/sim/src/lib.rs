@@ -59,6 +59,8 @@ pub struct Summary {
     pub reruns: u64,
     /// Workers that were declared lost.
     pub losses: u64,
+    /// Attempts that were stopped by agents that were cut off for too long.
+    pub cut_off: u64,
     /// Builds that ended without proof.
     pub unverified: u64,
     /// Ends that agents reported without proof.
@@ -100,6 +102,7 @@ impl AddAssign for Summary {
         self.lost_proposals += other.lost_proposals;
         self.reruns += other.reruns;
         self.losses += other.losses;
+        self.cut_off += other.cut_off;
         self.unverified += other.unverified;
         self.unproven += other.unproven;
         self.probes += other.probes;

@@ -12,6 +12,7 @@ fn seeds_hold_and_something_happens_in_them() {
     assert!(sum.succeeded > 1_000 && sum.failed > 300 && sum.cancelled > 300 && sum.purged > 1_000, "{sum:#?}");
     assert!(sum.terms > 500 && sum.lost_proposals > 30 && sum.reruns > 300 && sum.losses > 100, "{sum:#?}");
     assert!(sum.unverified > 10 && sum.unproven > 50 && sum.probes > 50 && sum.claims > 50, "{sum:#?}");
+    assert!(sum.cut_off > 50, "{sum:#?}");
     assert!(sum.indexes > 50 && sum.snapshots > 1_000 && sum.installs > 100, "{sum:#?}");
     assert!(sum.disks_lost > 100 && sum.replaced > 40 && sum.repaired > 500, "{sum:#?}");
     assert!(sum.collected > 500 && sum.reused > 500, "{sum:#?}");

@@ -215,6 +215,103 @@ fn silence_of_the_cluster_stops_nothing_and_reports_wait() {
         .then(Event::SessionOpened(SessionNumber(2)), &[finished(1, failed())]);
 }
 
+/// An agent with an attempt that may be cut off for a minute, and is from now on.
+fn cut_off() -> Story {
+    Story::connected()
+        .then(Event::CutOffLimitSet(60_000), &[])
+        .assigned(1)
+        .later(3_600_000)
+        .then(Event::Ticked, &[])
+        .then(Event::SessionClosed(FIRST), &[])
+}
+
+fn cut_off_stop(attempt: u32, limit_ms: u64) -> Command {
+    Command::Stop(key(attempt), StopCause::CutOff { limit_ms })
+}
+
+#[test]
+fn an_agent_that_is_cut_off_for_too_long_stops_what_it_has_and_reports_later() {
+    let report = Report::bare(Verdict::Failed { reason: Reason::Drained, message: "cut off".to_owned() });
+    cut_off()
+        .then(Event::CommandStarted(key(1)), &[])
+        .later(59_999)
+        .then(Event::Ticked, &[])
+        .later(1)
+        .then(Event::Ticked, &[cut_off_stop(1, 60_000)])
+        .then(Event::Ticked, &[])
+        .then(Event::AttemptEnded(key(1), Box::new(report.clone())), &[])
+        .later(60_000)
+        .then(Event::Ticked, &[])
+        .then(Event::SessionOpened(SessionNumber(2)), &[finished(1, report)])
+        // The next attempt is none of those that nobody could stop.
+        .then(
+            Event::Said(SessionNumber(2), Order::Assign(assignment(2))),
+            &[Command::Remove(key(1)), Command::Start(assignment(2))],
+        )
+        .then(Event::Ticked, &[]);
+}
+
+#[test]
+fn what_had_not_begun_when_the_agent_was_cut_off_is_stopped_too_and_what_has_ended_is_not() {
+    let other = AttemptKey { task: TaskIndex(1), ..key(1) };
+    let ended = Event::AttemptFound(other, Found::Reported(Box::new(failed())));
+    let resolved = Event::SourceResolved(key(1), "c".to_owned());
+    let mut story = cut_off();
+    story.agent.on(story.now_ms, ended, &mut Vec::new());
+    story.then(resolved, &[]).later(60_000).then(Event::Ticked, &[cut_off_stop(1, 60_000)]);
+}
+
+#[test]
+fn a_session_in_time_begins_the_count_anew() {
+    cut_off()
+        .later(59_999)
+        .then(Event::SessionOpened(SessionNumber(2)), &[])
+        .later(60_000)
+        .then(Event::Ticked, &[])
+        // Of a session that was over already.
+        .then(Event::SessionClosed(FIRST), &[])
+        .then(Event::Ticked, &[])
+        .then(Event::SessionClosed(SessionNumber(2)), &[])
+        .later(59_999)
+        .then(Event::Ticked, &[])
+        .later(1)
+        .then(Event::Ticked, &[cut_off_stop(1, 60_000)]);
+}
+
+#[test]
+fn an_agent_that_starts_counts_from_its_start() {
+    Story::alone()
+        .later(1_000_000)
+        .then(Event::CutOffLimitSet(60_000), &[])
+        .then(Event::AttemptFound(key(1), Found::Started), &[Command::Resume(key(1))])
+        .then(Event::Ticked, &[])
+        .later(59_999)
+        .then(Event::Ticked, &[])
+        .later(1)
+        .then(Event::Ticked, &[cut_off_stop(1, 60_000)]);
+}
+
+#[test]
+fn another_limit_counts_at_once_and_none_stops_nothing() {
+    cut_off()
+        .later(59_999)
+        .then(Event::CutOffLimitSet(0), &[])
+        .later(3_600_000)
+        .then(Event::Ticked, &[])
+        .then(Event::CutOffLimitSet(30_000), &[])
+        .then(Event::Ticked, &[cut_off_stop(1, 30_000)]);
+}
+
+#[test]
+fn an_agent_that_goes_for_an_upgrade_while_it_is_cut_off_stops_nothing() {
+    cut_off()
+        .later(59_999)
+        .then(Event::DetachAsked, &[])
+        .later(1)
+        .then(Event::Ticked, &[])
+        .then(Event::DetachTimedOut, &[Command::Exit(ExitKind::Detached)]);
+}
+
 #[test]
 fn a_closed_session_has_no_say() {
     Story::connected()
