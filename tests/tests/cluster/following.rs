@@ -1,8 +1,12 @@
 //! Who follows a build goes on when the coordinator it is attached to is killed: every line once, in order, and the build's end.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use helix_tests::cluster::{Cluster, Member, PATIENCE, Shape, wait_for};
 
@@ -220,5 +224,54 @@ fn followers_outlive_a_coordinator_that_only_passes_the_log_on() {
     followers_outlive(|cluster| {
         let (leader, taker) = (cluster.leader().id, taker(cluster).id);
         cluster.all("coordinator").into_iter().find(|member| member.id != leader && member.id != taker).unwrap()
+    });
+}
+
+/// Takes connections and drops them at once, as long as something is done that is told how many there were; gives what was done.
+fn while_hanging_up<R>(listener: &TcpListener, work: impl FnOnce(&AtomicUsize) -> R) -> R {
+    let (stop, taken) = (AtomicBool::new(false), AtomicUsize::new(0));
+    listener.set_nonblocking(true).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    Ok(_) => drop(taken.fetch_add(1, Ordering::Relaxed)),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(2)),
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        });
+        // A test that fails in here must not wait for a listener that goes on for ever.
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&taken)));
+        stop.store(true, Ordering::Relaxed);
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+#[test]
+fn a_command_tries_a_dead_coordinator_once_and_not_with_each_of_its_calls() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    assert_eq!(cluster.helix(&["submit", "--id", "said", "--no-output", "--wait", "--", "echo said"]).code, 0);
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap();
+    let alive = cluster.member("coordinator", "1");
+    let both =
+        format!("endpoints = [\"https://{}\", {:?}]", dead.local_addr().unwrap(), alive.grpc.as_deref().unwrap());
+    let text = fs::read_to_string(cluster.context()).unwrap();
+    let lines: Vec<&str> =
+        text.lines().map(|line| if line.starts_with("endpoints") { both.as_str() } else { line }).collect();
+    let context = cluster.root().join("context-both.toml");
+    fs::write(&context, lines.join("\n")).unwrap();
+    while_hanging_up(&dead, |taken| {
+        // Which of the two is tried first is chance.
+        for _ in 0..TRIES {
+            let said = cluster.helix_with(&context, &["logs", "said"]);
+            assert!(said.code == 0 && said.stdout == "said\n", "{said:?}");
+            match taken.load(Ordering::Relaxed) {
+                0 => {}
+                1 => return,
+                more => panic!("it was tried {more} times by one command"),
+            }
+        }
+        panic!("it was never tried: this shows nothing");
     });
 }
