@@ -90,6 +90,9 @@ impl Connection {
             return Err(Failure { word: Some("wrong_cluster".to_owned()), ..Failure::plain(message) });
         }
         let endpoints = Endpoints::new(&context.endpoints, tls).map_err(|error| Failure::plain(error.to_string()))?;
+        // A coordinator that hangs must not use up all the patience. Once for all calls: each would else begin with whom the
+        // one before found dead.
+        let endpoints = endpoints.with_attempt_timeout(Times::of(options.connect_timeout).attempt);
         let backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
         let failing = RefCell::new(Failing { since: None, endpoint: String::new(), backoff });
         Ok(Self { endpoints, patience: options.connect_timeout, failing })
@@ -101,10 +104,7 @@ impl Connection {
         F: Fn(Channel) -> Fut,
         Fut: Future<Output = Result<T, Status>>,
     {
-        // A coordinator that hangs must not use up all the patience.
-        let times = Times::of(self.patience);
-        let endpoints = self.endpoints.with_attempt_timeout(times.attempt);
-        endpoints.call(times.patience, f).await.map_err(|error| match &error {
+        self.endpoints.call(Times::of(self.patience).patience, f).await.map_err(|error| match &error {
             CallError::Answered(status) => Failure::from_status(status),
             CallError::NoAnswer { last, .. } => {
                 let patience = duration_text(u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX));

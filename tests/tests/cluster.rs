@@ -23,6 +23,8 @@ mod endpoint;
 mod failpoints;
 #[path = "cluster/floods.rs"]
 mod floods;
+#[path = "cluster/following.rs"]
+mod following;
 #[path = "cluster/keeping.rs"]
 mod keeping;
 #[path = "cluster/members.rs"]

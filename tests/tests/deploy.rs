@@ -2,6 +2,8 @@
 
 #![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
 
+#[path = "deploy/disasters.rs"]
+mod disasters;
 #[path = "deploy/examples.rs"]
 mod examples;
 #[path = "deploy/hosts.rs"]

@@ -258,8 +258,8 @@ fn agent(
     config.insert("data_dir".to_owned(), text(&data_dir));
     config.insert("isolation".to_owned(), Value::String(arguments.isolation.clone()));
     config.insert("tls".to_owned(), tls(root, &cert, &key));
-    set(&mut config, "exec.allow_job_commands", "true")?;
-    set(&mut config, "source.allow_file_urls", "true")?;
+    set(&mut config, "agent", "exec.allow_job_commands", "true")?;
+    set(&mut config, "agent", "source.allow_file_urls", "true")?;
     set_all(&mut config, "agent", &arguments.settings)?;
     let path = root.join("config").join(format!("{name}.toml"));
     write(&path, &config.to_string())?;
@@ -275,11 +275,11 @@ fn agent(
 
 fn set_all(config: &mut Table, role: &str, settings: &[Setting]) -> Result<(), Failure> {
     let mut own = settings.iter().filter(|setting| setting.role == role);
-    own.try_for_each(|setting| set(config, &setting.key, &setting.value))
+    own.try_for_each(|setting| set(config, role, &setting.key, &setting.value))
 }
 
-/// Sets a dotted key; the value is TOML if it reads as that, else text.
-fn set(config: &mut Table, key: &str, value: &str) -> Result<(), Failure> {
+/// Sets a dotted key of a role's configuration; the value is TOML if it reads as that, else text.
+fn set(config: &mut Table, role: &str, key: &str, value: &str) -> Result<(), Failure> {
     let value = format!("v = {value}")
         .parse::<Table>()
         .ok()
@@ -290,7 +290,7 @@ fn set(config: &mut Table, key: &str, value: &str) -> Result<(), Failure> {
     let mut table = config;
     for part in parts {
         let inner = table.entry(part).or_insert_with(|| Value::Table(Table::new()));
-        table = inner.as_table_mut().ok_or_else(|| Failure::usage(format!("agent.{key}: {part} is not a table")))?;
+        table = inner.as_table_mut().ok_or_else(|| Failure::usage(format!("{role}.{key}: {part} is not a table")))?;
     }
     table.insert(last.to_owned(), value);
     Ok(())
@@ -316,13 +316,24 @@ mod tests {
     #[test]
     fn settings_are_toml_or_text_at_dotted_keys() {
         let mut config = Table::new();
-        set(&mut config, "capacity", "3").unwrap();
-        set(&mut config, "exec.shell", "bash").unwrap();
-        set(&mut config, "exec.bind", "[\"/a:/b:ro\"]").unwrap();
+        set(&mut config, "agent", "capacity", "3").unwrap();
+        set(&mut config, "agent", "exec.shell", "bash").unwrap();
+        set(&mut config, "agent", "exec.bind", "[\"/a:/b:ro\"]").unwrap();
         assert_eq!(config["capacity"].as_integer(), Some(3));
         assert_eq!(config["exec"]["shell"].as_str(), Some("bash"));
         assert_eq!(config["exec"]["bind"].as_array().map(Vec::len), Some(1));
-        assert!(set(&mut config, "capacity.x", "1").is_err());
+    }
+
+    #[test]
+    fn a_key_below_one_that_is_no_table_is_refused_in_the_words_it_was_given_in() {
+        for (role, setting_of_it) in [("coordinator", "coordinator.data_dir.x=1"), ("agent", "agent.data_dir.x.y=1")] {
+            let mut config = Table::new();
+            config.insert("data_dir".to_owned(), Value::String("/data".to_owned()));
+            let refused = set_all(&mut config, role, &[setting(setting_of_it).unwrap()]).unwrap_err();
+            let key = setting_of_it.trim_end_matches("=1");
+            assert_eq!(refused.message, format!("{key}: data_dir is not a table"));
+            assert_eq!(refused.code, crate::exit::Code::USAGE);
+        }
     }
 
     #[test]

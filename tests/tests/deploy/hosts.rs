@@ -16,8 +16,9 @@ use helix_tests::cluster::{alive, wait_for};
 const STEP_LIMIT: Duration = Duration::from_secs(120);
 
 /// The programs that hosts are made with.
-const TOOLS: &[&str] =
-    &["ip", "unshare", "nsenter", "setpriv", "setsid", "runuser", "useradd", "mount", "hostname", "curl", "stat"];
+const TOOLS: &[&str] = &[
+    "ip", "unshare", "nsenter", "setpriv", "setsid", "runuser", "useradd", "mount", "hostname", "curl", "stat", "tar",
+];
 
 /// What a script did.
 #[derive(Debug)]

@@ -5,6 +5,8 @@
 pub(crate) struct Step {
     /// The line of the runbook where the block begins.
     pub(crate) line: usize,
+    /// The headings it stands under: of the chapter and of the section.
+    pub(crate) under: [String; 2],
     /// Where it is run, in this order.
     pub(crate) hosts: Vec<String>,
     /// What is run.
@@ -17,8 +19,14 @@ pub(crate) struct Step {
 /// When a comment is followed by no block, or a block does not end.
 pub(crate) fn steps(text: &str) -> Vec<Step> {
     let mut steps = Vec::new();
+    let mut under = [String::new(), String::new()];
     let mut lines = text.lines().enumerate();
     while let Some((number, line)) = lines.next() {
+        if let Some(chapter) = line.strip_prefix("## ") {
+            under = [chapter.to_owned(), String::new()];
+        } else if let Some(section) = line.strip_prefix("### ") {
+            section.clone_into(&mut under[1]);
+        }
         let Some(marker) = line.strip_prefix("<!-- on:").and_then(|rest| rest.strip_suffix("-->")) else { continue };
         let hosts: Vec<String> = marker.split_whitespace().map(str::to_owned).collect();
         assert!(!hosts.is_empty(), "line {}: a comment without a host", number + 1);
@@ -33,7 +41,7 @@ pub(crate) fn steps(text: &str) -> Vec<Step> {
             script.push_str(line);
             script.push('\n');
         }
-        steps.push(Step { line: number + 2, hosts, script });
+        steps.push(Step { line: number + 2, under: under.clone(), hosts, script });
     }
     steps
 }
@@ -55,10 +63,21 @@ fn quoted(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn marked_blocks_are_found_with_their_hosts() {
-    let text = "a\n<!-- on: x y -->\n```sh\necho 1\n\necho 2\n```\n```sh\nnot this\n```\n";
-    let expected = Step { line: 3, hosts: vec!["x".into(), "y".into()], script: "echo 1\n\necho 2\n".into() };
-    assert_eq!(steps(text), [expected]);
+fn marked_blocks_are_found_with_their_hosts_and_headings() {
+    let text = "<!-- on: w -->\n```sh\n:\n```\n## A\n### B\n<!-- on: x y -->\n```sh\necho 1\n\necho 2\n```\n```sh\nnot this\n```\n\
+                ## C\n<!-- on: z -->\n```sh\ntrue\n```\n";
+    let step = |line, [chapter, section]: [&str; 2], hosts: &[&str], script: &str| Step {
+        line,
+        under: [chapter.to_owned(), section.to_owned()],
+        hosts: hosts.iter().map(|host| (*host).to_owned()).collect(),
+        script: script.to_owned(),
+    };
+    let expected = [
+        step(2, ["", ""], &["w"], ":\n"),
+        step(8, ["A", "B"], &["x", "y"], "echo 1\n\necho 2\n"),
+        step(18, ["C", ""], &["z"], "true\n"),
+    ];
+    assert_eq!(steps(text), expected);
 }
 
 #[test]

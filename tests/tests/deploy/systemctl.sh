@@ -43,7 +43,7 @@ shift
 [ $# = 1 ] || say "$verb takes one unit"
 case $verb in
     enable | start) start "$1" ;;
-    stop) stop "$1" ;;
+    disable | stop) stop "$1" ;;
     restart) stop "$1"; start "$1" ;;
     reload)
         running "$1" || say "$1 does not run"
