@@ -25,7 +25,8 @@ use crate::raft::transfer::{CHUNK_BYTES, PIECE_BYTES_MIN, Transfer, next_piece};
 use crate::raft::types::{Snapshot, Vote};
 use crate::raft::wire::{vote, vote_to_wire};
 
-/// Installing has no progress to be seen: of a million builds, on a slow disk. A peer that is gone is noticed by its connection.
+/// Checking and installing have no progress to be seen: of a million builds, on a slow disk. A peer that is gone is noticed by its
+/// connection.
 const INSTALL_WAIT: Duration = Duration::from_secs(600);
 
 /// A peer that asks for a longer rest does not get it.
@@ -112,9 +113,8 @@ impl Sending {
         let reading = file.clone();
         let crc32 = tokio::task::spawn_blocking(move || reading.checksum()).await;
         let crc32 = crc32.map_err(io::Error::other).and_then(|crc32| crc32).map_err(Failed::Unreadable)?;
-        let stalled_after = self.transfer.stalled_after;
-        let part = |range| self.call(SnapshotStep::Part, crc32, range, stalled_after);
-        let mut answer = match part(0..0).await {
+        // It may have much to read again before it answers this.
+        let mut answer = match self.call(SnapshotStep::Part, crc32, 0..0, INSTALL_WAIT).await {
             // One that knows no parts, and misses the bytes.
             Err(Failed::Refused(status)) if error_code(&status) == Some(ErrorCode::DigestMismatch) => {
                 return Ok(self.call(SnapshotStep::Whole, crc32, 0..file.bytes(), INSTALL_WAIT).await?.vote);
@@ -127,7 +127,8 @@ impl Sending {
                 return Ok(answer.vote);
             }
             let (began, from) = (Instant::now(), answer.offset);
-            answer = part(from..from.saturating_add(piece).min(file.bytes())).await?;
+            let range = from..from.saturating_add(piece).min(file.bytes());
+            answer = self.call(SnapshotStep::Part, crc32, range, self.transfer.stalled_after).await?;
             if answer.offset <= from && answer.vote <= self.leader {
                 return Err(Failed::Stuck(from));
             }
