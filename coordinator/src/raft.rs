@@ -21,6 +21,7 @@ mod state_machine;
 mod status;
 mod store;
 mod timing;
+mod transfer;
 mod types;
 mod wire;
 mod writer;
@@ -30,6 +31,7 @@ pub(crate) use proposer::upgrade_pending;
 pub use saved::SavedSnapshot;
 pub use server::{PeerHandler, RaftHandler};
 pub use timing::Timing;
+pub use transfer::Transfer;
 pub use writer::RenewWhen;
 
 #[cfg(test)]

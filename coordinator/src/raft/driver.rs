@@ -21,10 +21,11 @@ use super::log_store::{LogLimits, LogStore};
 use super::network::Network;
 use super::proposer::Proposer;
 use super::reader::Reader;
-use super::server::{PeerHandler, RaftHandler};
+use super::server::{Incoming, PeerHandler, RaftHandler};
 use super::state_machine::{StateMachine, applied_of};
 use super::status::Watcher;
 use super::timing::{FSYNC_MOST, Timing, slowest_fsync};
+use super::transfer::Transfer;
 use super::types::{Member, Raft};
 use super::writer::{RenewWhen, Writer};
 use crate::node_dir::NodeDir;
@@ -41,7 +42,7 @@ use control::Controller;
 use open::Opened;
 
 /// What may be chosen about consensus on one node.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Where clients and agents dial this node: `https://HOST:PORT`.
     pub grpc: String,
@@ -57,6 +58,9 @@ pub struct Options {
     pub store_cache_bytes: u64,
     /// When the store's file is written anew.
     pub store_renewal: RenewWhen,
+    /// How snapshots are sent and received: as they are, except in tests.
+    #[doc(hidden)]
+    pub transfer: Transfer,
     /// The highest command format that this node takes and proposes: the program's, except in tests of mixed versions.
     #[doc(hidden)]
     pub command_format: u32,
@@ -72,6 +76,7 @@ impl Default for Options {
             log_chunk_bytes: 64 << 20,
             store_cache_bytes: 48 << 20,
             store_renewal: RenewWhen { above_bytes: 64 << 20, times: 2, rests: 3 },
+            transfer: Transfer::default(),
             command_format: COMMAND_FORMAT,
         }
     }
@@ -143,7 +148,7 @@ pub async fn start(dir: Arc<NodeDir>, tls: Arc<TlsStore>, options: Options) -> R
     let writer = Writer::start(Arc::new(store), snapshots_path.clone(), snapshots, counters, options.store_renewal)
         .map_err(io)?;
     let machine = StateMachine::new(Arc::clone(&shared), writer.clone(), Some(peers.clone()), meta);
-    let network = Network::new(peers.clone(), Arc::clone(&shared));
+    let network = Network::new(peers.clone(), Arc::clone(&shared), options.transfer);
     let config = Arc::new(config(&identity.cluster, timing)?);
     let raft = Raft::new(identity.node, config, network, log, machine).await;
     let raft = raft.map_err(|error| StartError::Raft(error.to_string()))?;
@@ -196,18 +201,15 @@ fn assemble(parts: Parts) -> Started {
     tasks.spawn(look_up(lookup_queue, writer.clone(), stop.clone()));
     tasks.spawn(introduce(registry.clone(), options.clone(), stop.clone()));
     tasks.spawn(end_with(writer.clone(), peers.clone(), stop.clone()));
-    let raft_handler = RaftHandler::new(
-        raft.clone(),
-        peers.clone(),
-        Arc::clone(&shared),
-        writer.snapshots_directory().to_owned(),
-        stop.clone(),
-    );
+    let incoming = Arc::new(Incoming::new(writer.snapshots_directory().to_owned(), options.transfer));
+    let raft_handler =
+        RaftHandler::new(raft.clone(), peers.clone(), Arc::clone(&shared), Arc::clone(&incoming), stop.clone());
     let peer = PeerHandler::new(registry.clone(), raft.clone(), peers.clone());
     let controller = Controller {
         raft,
         shared,
         writer,
+        incoming,
         leadership: leadership_seen,
         queue: control_queue,
         tasks,
@@ -237,8 +239,6 @@ fn config(cluster: &str, timing: Timing) -> Result<Config, StartError> {
         heartbeat_interval: ms(timing.heartbeat),
         election_timeout_min: ms(timing.election_min),
         election_timeout_max: ms(timing.election_max),
-        // The default is for toys: a real snapshot would be begun again for ever.
-        install_snapshot_timeout: 60_000,
         // Entries hold many commands each; we count bytes instead, and purge behind the older of two snapshots.
         snapshot_policy: SnapshotPolicy::Never,
         max_in_snapshot_log_to_keep: u64::MAX,

@@ -4,8 +4,8 @@
 //! first request before it calls, because openraft's back-off is applied inside the request stream. Every request
 //! says who speaks to whom, and every answer is checked for the same.
 
-use std::future::Future;
-use std::io;
+mod sending;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,26 +17,23 @@ use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_proto::raft;
 use helix_proto::raft::raft_service_client::RaftServiceClient;
 use openraft::base::BoxFuture;
-use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::errors::{NetworkError, RPCError, Unreachable};
 use openraft::network::{
-    Backoff, NetBackoff, NetSnapshot, NetStreamAppend, NetTransferLeader, NetVote, RPCOption, RaftNetworkFactory,
+    Backoff, NetBackoff, NetStreamAppend, NetTransferLeader, NetVote, RPCOption, RaftNetworkFactory,
 };
 use openraft::raft::{
-    AppendEntriesRequest, SnapshotResponse, StreamAppendError, StreamAppendResult, TransferLeaderError,
-    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderError, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use tonic::Status;
 use tonic::transport::Channel;
 
-use super::snapshot::{SnapshotFile, meta_to_wire};
-use super::types::{LogId, Member, Snapshot, TypeConfig, Vote};
+use super::transfer::Transfer;
+use super::types::{LogId, Member, TypeConfig};
 use super::wire::{entry_to_wire, log_id, log_id_to_wire, vote, vote_to_wire};
 use crate::codec::CodecError;
 use crate::peers::{Peers, Purpose};
 use crate::registry::Shared;
-
-/// Bytes of a snapshot in one message.
-const CHUNK_BYTES: usize = 256 << 10;
 
 /// An append stream with requests unanswered for so long is given up and made anew.
 const STALLED_AFTER: Duration = Duration::from_secs(3);
@@ -51,11 +48,12 @@ type Answers<'s> = BoxStream<'s, Rpc<StreamAppendResult<TypeConfig>>>;
 pub(crate) struct Network {
     peers: Peers,
     shared: Arc<Shared>,
+    transfer: Transfer,
 }
 
 impl Network {
-    pub(crate) fn new(peers: Peers, shared: Arc<Shared>) -> Self {
-        Self { peers, shared }
+    pub(crate) fn new(peers: Peers, shared: Arc<Shared>, transfer: Transfer) -> Self {
+        Self { peers, shared, transfer }
     }
 
     fn client(&self, target: u64, member: &Member, purpose: Purpose) -> Client {
@@ -67,6 +65,8 @@ impl Network {
                 address: member.address.clone(),
             },
             purpose,
+            transfer: self.transfer,
+            told: false,
         }
     }
 }
@@ -91,6 +91,9 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 pub(crate) struct Client {
     link: Link,
     purpose: Purpose,
+    transfer: Transfer,
+    /// Whether it was said that the snapshot does not get through.
+    told: bool,
 }
 
 #[derive(Clone)]
@@ -220,7 +223,13 @@ async fn next_answer(
 
 impl NetBackoff<TypeConfig> for Client {
     fn backoff(&self) -> Option<Backoff> {
-        Some(Backoff::new([10, 20, 40].into_iter().chain(std::iter::repeat(50)).map(Duration::from_millis)))
+        let (first, then) = match self.purpose {
+            // Whoever lacks a whole snapshot can wait a little longer.
+            Purpose::Snapshot => ([50, 200, 500], 1_000),
+            Purpose::Heartbeat | Purpose::Append | Purpose::Control | Purpose::Bulk => ([10, 20, 40], 50),
+        };
+        let waits = first.into_iter().chain(std::iter::repeat(then));
+        Some(Backoff::new(waits.map(Duration::from_millis)))
     }
 }
 
@@ -314,63 +323,4 @@ impl NetTransferLeader<TypeConfig> for Client {
         let expected: Option<LogId> = request.last_log_id().cloned();
         Ok(Err(TransferLeaderError::LogNotFlushed { expected, actual: None }))
     }
-}
-
-impl NetSnapshot<TypeConfig> for Client {
-    type SnapshotData = SnapshotFile;
-
-    async fn full_snapshot(
-        &mut self,
-        leader: Vote,
-        snapshot: Snapshot,
-        cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
-        option: RPCOption,
-    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let link = &self.link;
-        let header = raft::SnapshotHeader {
-            envelope: link.envelope(),
-            vote: Some(vote_to_wire(&leader)),
-            bytes: snapshot.snapshot.bytes(),
-            ..meta_to_wire(&snapshot.meta)
-        };
-        let mut service = link.service(Purpose::Snapshot)?;
-        let call = service.install_snapshot(snapshot_parts(header, snapshot.snapshot));
-        let answer = tokio::select! {
-            answer = tokio::time::timeout(option.hard_ttl(), call) => answer,
-            closed = cancel => return Err(StreamingError::Closed(closed)),
-        };
-        let answer = answer.map_err(|_| unreachable("the snapshot was not installed in time"))?;
-        let answer = answer.map_err(|status| link.failed(&status))?.into_inner();
-        link.check(answer.envelope.as_ref())?;
-        Ok(SnapshotResponse::new(vote(answer.vote).map_err(|error| link.garbled(&error))?))
-    }
-}
-
-fn snapshot_parts(
-    header: raft::SnapshotHeader,
-    file: SnapshotFile,
-) -> impl Stream<Item = raft::SnapshotRequest> + Send + use<> {
-    let header = raft::SnapshotRequest { part: Some(raft::snapshot_request::Part::Header(header)) };
-    let chunks = unfold(Some((file, 0u64)), |state| async move {
-        let (file, offset) = state?;
-        if offset >= file.bytes() {
-            return None;
-        }
-        let reading = file.clone();
-        let read = tokio::task::spawn_blocking(move || reading.read_at(offset, CHUNK_BYTES)).await;
-        match read.map_err(io::Error::other).and_then(|read| read) {
-            Ok(data) => {
-                let next = offset + data.len() as u64;
-                let chunk = raft::SnapshotChunk { offset, crc32: crc32fast::hash(&data), data: data.into() };
-                let part = raft::SnapshotRequest { part: Some(raft::snapshot_request::Part::Chunk(chunk)) };
-                Some((part, Some((file, next))))
-            }
-            Err(error) => {
-                // The receiver sees that bytes are missing and refuses.
-                tracing::error!(%error, path = %file.path.display(), "a snapshot cannot be read");
-                None
-            }
-        }
-    });
-    once(async move { header }).chain(chunks)
 }

@@ -2,23 +2,24 @@
 //!
 //! Nothing is believed before [`Peers::admit`] has looked at certificate, cluster, node and epoch.
 
-use std::io::Write;
-use std::path::PathBuf;
+mod incoming;
+
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use helix_common::auth;
-use helix_common::removal::remove_gradually;
 use helix_common::status::{not_leader, status};
 use helix_common::tls::PeerInfo;
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::ErrorCode;
 use helix_model::limits::MESSAGE_BYTES_MAX;
 use helix_proto::peer::peer_service_server::{PeerService, PeerServiceServer};
+use helix_proto::raft::SnapshotStep;
 use helix_proto::raft::raft_service_server::{RaftService, RaftServiceServer};
 use helix_proto::{peer, raft};
 use openraft::EntryPayload;
+use openraft::async_runtime::WatchReceiver;
 use openraft::errors::Fatal;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderRequest, VoteRequest};
 use tokio::sync::mpsc;
@@ -26,10 +27,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+use self::incoming::Announced;
+pub(in crate::raft) use self::incoming::Incoming;
 use super::proposer::{decode_commands, upgrade_pending};
 use super::reader::read_index;
-use super::snapshot::{self, SnapshotFile, meta_from_wire};
-use super::types::{Entry, Raft, Snapshot, TypeConfig};
+use super::snapshot::meta_from_wire;
+use super::types::{Entry, Raft, TypeConfig, Vote};
 use super::wire::{entry, log_id, log_id_to_wire, vote, vote_to_wire};
 use crate::codec::{CodecError, format_of_batch, reply_to_wire};
 use crate::peers::{LivenessSource, Peers};
@@ -43,7 +46,7 @@ pub struct RaftHandler {
     raft: Raft,
     peers: Peers,
     shared: Arc<Shared>,
-    snapshots: PathBuf,
+    incoming: Arc<Incoming>,
     stop: CancellationToken,
 }
 
@@ -63,10 +66,10 @@ impl RaftHandler {
         raft: Raft,
         peers: Peers,
         shared: Arc<Shared>,
-        snapshots: PathBuf,
+        incoming: Arc<Incoming>,
         stop: CancellationToken,
     ) -> Self {
-        Self { raft, peers, shared, snapshots, stop }
+        Self { raft, peers, shared, incoming, stop }
     }
 
     /// The service to put on the coordinators' port.
@@ -187,57 +190,39 @@ impl RaftHandler {
         answers.take_until(stop.cancelled_owned())
     }
 
-    async fn receive_snapshot(
+    /// Takes what a call brings of a snapshot. Answers the vote to answer with, and how much of the file is here.
+    async fn take_snapshot(
         &self,
-        info: &PeerInfo,
+        header: raft::SnapshotHeader,
         mut parts: Streaming<raft::SnapshotRequest>,
-    ) -> Result<(u64, super::types::Vote, Snapshot), Status> {
-        let invalid = |why: &str| status(ErrorCode::DigestMismatch, why.to_owned());
-        let Some(raft::SnapshotRequest { part: Some(raft::snapshot_request::Part::Header(header)) }) =
-            parts.message().await?
-        else {
-            return Err(invalid("a snapshot begins with its header"));
-        };
-        let from = self.admit(info, header.envelope.as_ref())?;
-        let vote = vote(header.vote).map_err(garbled)?;
-        let expected = header.bytes;
-        let meta = meta_from_wire(header).map_err(garbled)?;
-        let path = self.snapshots.join(format!("{}.{:016x}.incoming", snapshot::name_of(&meta), rand::random::<u64>()));
-        let broken = |error: std::io::Error| status(ErrorCode::Internal, format!("{}: {error}", path.display()));
-        std::fs::create_dir_all(&self.snapshots).map_err(broken)?;
-        let guard = Incoming(path.clone());
-        let mut file = std::fs::File::create(&path).map_err(broken)?;
-        let mut received = 0;
-        while let Some(part) = parts.message().await? {
-            let Some(raft::snapshot_request::Part::Chunk(chunk)) = part.part else {
-                return Err(invalid("a second header"));
-            };
-            if chunk.offset != received || crc32fast::hash(&chunk.data) != chunk.crc32 {
-                return Err(invalid("a chunk is damaged or out of place"));
+    ) -> Result<(Vote, u64), Status> {
+        let leader = vote(header.vote).map_err(garbled)?;
+        let step = if self.incoming.takes_parts() { header.step() } else { SnapshotStep::Whole };
+        if i32::from(header.step()) != header.step {
+            let unknown = format!("step {} of a snapshot is not known here", header.step);
+            return Err(status(ErrorCode::VersionSkew, unknown));
+        }
+        let (bytes, crc32) = (header.bytes, header.file_crc32);
+        let of = Announced { meta: meta_from_wire(header).map_err(garbled)?, bytes, crc32 };
+        let mut held = self.incoming.hold().await?;
+        if step == SnapshotStep::Part {
+            let own = self.raft.metrics().borrow_watched().vote;
+            // A leader of the past hears so before it has sent all.
+            let offset = if own > leader { 0 } else { self.incoming.receive(&mut held, &of, &mut parts).await? };
+            return Ok((own, offset));
+        }
+        if step == SnapshotStep::Whole {
+            // It begins with its first chunk, whatever is here, and is not gone on with.
+            let received = self.incoming.receive(&mut held, &of, &mut parts).await;
+            if !received.as_ref().is_ok_and(|received| *received == bytes) {
+                *held = None;
+                return Err(received.err().unwrap_or_else(incoming::missing));
             }
-            received += chunk.data.len() as u64;
-            if received > expected {
-                return Err(invalid("more bytes than announced"));
-            }
-            failpoint::hit(Point::SnapshotReceive).and_then(|()| file.write_all(&chunk.data)).map_err(broken)?;
         }
-        if received != expected {
-            return Err(invalid("bytes are missing"));
-        }
-        let syncing = path.clone();
-        let verified = tokio::task::spawn_blocking(move || {
-            file.sync_all()?;
-            let meta = snapshot::verify(&syncing)?;
-            failpoint::hit(Point::SnapshotReceived).map(|()| meta)
-        });
-        let verified = verified.await.map_err(|error| status(ErrorCode::Internal, error.to_string()))?;
-        if verified.map_err(broken)? != meta {
-            return Err(invalid("the file is not what its header says"));
-        }
-        let snapshot = Snapshot { meta, snapshot: SnapshotFile::open(&path).map_err(broken)? };
-        // From here on the file is openraft's: installed under its own name, or swept at the next start.
-        std::mem::forget(guard);
-        Ok((from, vote, snapshot))
+        let install = Arc::clone(&self.incoming).install(self.raft.clone(), leader, of, held);
+        // Not given up with the call: the file must stay for as long as openraft may want it.
+        let installed = tokio::spawn(install).await;
+        Ok((installed.map_err(|error| status(ErrorCode::Internal, error.to_string()))??, bytes))
     }
 }
 
@@ -257,16 +242,6 @@ fn owned_answers(
         }
     });
     futures::stream::unfold((rx, task), |(mut rx, task)| async move { Some((rx.recv().await?, (rx, task))) })
-}
-
-/// A file that goes when receiving it fails.
-struct Incoming(PathBuf);
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        // Best effort: what stays is swept at the next start.
-        let _ = remove_gradually(&self.0);
-    }
 }
 
 #[tonic::async_trait]
@@ -314,12 +289,16 @@ impl RaftService for RaftHandler {
         request: Request<Streaming<raft::SnapshotRequest>>,
     ) -> Answer<raft::SnapshotResponse> {
         let info = auth::peer(&request)?;
-        let (from, leader, snapshot) = self.receive_snapshot(&info, request.into_inner()).await?;
-        let answer = self.raft.install_full_snapshot(leader, snapshot).await.map_err(stopped)?;
-        Ok(Response::new(raft::SnapshotResponse {
-            envelope: self.envelope(from),
-            vote: Some(vote_to_wire(&answer.vote)),
-        }))
+        let mut parts = request.into_inner();
+        let Some(raft::SnapshotRequest { part: Some(raft::snapshot_request::Part::Header(header)) }) =
+            parts.message().await?
+        else {
+            return Err(status(ErrorCode::DigestMismatch, "a snapshot begins with its header"));
+        };
+        let from = self.admit(&info, header.envelope.as_ref())?;
+        let (vote, offset) = self.take_snapshot(header, parts).await?;
+        let vote = Some(vote_to_wire(&vote));
+        Ok(Response::new(raft::SnapshotResponse { envelope: self.envelope(from), vote, offset }))
     }
 
     async fn transfer_leader(

@@ -59,6 +59,14 @@ impl SnapshotFile {
         Ok(out)
     }
 
+    /// The checksum at its end, which is of all before it: tells it from others.
+    pub(super) fn checksum(&self) -> io::Result<u32> {
+        let mut crc = [0; 4];
+        let missing = || io::Error::new(io::ErrorKind::InvalidData, "it is too short for a checksum");
+        self.file.read_exact_at(&mut crc, self.bytes.checked_sub(4).ok_or_else(missing)?)?;
+        Ok(u32::from_be_bytes(crc))
+    }
+
     /// All its bytes, from the first.
     pub(super) fn reader(&self) -> impl Read + use<> {
         BufReader::with_capacity(1 << 18, FileReader { file: Arc::clone(&self.file), at: 0 })

@@ -1,11 +1,13 @@
-//! Consensus and storage together: the store suite, crashes, rebuilds, letting go, and clusters of three over real TLS.
+//! Consensus and storage together: the store suite, crashes, rebuilds, letting go, snapshots on their way, and clusters of three over real TLS.
 
 mod cluster;
 mod crash;
 pub(crate) mod harness;
 mod letting_go;
+mod link;
 mod members;
 mod offline;
 mod renewal;
+mod snapshots;
 mod storage;
 mod versions;

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{members, voters};
 use crate::node_dir::NodeDir;
 use crate::raft::SavedSnapshot;
+use crate::raft::server::Incoming;
 use crate::raft::types::Raft;
 use crate::raft::writer::Writer;
 use crate::registry::{Control, Leadership, MembershipError, Shared, StoreError};
@@ -31,6 +32,7 @@ pub(super) struct Controller {
     pub(super) raft: Raft,
     pub(super) shared: Arc<Shared>,
     pub(super) writer: Writer,
+    pub(super) incoming: Arc<Incoming>,
     pub(super) leadership: watch::Receiver<Leadership>,
     pub(super) queue: mpsc::Receiver<Control>,
     pub(super) tasks: JoinSet<()>,
@@ -46,6 +48,7 @@ impl Controller {
             raft: self.raft.clone(),
             shared: Arc::clone(&self.shared),
             writer: self.writer.clone(),
+            incoming: Arc::clone(&self.incoming),
             threshold: self.snapshot_log_bytes,
         };
         let stop = self.stop.clone();
@@ -206,6 +209,7 @@ struct Keeper {
     raft: Raft,
     shared: Arc<Shared>,
     writer: Writer,
+    incoming: Arc<Incoming>,
     threshold: u64,
 }
 
@@ -229,6 +233,7 @@ impl Keeper {
                 }
             }
             purge(&self.raft, &self.writer).await;
+            self.incoming.forget(self.shared.applied().borrow().index);
             self.unstick(&mut stuck, appended).await;
             self.complete_joint(&mut joint).await;
         }

@@ -22,7 +22,7 @@ use tonic::service::Routes;
 
 use crate::node_dir::{NodeDir, NodeDirError, init};
 use crate::peers::Peers;
-use crate::raft::{Options, StartError, Started, Timing, start};
+use crate::raft::{Options, StartError, Started, Timing, Transfer, start};
 use crate::registry::{COMMAND_FORMAT, Consistency, ProposeError, Registry};
 
 /// Longer than anything here takes, on a machine that does much else.
@@ -75,6 +75,10 @@ pub(crate) struct Cluster {
     pub(crate) formats: BTreeMap<NodeId, u32>,
     /// What nodes serve beside consensus.
     pub(crate) routes: BTreeMap<NodeId, Routes>,
+    /// Nodes that send and receive snapshots otherwise than usual.
+    pub(crate) transfers: BTreeMap<NodeId, Transfer>,
+    /// Nodes that are dialled by way of a [`Link`](super::link::Link): where they listen.
+    pub(crate) behind: BTreeMap<NodeId, SocketAddr>,
 }
 
 /// A node that runs.
@@ -104,6 +108,8 @@ impl Cluster {
             snapshot_log_bytes: 128 << 20,
             formats: BTreeMap::new(),
             routes: BTreeMap::new(),
+            transfers: BTreeMap::new(),
+            behind: BTreeMap::new(),
         };
         for number in 1..=count {
             cluster.init(NodeId(number));
@@ -148,6 +154,7 @@ impl Cluster {
             snapshot_log_bytes: self.snapshot_log_bytes,
             log_chunk_bytes: 1 << 20,
             version: if self.formats.contains_key(&node) { "0.0.9".to_owned() } else { "0.1.0".to_owned() },
+            transfer: self.transfers.get(&node).copied().unwrap_or_default(),
             command_format: self.formats.get(&node).copied().unwrap_or(COMMAND_FORMAT),
             ..Options::default()
         }
@@ -156,7 +163,8 @@ impl Cluster {
     pub(crate) async fn start(&mut self, node: NodeId) {
         let dir = Arc::new(NodeDir::open(&self.path(node)).unwrap());
         let tls = self.tls(node);
-        let listener = accept::bind(self.addresses[&node]).await.unwrap();
+        let address = self.behind.get(&node).unwrap_or(&self.addresses[&node]);
+        let listener = accept::bind(*address).await.unwrap();
         let began = Instant::now();
         let Started { registry, peers, raft, peer, task, .. } = loop {
             match start(Arc::clone(&dir), Arc::clone(&tls), self.options(node)).await {
