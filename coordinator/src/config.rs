@@ -98,7 +98,7 @@ pub struct RaftTimings {
     /// Bytes of log after which a snapshot is written.
     #[serde(with = "values::size_option", skip_serializing_if = "Option::is_none")]
     pub snapshot_log_bytes: Option<u64>,
-    /// The size above which the registry's file is written anew, once it is also twice as large as when it was new.
+    /// The size from which on the registry's file is written anew, once it is also twice as large as when it was new.
     #[serde(with = "values::size_option", skip_serializing_if = "Option::is_none")]
     pub registry_renew_bytes: Option<u64>,
 }

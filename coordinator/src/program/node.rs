@@ -293,7 +293,7 @@ fn options(config: &Config) -> Options {
         timing: timing(&config.raft),
         snapshot_log_bytes: config.raft.snapshot_log_bytes.unwrap_or(defaults.snapshot_log_bytes),
         store_renewal: RenewWhen {
-            above_bytes: config.raft.registry_renew_bytes.unwrap_or(defaults.store_renewal.above_bytes),
+            from_bytes: config.raft.registry_renew_bytes.unwrap_or(defaults.store_renewal.from_bytes),
             ..defaults.store_renewal
         },
         ..defaults

@@ -75,7 +75,7 @@ impl Default for Options {
             snapshot_log_bytes: 128 << 20,
             log_chunk_bytes: 64 << 20,
             store_cache_bytes: 48 << 20,
-            store_renewal: RenewWhen { above_bytes: 64 << 20, times: 2, rests: 3 },
+            store_renewal: RenewWhen { from_bytes: 64 << 20, times: 2, rests: 3 },
             transfer: Transfer::default(),
             command_format: COMMAND_FORMAT,
         }

@@ -213,7 +213,7 @@ fn sizes(when: RenewWhen) -> (u64, u64) {
 #[test]
 fn a_store_whose_builds_come_and_go_does_not_grow_without_an_end() {
     const MIB: u64 = 1 << 20;
-    let (size, copy) = sizes(RenewWhen { above_bytes: MIB, times: 2, rests: 3 });
+    let (size, copy) = sizes(RenewWhen { from_bytes: MIB, times: 2, rests: 3 });
     assert!(size <= 2 * copy + MIB, "{size} bytes, a copy {copy}");
     let (size, copy) = sizes(RenewWhen::NEVER);
     assert!(size > 2 * copy + 2 * MIB, "{size} bytes, a copy {copy}: nothing was proven");

@@ -29,7 +29,7 @@ fn open_log(path: &Path) -> io::Result<LogStore> {
 }
 
 /// The store's file is written anew again and again, without an end.
-pub(super) const ALWAYS: RenewWhen = RenewWhen { above_bytes: 0, times: 0, rests: 0 };
+pub(super) const ALWAYS: RenewWhen = RenewWhen { from_bytes: 0, times: 0, rests: 0 };
 
 pub(super) fn open_machine(path: &Path, renewal: RenewWhen) -> (StateMachine, Writer) {
     let store = Arc::new(Store::open(&path.join("registry"), 1 << 20).unwrap());

@@ -18,9 +18,9 @@ const REST_MAX: Duration = Duration::from_millis(500);
 /// When a store's file is written anew, and how hastily.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RenewWhen {
-    /// It must be larger than this,
-    pub above_bytes: u64,
-    /// and than so many times what it was when it was new.
+    /// It must be as large as this,
+    pub from_bytes: u64,
+    /// and so many times as large as it was when it was new.
     pub times: u64,
     /// A step is followed by a rest of so many times what it took: nothing waits for the copy, and all else waits for the processor.
     pub rests: u32,
@@ -28,7 +28,7 @@ pub struct RenewWhen {
 
 impl RenewWhen {
     /// It is left as it is.
-    pub(in crate::raft) const NEVER: Self = Self { above_bytes: u64::MAX, times: 0, rests: 0 };
+    pub(in crate::raft) const NEVER: Self = Self { from_bytes: u64::MAX, times: 0, rests: 0 };
 }
 
 /// Whether a copy is under way, and when the next is due.
@@ -54,7 +54,7 @@ impl Renewal {
     /// Looks how large the store is, and begins a copy where one is due. Returns the bytes on disk.
     pub(in crate::raft) fn look(&mut self) -> u64 {
         let (bytes, new_bytes) = self.store.sizes();
-        let due = bytes > self.when.above_bytes.max(new_bytes.saturating_mul(self.when.times));
+        let due = bytes >= self.when.from_bytes.max(new_bytes.saturating_mul(self.when.times));
         let early = self.not_before.is_some_and(|at| Instant::now() < at);
         if due && !early && self.copy.is_none() {
             match guarded(|| self.store.begin_copy()) {
