@@ -272,8 +272,9 @@ impl Repair {
             }
             let wanted = |share: &Vec<usize>| share.iter().map(|at| digests[*at]).collect::<Vec<Digest>>();
             let fetches: Vec<_> = shares.iter().map(|(node, share)| (*node, wanted(share))).collect();
-            let fetches =
-                fetches.into_iter().map(|(node, wanted)| async move { (node, self.fetch(node, &wanted).await) });
+            let fetches = fetches
+                .into_iter()
+                .map(|(node, wanted)| async move { (node, self.fetch(node, &wanted, plan.pace).await) });
             for (node, fetched) in join_all(fetches).await {
                 for at in &shares[&node] {
                     tried.insert((node, *at));
@@ -314,9 +315,13 @@ impl Repair {
     }
 
     /// Has a node fetch blobs. How many bytes each had, or why it is not there; what is missing was not tried.
-    async fn fetch(&self, node: NodeId, digests: &[Digest]) -> BTreeMap<Digest, Result<u64, String>> {
+    async fn fetch(&self, node: NodeId, digests: &[Digest], pace: Pace) -> BTreeMap<Digest, Result<u64, String>> {
         let sha256 = digests.iter().map(|digest| digest.0.to_vec().into()).collect();
-        let request = peer::FetchBlobsRequest { caller: Some(self.peers.caller(node)), sha256 };
+        let request = peer::FetchBlobsRequest {
+            caller: Some(self.peers.caller(node)),
+            sha256,
+            sparingly: pace == Pace::Background,
+        };
         let mut out = BTreeMap::new();
         let running = async {
             let mut answers = self.client(node)?.fetch_blobs(request).await?.into_inner();

@@ -11,6 +11,10 @@ use super::health::Damage;
 use super::store::blocking;
 use super::{Announce, BlobError, Blobs, Room};
 
+/// Copies for which nobody waits are taken down to so many times the reserve: uploads and the log, which go down to the reserve, must have
+/// room beside what a dead node leaves to the others.
+const SPARED_TIMES: u64 = 4;
+
 /// What became of a damaged blob.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Mended {
@@ -105,8 +109,15 @@ impl Blobs {
         futures::future::join_all(asked).await.into_iter().filter(|(_, hope)| *hope).map(|(node, _)| node).collect()
     }
 
-    /// As [`Self::fetch`], and leases it; how large it is.
-    pub(crate) async fn obtain(self: &Arc<Self>, digest: Digest) -> Result<u64, BlobError> {
+    /// As [`Self::fetch`], and leases it; how large it is. `sparingly`, if it leaves room for more than the reserve.
+    pub(crate) async fn obtain(self: &Arc<Self>, digest: Digest, sparingly: bool) -> Result<u64, BlobError> {
+        if sparingly && self.store.size(&digest).is_none() {
+            let (free, reserve) =
+                (self.store.free_bytes()?, self.room().disk_reserve_bytes.saturating_mul(SPARED_TIMES));
+            if free < reserve {
+                return Err(BlobError::DiskReserve { free, reserve });
+            }
+        }
         self.fetch(digest).await?;
         self.store.lease(&digest).ok_or(BlobError::Absent(digest))
     }

@@ -206,15 +206,20 @@ impl Change<'_> {
             if healthy {
                 heard = Instant::now();
             }
-            if heard.elapsed() >= SILENCE || progressed.elapsed() >= NO_PROGRESS {
-                let text = format!(
-                    "node {} stopped answering while it caught up, at entry {at} of {own}: it stays a learner, without a \
-                     vote; start it and repeat the command, or remove it",
-                    self.id
-                );
-                return Err(status(ErrorCode::MemberUnreachable, text));
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
+            let what = if heard.elapsed() >= SILENCE {
+                "stopped answering while it caught up"
+            } else if progressed.elapsed() >= NO_PROGRESS {
+                "answers, and is no further than ten minutes ago (its log says if it has no room, and a large snapshot may take longer)"
+            } else {
+                tokio::time::sleep(LOOK_EVERY).await;
+                continue;
+            };
+            let text = format!(
+                "node {} {what}, at entry {at} of {own}: it stays a learner, without a vote; see to it and repeat the command, \
+                 or remove it",
+                self.id
+            );
+            return Err(status(ErrorCode::MemberUnreachable, text));
         }
     }
 }

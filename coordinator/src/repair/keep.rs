@@ -3,7 +3,7 @@
 //! Whether a voter answers is asked at each look, with the very question that a pass asks. One that falls silent ends the pass
 //! that asks it; the next begins when it is back, or without it when it has been silent for long.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::silence::{Silence, Turn};
+use super::silence::{Silence, Turn, steady};
 use super::{Pace, Plan, Repair, Tally};
 
 /// When the leader looks after the copies.
@@ -104,7 +104,8 @@ impl Repair {
         }
         let pass = tokio::select! {
             pass = self.while_leading(&plan) => pass,
-            () = self.one_answers(&plan.silent, schedule.look_every) => {
+            node = self.one_back(&plan.silent, schedule) => {
+                silence.is_back(node).into_iter().for_each(|turn| tell(turn, schedule.patience));
                 Err(Status::cancelled("a coordinator that was left out answers again"))
             }
         };
@@ -138,12 +139,18 @@ impl Repair {
         join_all(asked).await.into_iter().flatten().collect()
     }
 
-    /// Returns when one of them answers, which is never if there are none.
-    async fn one_answers(&self, nodes: &BTreeSet<NodeId>, look_every: Duration) {
+    /// Returns the first of them that has answered for long enough, which is never if there are none.
+    async fn one_back(&self, nodes: &BTreeSet<NodeId>, schedule: &Schedule) -> NodeId {
+        let mut since: BTreeMap<NodeId, Instant> = BTreeMap::new();
         loop {
-            tokio::time::sleep(look_every).await;
-            if !self.answering(nodes).await.is_empty() {
-                return;
+            tokio::time::sleep(schedule.look_every).await;
+            let (asked, answered) = (Instant::now(), self.answering(nodes).await);
+            since.retain(|node, _| answered.contains(node));
+            for node in answered {
+                let since = *since.entry(node).or_insert(asked);
+                if asked.saturating_duration_since(since) >= steady(schedule.patience) {
+                    return node;
+                }
             }
         }
     }

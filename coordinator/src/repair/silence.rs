@@ -10,11 +10,13 @@ use std::time::Duration;
 use helix_model::NodeId;
 use tokio::time::Instant;
 
-/// Voters that do not answer.
+/// Voters that do not answer, or did not a moment ago.
 #[derive(Debug, Default)]
 pub(super) struct Silence {
-    /// When each was first asked in vain.
+    /// When each was first asked in vain, since it last answered steadily.
     since: BTreeMap<NodeId, Instant>,
+    /// Since when it has answered each time, of those that do.
+    answers: BTreeMap<NodeId, Instant>,
     /// Those of them for whom nobody waits any more.
     left_out: BTreeSet<NodeId>,
 }
@@ -28,6 +30,11 @@ pub(super) enum Turn {
     Back(NodeId),
 }
 
+/// For how long one has to answer each time to be counted on again: one that dies again and again is of no more use than a dead one.
+pub(super) fn steady(patience: Duration) -> Duration {
+    patience / 10
+}
+
 impl Silence {
     /// At `asked` all voters were asked, and these answered. Whoever has not since `patience` is left out.
     pub(super) fn note(
@@ -37,14 +44,15 @@ impl Silence {
         asked: Instant,
         patience: Duration,
     ) -> Vec<Turn> {
-        let mut turns = Vec::new();
         // Of one that has no vote any more there is nothing to say.
-        self.since.retain(|node, _| voters.contains(node) && !answered.contains(node));
-        for node in std::mem::take(&mut self.left_out) {
-            if self.since.contains_key(&node) {
-                self.left_out.insert(node);
-            } else if voters.contains(&node) {
-                turns.push(Turn::Back(node));
+        self.since.retain(|node, _| voters.contains(node));
+        self.left_out.retain(|node| voters.contains(node));
+        self.answers.retain(|node, _| voters.contains(node) && answered.contains(node));
+        let mut turns = Vec::new();
+        for node in answered.iter().filter(|node| self.since.contains_key(node)).copied().collect::<Vec<_>>() {
+            let since = *self.answers.entry(node).or_insert(asked);
+            if asked.saturating_duration_since(since) >= steady(patience) {
+                turns.extend(self.is_back(node));
             }
         }
         for node in voters.difference(answered) {
@@ -56,6 +64,13 @@ impl Silence {
         turns
     }
 
+    /// It has answered for long enough.
+    pub(super) fn is_back(&mut self, node: NodeId) -> Option<Turn> {
+        self.since.remove(&node);
+        self.answers.remove(&node);
+        self.left_out.remove(&node).then_some(Turn::Back(node))
+    }
+
     /// Those for whom nobody waits any more.
     pub(super) fn left_out(&self) -> &BTreeSet<NodeId> {
         &self.left_out
@@ -63,6 +78,7 @@ impl Silence {
 
     /// One that does not answer and may be back soon.
     pub(super) fn awaited(&self) -> Option<NodeId> {
-        self.since.keys().copied().find(|node| !self.left_out.contains(node))
+        let silent = |node: &NodeId| !self.answers.contains_key(node) && !self.left_out.contains(node);
+        self.since.keys().copied().find(silent)
     }
 }

@@ -30,15 +30,21 @@ fn a_voter_is_left_out_once_after_it_was_silent_for_long_and_is_back_once() {
     // How long it may have been silent before it was asked says nothing.
     assert_eq!(note(60, nodes([1, 2])), (vec![], Some(NodeId(3)), nodes([])));
     assert_eq!(note(69, nodes([1, 2])), (vec![], Some(NodeId(3)), nodes([])));
-    // One answer is enough to begin anew.
+    // A minute of answers begins anew.
     assert_eq!(note(70, nodes([1, 2, 3])), (vec![], None, nodes([])));
-    assert_eq!(note(71, nodes([1, 2])), (vec![], Some(NodeId(3)), nodes([])));
-    assert_eq!(note(81, nodes([1, 2])), (vec![Turn::LeftOut(NodeId(3))], None, nodes([3])));
-    assert_eq!(note(82, nodes([1, 2])), (vec![], None, nodes([3])));
+    assert_eq!(note(71, nodes([1, 2, 3])), (vec![], None, nodes([])));
+    assert_eq!(note(72, nodes([1, 2])), (vec![], Some(NodeId(3)), nodes([])));
+    // One answer now and then does not: whoever waited for that one would wait for ever.
+    assert_eq!(note(75, nodes([1, 2, 3])), (vec![], None, nodes([])));
+    assert_eq!(note(76, nodes([1, 2])), (vec![], Some(NodeId(3)), nodes([])));
+    assert_eq!(note(82, nodes([1, 2])), (vec![Turn::LeftOut(NodeId(3))], None, nodes([3])));
+    assert_eq!(note(83, nodes([1, 2, 3])), (vec![], None, nodes([3])));
+    assert_eq!(note(84, nodes([1, 2])), (vec![], None, nodes([3])));
     // Another is waited for as long.
-    assert_eq!(note(83, nodes([1])), (vec![], Some(NodeId(2)), nodes([3])));
-    assert_eq!(note(84, nodes([1, 2, 3])), (vec![Turn::Back(NodeId(3))], None, nodes([])));
-    assert_eq!(note(85, nodes([1, 2, 3])), (vec![], None, nodes([])));
+    assert_eq!(note(85, nodes([1])), (vec![], Some(NodeId(2)), nodes([3])));
+    assert_eq!(note(86, nodes([1, 2, 3])), (vec![], None, nodes([3])));
+    assert_eq!(note(87, nodes([1, 2, 3])), (vec![Turn::Back(NodeId(3))], None, nodes([])));
+    assert_eq!(note(88, nodes([1, 2, 3])), (vec![], None, nodes([])));
 }
 
 #[test]

@@ -103,7 +103,7 @@ impl MemberService for MemberRpc {
         request: Request<peer::FetchBlobsRequest>,
     ) -> Result<Response<Self::FetchBlobsStream>, Status> {
         let info = auth::peer(&request)?;
-        let peer::FetchBlobsRequest { caller, sha256 } = request.into_inner();
+        let peer::FetchBlobsRequest { caller, sha256, sparingly } = request.into_inner();
         self.peers.admit_caller(&info, caller)?;
         let wanted = digests(&sha256)?;
         let (blobs, stopping) = (Arc::clone(&self.services.blobs), self.services.stopping.clone());
@@ -113,7 +113,7 @@ impl MemberService for MemberRpc {
             // Several at a time, so that small ones share syncs.
             let fetching = wanted.into_iter().map(|digest| {
                 let blobs = Arc::clone(&blobs);
-                async move { told(digest, blobs.obtain(digest).await.map_err(|error| error.to_string())) }
+                async move { told(digest, blobs.obtain(digest, sparingly).await.map_err(|error| error.to_string())) }
             });
             let mut fetched = futures::stream::iter(fetching).buffer_unordered(FETCHES_MAX);
             loop {

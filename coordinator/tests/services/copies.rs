@@ -12,8 +12,8 @@ use helix_coordinator::config::Config;
 use helix_coordinator::node_dir;
 use helix_coordinator::program::Node;
 use helix_coordinator::repair::Schedule;
-use helix_core::Command;
-use helix_core::command::SubmitBuild;
+use helix_core::command::{SetPolicy, SubmitBuild};
+use helix_core::{Command, Policy};
 use helix_model::{BuildId, BuildSpec, Digest, Executor, NodeId, Source};
 use helix_proto::v1;
 use helix_proto::v1::blob_service_client::BlobServiceClient;
@@ -139,13 +139,17 @@ impl Three {
             park: true,
             ..BuildSpec::default()
         };
-        let command = Command::SubmitBuild(SubmitBuild {
+        self.propose(Command::SubmitBuild(SubmitBuild {
             build: BuildId::new(&digest.to_string()).unwrap(),
             spec: Arc::new(spec),
             spec_digest: digest,
             submitted_by: "client/c".to_owned(),
             retry_of: None,
-        });
+        }))
+        .await;
+    }
+
+    async fn propose(&self, command: Command) {
         let began = Instant::now();
         let node = self.nodes.values().next().unwrap();
         while let Err(error) = node.registry().propose(command.clone()).await {
@@ -157,6 +161,9 @@ impl Three {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_dead_coordinator_held_has_its_copies_on_those_that_live() {
     let mut three = Three::start().await;
+    // How full the disk of this machine is must not decide.
+    let policy = Policy { disk_reserve_bytes: 0, ..Policy::default() };
+    three.propose(Command::SetPolicy(SetPolicy { policy, expected: None })).await;
     let dead = NodeId(3);
     let (both, alone) = (three.put(dead, b"on two", 2).await, three.put(dead, b"on one", 1).await);
     let blobs = [both, alone];

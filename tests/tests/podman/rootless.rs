@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::Path;
 use std::process::Command;
 
-use helix_tests::cluster::{PATIENCE, wait_for};
+use helix_tests::cluster::{PATIENCE, programs, wait_for};
 use helix_tests::skip::skip;
 
 use crate::site::{BASE, Site, missing};
@@ -68,7 +68,12 @@ fn an_agent_that_is_not_root_builds_images() {
     let mut rootless = agent.clone();
     let before = ["unshare", "--mount", "--propagation", "private", "sh", "-c", AS_USER, dir.path().to_str().unwrap()];
     rootless.argv = before.iter().map(|&word| word.to_owned()).chain(agent.argv.iter().cloned()).collect();
-    rootless.argv.extend(["--set".to_owned(), format!("data_dir={}", data.display())]);
+    // What was compiled may lie where this user cannot look.
+    let runner = dir.path().join("helix-runner");
+    fs::copy(programs().join("helix-runner"), &runner).unwrap();
+    for setting in [format!("data_dir={}", data.display()), format!("runner_path={}", runner.display())] {
+        rootless.argv.extend(["--set".to_owned(), setting]);
+    }
     site.cluster.start_again(&rootless);
     let pid = site.cluster.member("agent", "agent-1").pid.unwrap();
     wait_for("an agent that is not root", PATIENCE, || {

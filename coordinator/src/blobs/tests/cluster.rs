@@ -125,7 +125,13 @@ async fn copies_on_nodes_without_a_vote_do_not_count(place: Place) {
         cluster.settle().await;
         // Read and copied from there all the same.
         let digest = digest_of(&data);
-        assert_eq!(cluster.nodes[1].blobs.obtain(digest).await.unwrap(), len as u64);
+        // With twice the reserve there is room for what somebody waits for, and not for more copies.
+        let reserve = cluster.nodes[1].blobs.store().free_bytes().unwrap() / 2;
+        cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = reserve;
+        let spared = cluster.nodes[1].blobs.obtain(digest, true).await;
+        assert!(matches!(spared, Err(BlobError::DiskReserve { .. })), "{spared:?}");
+        assert_eq!(cluster.nodes[1].blobs.obtain(digest, false).await.unwrap(), len as u64);
+        cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = 0;
         assert!(cluster.nodes[1].blobs.store().leased(None, 9).contains(&digest));
         assert_eq!(cluster.nodes[1].blobs.store().leased(Some(Digest([0xff; 32])), 9), []);
     }

@@ -86,23 +86,26 @@ impl Partial {
         Ok(())
     }
 
-    /// Reads it again: whether the file is what was received.
-    fn expect_intact(&self) -> io::Result<()> {
-        let mut file = File::open(&self.path)?;
-        let (mut crc, mut buffer, mut length) = (crc32fast::Hasher::new(), vec![0; 1 << 18], 0);
-        loop {
-            match file.read(&mut buffer)? {
-                0 => break,
-                read => {
-                    crc.update(&buffer[..read]);
-                    length += read as u64;
+    /// What reads it again: whether the file is what was received.
+    fn check(&self) -> impl FnOnce() -> io::Result<()> + Send + use<> {
+        let (path, expected) = (self.path.clone(), (self.received, self.crc.clone().finalize()));
+        move || {
+            let mut file = File::open(path)?;
+            let (mut crc, mut buffer, mut length) = (crc32fast::Hasher::new(), vec![0; 1 << 18], 0);
+            loop {
+                match file.read(&mut buffer)? {
+                    0 => break,
+                    read => {
+                        crc.update(&buffer[..read]);
+                        length += read as u64;
+                    }
                 }
             }
+            if (length, crc.finalize()) == expected {
+                return Ok(());
+            }
+            Err(io::Error::new(io::ErrorKind::InvalidData, "it is not what was received"))
         }
-        if (length, crc.finalize()) == (self.received, self.crc.clone().finalize()) {
-            return Ok(());
-        }
-        Err(io::Error::new(io::ErrorKind::InvalidData, "it is not what was received"))
     }
 
     /// Makes it durable and checks all of it.
@@ -214,12 +217,13 @@ impl Incoming {
         if self.kept(of).is_some() {
             return Ok(of.bytes);
         }
-        if let Some(mut partial) = held.take() {
+        if let Some(partial) = held.as_mut() {
             partial.touched = Instant::now();
-            let checked = tokio::task::spawn_blocking(move || partial.expect_intact().map(|()| partial)).await;
-            match checked.map_err(io::Error::other).and_then(|checked| checked) {
-                Ok(partial) => **held = Some(partial),
-                Err(error) => tracing::warn!(%error, "what arrived of a snapshot is of no use; it is sent anew"),
+            // It stays in its place: a connection may break meanwhile, and this call with it.
+            let checked = tokio::task::spawn_blocking(partial.check()).await;
+            if let Err(error) = checked.map_err(io::Error::other).and_then(|checked| checked) {
+                tracing::warn!(%error, "what arrived of a snapshot is of no use; it is sent anew");
+                **held = None;
             }
         }
         let received = held.as_ref().map_or(0, |partial| partial.received);
