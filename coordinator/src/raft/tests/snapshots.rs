@@ -20,6 +20,7 @@ use super::link::Link;
 use crate::peers::Purpose;
 use crate::raft::Transfer;
 use crate::raft::snapshot::{self, SnapshotFile};
+use crate::registry::Leadership;
 
 /// Three nodes, of which one is stopped and lacks what is in no log any more, and one other runs, which has a snapshot for it.
 async fn latecomer() -> (Cluster, NodeId, NodeId) {
@@ -89,8 +90,18 @@ impl<'a> Caller<'a> {
         Self { cluster, from, to, header, file }
     }
 
+    fn leadership(&self) -> Leadership {
+        *self.cluster.registry(self.to).leadership().borrow()
+    }
+
+    /// The term, once whoever receives knows its leader.
+    async fn term(&self) -> u64 {
+        until("it knows who leads", || self.leadership().leader.is_some()).await;
+        self.leadership().term
+    }
+
     fn header(&self, step: SnapshotStep) -> raft::SnapshotRequest {
-        let leadership = *self.cluster.registry(self.to).leadership().borrow();
+        let leadership = self.leadership();
         let node = leadership.leader.unwrap_or(self.from).0;
         let header = raft::SnapshotHeader {
             envelope: Some(self.cluster.nodes[&self.from].peers.envelope(self.to)),
@@ -115,12 +126,18 @@ impl<'a> Caller<'a> {
     }
 
     async fn call(&self, step: SnapshotStep, range: std::ops::Range<u64>) -> Result<u64, Status> {
-        let mut requests = vec![self.header(step)];
-        for offset in range.clone().step_by(100_000) {
-            requests.push(self.chunk(offset, 100_000.min(range.end - offset)));
+        loop {
+            let term = self.term().await;
+            let mut requests = vec![self.header(step)];
+            for offset in range.clone().step_by(100_000) {
+                requests.push(self.chunk(offset, 100_000.min(range.end - offset)));
+            }
+            let answer = self.service().install_snapshot(futures::stream::iter(requests)).await;
+            // On a machine that stands still leaders change, and a leader of the past is told nothing else.
+            if self.term().await == term {
+                return answer.map(|answer| answer.into_inner().offset);
+            }
         }
-        let answer = self.service().install_snapshot(futures::stream::iter(requests)).await?.into_inner();
-        Ok(answer.offset)
     }
 
     /// Where the receiver wants to go on.
