@@ -112,11 +112,10 @@ impl Blobs {
     /// As [`Self::fetch`], and leases it; how large it is. `sparingly`, if it leaves room for more than the reserve.
     pub(crate) async fn obtain(self: &Arc<Self>, digest: Digest, sparingly: bool) -> Result<u64, BlobError> {
         if sparingly && self.store.size(&digest).is_none() {
-            let (free, reserve) =
-                (self.store.free_bytes()?, self.room().disk_reserve_bytes.saturating_mul(SPARED_TIMES));
-            if free < reserve {
-                return Err(BlobError::DiskReserve { free, reserve });
-            }
+            // Before anybody is asked for it.
+            let room = self.room();
+            let disk_reserve_bytes = room.disk_reserve_bytes.saturating_mul(SPARED_TIMES);
+            self.store.check_room(1, Room { disk_reserve_bytes, ..room })?;
         }
         self.fetch(digest).await?;
         self.store.lease(&digest).ok_or(BlobError::Absent(digest))

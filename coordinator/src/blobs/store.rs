@@ -298,7 +298,8 @@ impl BlobStore {
         .await
     }
 
-    fn check_room(&self, bytes: u64, room: Room) -> Result<(), BlobError> {
+    /// Refuses so many bytes where they would not leave the reserve. None always fit.
+    pub(super) fn check_room(&self, bytes: u64, room: Room) -> Result<(), BlobError> {
         let free = available_bytes(&self.root)?;
         let expected = self.expected.load(Ordering::Relaxed);
         let needed = bytes.saturating_add(expected).saturating_add(room.disk_reserve_bytes);

@@ -18,9 +18,8 @@ pub struct Timing {
 
 const HEARTBEAT: Duration = Duration::from_millis(30);
 const ELECTION_LEAST: Duration = Duration::from_millis(80);
-/// A fail-over that took longer would be worse than a leader that changes for nothing.
-const ELECTION_MOST: Duration = Duration::from_secs(2);
-/// The slowest fsync of which an election's wait is ten times.
+/// An election waits for ten times the slowest fsync, and no longer than for one of this: a fail-over that took longer would be worse than a
+/// leader that changes for nothing.
 pub(super) const FSYNC_MOST: Duration = Duration::from_millis(200);
 const PROBES: usize = 200;
 const PROBE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -29,7 +28,7 @@ impl Timing {
     /// Timing for a disk whose slowest fsync took so long.
     #[must_use]
     pub fn for_fsync(slowest: Duration) -> Self {
-        let election_min = (slowest * 10).clamp(ELECTION_LEAST, ELECTION_MOST);
+        let election_min = (slowest.min(FSYNC_MOST) * 10).max(ELECTION_LEAST);
         Self { heartbeat: HEARTBEAT, election_min, election_max: election_min * 15 / 8 }
     }
 }

@@ -3,7 +3,7 @@
 //! Whether a voter answers is asked at each look, with the very question that a pass asks. One that falls silent ends the pass
 //! that asks it; the next begins when it is back, or without it when it has been silent for long.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::silence::{Silence, Turn, steady};
+use super::silence::{Silence, Turn};
 use super::{Pace, Plan, Repair, Tally};
 
 /// When the leader looks after the copies.
@@ -90,10 +90,7 @@ impl Repair {
             return;
         }
         let asked = Instant::now();
-        let answered = self.answering(&voters).await;
-        for turn in silence.note(&voters, &answered, asked, schedule.patience) {
-            tell(turn, schedule.patience);
-        }
+        self.ask(&voters, schedule, silence).await;
         let plan = self.plan_without(silence.left_out());
         if plan.keepers.len() < 2 || done.as_ref().is_some_and(|done| done.suffices(&plan, asked, schedule)) {
             return;
@@ -104,8 +101,7 @@ impl Repair {
         }
         let pass = tokio::select! {
             pass = self.while_leading(&plan) => pass,
-            node = self.one_back(&plan.silent, schedule) => {
-                silence.is_back(node).into_iter().for_each(|turn| tell(turn, schedule.patience));
+            () = self.one_back(&voters, schedule, silence) => {
                 Err(Status::cancelled("a coordinator that was left out answers again"))
             }
         };
@@ -132,25 +128,23 @@ impl Repair {
         plan
     }
 
-    /// Those of them that say what they hold.
-    async fn answering(&self, nodes: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+    /// Asks all voters, and tells what has become of them.
+    async fn ask(&self, voters: &BTreeSet<NodeId>, schedule: &Schedule, silence: &mut Silence) -> Vec<Turn> {
+        let asked = Instant::now();
         // Of no blob at all: it is the answer that counts.
-        let asked = nodes.iter().map(|node| async move { self.held(*node, &[]).await.is_ok().then_some(*node) });
-        join_all(asked).await.into_iter().flatten().collect()
+        let answers = voters.iter().map(|node| async move { self.held(*node, &[]).await.is_ok().then_some(*node) });
+        let answered = join_all(answers).await.into_iter().flatten().collect();
+        let turns = silence.note(voters, &answered, asked, schedule.patience);
+        turns.iter().for_each(|turn| tell(*turn, schedule.patience));
+        turns
     }
 
-    /// Returns the first of them that has answered for long enough, which is never if there are none.
-    async fn one_back(&self, nodes: &BTreeSet<NodeId>, schedule: &Schedule) -> NodeId {
-        let mut since: BTreeMap<NodeId, Instant> = BTreeMap::new();
+    /// Goes on asking, until one that was left out is back.
+    async fn one_back(&self, voters: &BTreeSet<NodeId>, schedule: &Schedule, silence: &mut Silence) {
         loop {
             tokio::time::sleep(schedule.look_every).await;
-            let (asked, answered) = (Instant::now(), self.answering(nodes).await);
-            since.retain(|node, _| answered.contains(node));
-            for node in answered {
-                let since = *since.entry(node).or_insert(asked);
-                if asked.saturating_duration_since(since) >= steady(schedule.patience) {
-                    return node;
-                }
+            if self.ask(voters, schedule, silence).await.iter().any(|turn| matches!(turn, Turn::Back(_))) {
+                return;
             }
         }
     }

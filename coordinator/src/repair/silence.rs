@@ -31,7 +31,7 @@ pub(super) enum Turn {
 }
 
 /// For how long one has to answer each time to be counted on again: one that dies again and again is of no more use than a dead one.
-pub(super) fn steady(patience: Duration) -> Duration {
+fn steady(patience: Duration) -> Duration {
     patience / 10
 }
 
@@ -52,7 +52,9 @@ impl Silence {
         for node in answered.iter().filter(|node| self.since.contains_key(node)).copied().collect::<Vec<_>>() {
             let since = *self.answers.entry(node).or_insert(asked);
             if asked.saturating_duration_since(since) >= steady(patience) {
-                turns.extend(self.is_back(node));
+                self.since.remove(&node);
+                self.answers.remove(&node);
+                turns.extend(self.left_out.remove(&node).then_some(Turn::Back(node)));
             }
         }
         for node in voters.difference(answered) {
@@ -62,13 +64,6 @@ impl Silence {
             }
         }
         turns
-    }
-
-    /// It has answered for long enough.
-    pub(super) fn is_back(&mut self, node: NodeId) -> Option<Turn> {
-        self.since.remove(&node);
-        self.answers.remove(&node);
-        self.left_out.remove(&node).then_some(Turn::Back(node))
     }
 
     /// Those for whom nobody waits any more.

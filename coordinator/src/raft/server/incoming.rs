@@ -70,7 +70,6 @@ pub(super) fn missing() -> Status {
 
 impl Partial {
     fn begin(directory: &Path, of: &Announced) -> io::Result<Self> {
-        std::fs::create_dir_all(directory)?;
         let name = format!("{}.{:016x}.incoming", snapshot::name_of(&of.meta), rand::random::<u64>());
         let path = directory.join(name);
         let file = File::create_new(&path)?;
@@ -192,8 +191,6 @@ impl Incoming {
     fn take(&self, held: &mut Held, of: &Announced, chunk: &raft::SnapshotChunk) -> Result<(), Status> {
         if chunk.offset == 0 {
             **held = None;
-        }
-        if held.is_none() && chunk.offset == 0 {
             self.expect_room(of.bytes, of.bytes)?;
             **held = Some(Partial::begin(&self.directory, of).map_err(|error| self.broken(&error))?);
         }
@@ -252,10 +249,8 @@ impl Incoming {
             let answer = raft.install_full_snapshot(leader, snapshot).await.map_err(|error| stopped(&error))?;
             return Ok(answer.vote);
         }
-        if held.as_ref().is_none_or(|partial| partial.of != of || partial.received != of.bytes) {
-            return Err(missing());
-        }
-        let Some(partial) = held.take() else { return Err(missing()) };
+        let whole = |partial: &mut Partial| partial.of == of && partial.received == of.bytes;
+        let Some(partial) = held.take_if(whole) else { return Err(missing()) };
         let verified = tokio::task::spawn_blocking(move || partial.verify().map(|()| partial)).await;
         let verified = verified.map_err(io::Error::other).and_then(|verified| verified);
         let partial = verified.map_err(|error| self.broken(&error))?;
