@@ -5,115 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use helix_model::{AttemptKey, Death, Reason};
+use helix_model::{AttemptKey, Death};
 
 use crate::attempt::{Attempt, Found, Phase, StopCause};
+use crate::event::{Command, Event, ExitKind, Order, SessionNumber};
 use crate::message::{Assignment, Image, Message, PlatformImage, Report, SealedLog, Verdict};
-
-/// What is owed is repeated after so long without an answer: the leader may have changed between saying and committing.
-pub const RESEND_MS: u64 = 5_000;
 
 /// Attempts that are remembered as removed without proof, at most. One needs a runner that was killed.
 const UNPROVEN_MAX: usize = 1_024;
-
-/// Which session speaks. Each connection gets the next number.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct SessionNumber(pub u64);
-
-/// Something happened.
-#[derive(Clone, PartialEq, Debug)]
-pub enum Event {
-    /// At start: an attempt lies in the spool.
-    AttemptFound(AttemptKey, Found),
-    /// A leader welcomed us.
-    SessionOpened(SessionNumber),
-    /// The session is over, for whatever reason. Builds go on: what comes of them is fenced off by number, not by silence;
-    /// how long they do without any leader is the owner's to say.
-    SessionClosed(SessionNumber),
-    /// How long there may be no session before all attempts are stopped, in milliseconds, counts from now on; 0: for ever.
-    CutOffLimitSet(u64),
-    /// The leader said something.
-    Said(SessionNumber, Order),
-    /// An attempt's ref was resolved.
-    SourceResolved(AttemptKey, String),
-    /// An attempt's command runs.
-    CommandStarted(AttemptKey),
-    /// An attempt's command ended well, and its outputs are being stored.
-    CommandEnded(AttemptKey),
-    /// An attempt pushed its image, and is one of several platforms of its build.
-    ImagePushed(AttemptKey, Image),
-    /// An attempt ended: no process and no workdir of it is left, and its report is on disk.
-    AttemptEnded(AttemptKey, Box<Report>),
-    /// The log of an ended attempt was sealed and stored.
-    LogSealed(AttemptKey, SealedLog),
-    /// The bytes of an ended attempt were stored once more; the report names the new holders.
-    StoredAgain(AttemptKey, Box<Report>),
-    /// Nothing of an attempt is left on this host, as far as can be seen.
-    AttemptRemoved(AttemptKey, Death),
-    /// The operator wants the agent to take no more work, and to go when what it has is done.
-    DrainAsked,
-    /// The operator cannot wait: everything is stopped.
-    StopAllAsked,
-    /// The operator puts another agent in this one's place.
-    DetachAsked,
-    /// The time that a detach may take is over.
-    DetachTimedOut,
-    /// The time that stopping everything may take is over.
-    StopAllTimedOut,
-    /// Time passes.
-    Ticked,
-}
-
-/// What a leader says on a session.
-#[derive(Clone, PartialEq, Debug)]
-pub enum Order {
-    /// Run this.
-    Assign(Box<Assignment>),
-    /// Build this commit.
-    Commit(AttemptKey, String),
-    /// Push the index of these images; of none: go on without.
-    Images(AttemptKey, Vec<PlatformImage>),
-    /// Kill it, see it dead, report.
-    Stop(AttemptKey, Reason),
-    /// The registry needs no more of it.
-    Forget(AttemptKey),
-    /// Too few coordinators hold its bytes.
-    StoreAgain(AttemptKey),
-    /// The detach is known.
-    DetachAck,
-}
-
-/// How the process ends.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum ExitKind {
-    /// Nothing is left to do.
-    Done,
-    /// Runners live on, for the agent that comes next.
-    Detached,
-}
-
-/// Something is to be done.
-#[derive(Clone, PartialEq, Debug)]
-pub enum Command {
-    /// Begin a new attempt.
-    Start(Box<Assignment>),
-    /// Go on with an attempt that was found.
-    Resume(AttemptKey),
-    /// Tell an attempt which commit to build.
-    GiveCommit(AttemptKey, String),
-    /// Tell an attempt of which images it pushes the index; of none, if somebody else does.
-    GiveImages(AttemptKey, Vec<PlatformImage>),
-    /// Stop an attempt, and let it report.
-    Stop(AttemptKey, StopCause),
-    /// Kill whatever runs of an attempt and remove all of it; no report is wanted.
-    Remove(AttemptKey),
-    /// Store the bytes that a report names once more; a late log stands in the report here.
-    StoreAgain(AttemptKey, Arc<Report>),
-    /// Say something on the session. Loss is harmless: it is repeated.
-    Send(Message),
-    /// End the process.
-    Exit(ExitKind),
-}
 
 /// What the agent is up to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -495,32 +394,6 @@ impl Agent {
             self.exit_if(Mode::Draining, ExitKind::Done, out);
             self.exit_if(Mode::Stopping, ExitKind::Done, out);
         }
-    }
-}
-
-impl Attempt {
-    /// Says what the leader has to know of this attempt, unless it was said a moment ago.
-    fn say(&mut self, now_ms: u64, key: &AttemptKey, out: &mut Vec<Command>) {
-        if self.said_at_ms.is_some_and(|said| now_ms < said.saturating_add(RESEND_MS)) {
-            return;
-        }
-        match &self.phase {
-            Phase::AwaitingCommit { commit } => {
-                out.push(Command::Send(Message::SourceResolved { key: key.clone(), commit: commit.clone() }));
-            }
-            Phase::AwaitingImages { image } => {
-                out.push(Command::Send(Message::ImagePushed { key: key.clone(), image: image.clone() }));
-            }
-            Phase::Ended { storing_again: true, .. } => return,
-            Phase::Ended { report, late_log, storing_again: false } => {
-                out.push(Command::Send(Message::Finished { key: key.clone(), report: Arc::clone(report) }));
-                if let Some(log) = late_log {
-                    out.push(Command::Send(Message::LogSealed { key: key.clone(), log: log.clone() }));
-                }
-            }
-            Phase::Preparing | Phase::Building | Phase::Uploading | Phase::Removing { .. } => return,
-        }
-        self.said_at_ms = Some(now_ms);
     }
 }
 

@@ -1,10 +1,14 @@
-//! An attempt as the agent knows it.
+//! An attempt as the agent knows it, and what the leader has to know of it.
 
 use std::sync::Arc;
 
-use helix_model::Reason;
+use helix_model::{AttemptKey, Reason};
 
-use crate::message::{Image, Report, SealedLog};
+use crate::event::Command;
+use crate::message::{Image, Message, Report, SealedLog};
+
+/// What is owed is repeated after so long without an answer: the leader may have changed between saying and committing.
+pub const RESEND_MS: u64 = 5_000;
 
 /// Where an attempt is.
 #[derive(Clone, PartialEq, Debug)]
@@ -98,5 +102,29 @@ impl Attempt {
             (Phase::Building, None) => "building",
             (Phase::Uploading | Phase::AwaitingImages { .. }, None) => "uploading",
         }
+    }
+
+    /// Says what the leader has to know of this attempt, unless it was said a moment ago.
+    pub(crate) fn say(&mut self, now_ms: u64, key: &AttemptKey, out: &mut Vec<Command>) {
+        if self.said_at_ms.is_some_and(|said| now_ms < said.saturating_add(RESEND_MS)) {
+            return;
+        }
+        match &self.phase {
+            Phase::AwaitingCommit { commit } => {
+                out.push(Command::Send(Message::SourceResolved { key: key.clone(), commit: commit.clone() }));
+            }
+            Phase::AwaitingImages { image } => {
+                out.push(Command::Send(Message::ImagePushed { key: key.clone(), image: image.clone() }));
+            }
+            Phase::Ended { storing_again: true, .. } => return,
+            Phase::Ended { report, late_log, storing_again: false } => {
+                out.push(Command::Send(Message::Finished { key: key.clone(), report: Arc::clone(report) }));
+                if let Some(log) = late_log {
+                    out.push(Command::Send(Message::LogSealed { key: key.clone(), log: log.clone() }));
+                }
+            }
+            Phase::Preparing | Phase::Building | Phase::Uploading | Phase::Removing { .. } => return,
+        }
+        self.said_at_ms = Some(now_ms);
     }
 }

@@ -12,9 +12,11 @@
 
 mod agent;
 mod attempt;
+mod event;
 mod message;
 
-pub use agent::{Agent, Command, Event, ExitKind, Mode, Order, RESEND_MS, SessionNumber};
-pub use attempt::{Attempt, Found, Phase, StopCause};
+pub use agent::{Agent, Mode};
+pub use attempt::{Attempt, Found, Phase, RESEND_MS, StopCause};
+pub use event::{Command, Event, ExitKind, Order, SessionNumber};
 pub use helix_model::Death;
 pub use message::{Artifact, Assignment, Blob, Image, Message, PlatformImage, Report, SealedLog, Verdict};

@@ -1,8 +1,9 @@
 //! The agent core told as stories: events, and exactly the commands that must follow.
 
 use super::*;
+use crate::attempt::RESEND_MS;
 use crate::message::{Blob, Image, PlatformImage, Verdict};
-use helix_model::{AttemptNumber, BuildId, BuildSpec, Digest, NodeId, Platform, TaskIndex};
+use helix_model::{AttemptNumber, BuildId, BuildSpec, Digest, NodeId, Platform, Reason, TaskIndex};
 
 const FIRST: SessionNumber = SessionNumber(1);
 
