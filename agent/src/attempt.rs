@@ -339,11 +339,13 @@ impl Attempt {
         let _ = self.events.send(event).await;
     }
 
-    /// Adds a line of our own to the log. Only while no runner writes it.
+    /// Adds a line of our own to the log. Only while no runner writes it. Waits for no coordinator: what is cut off has last
+    /// words, too, and its workdir goes only behind them.
     async fn log_line(&self, text: impl Into<String>) {
         let (dir, text) = (self.dir.clone(), text.into());
-        let log_bytes_max = self.services.stores.nodes().settings().await.log_bytes_max;
+        let said = self.services.stores.nodes().settings_known().map(|settings| settings.log_bytes_max);
         let written = blocking(move || {
+            let log_bytes_max = said.unwrap_or_else(|| record::log_bytes_max(&dir));
             let mut writer = SpoolWriter::open(&dir, log_bytes_max)?;
             for line in text.lines() {
                 writer.append(unix_ms(), Stream::System, line.as_bytes());

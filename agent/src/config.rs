@@ -389,7 +389,7 @@ mod tests {
             (&format!("{GOOD}[policy]\nplatforms = ['plan9/mips']"), "`policy.platforms`"),
             (&format!("{GOOD}[policy]\nexecutors = []"), "`policy.executors`"),
             (&format!("{GOOD}[policy]\nrepos = []"), "policy.repositories"),
-            (&format!("{GOOD}[policy]\nstop_cut_off_after_ms = 5"), "`policy.stop_cut_off_after_ms`"),
+            (&format!("{GOOD}[policy]\nstop_cut_off_after_ms = 5000"), "at least 15000, or 0 for never"),
             (&format!("{GOOD}[secrets.a]\nfile = 'x'"), "`secrets`: a: repositories"),
             (&format!("{GOOD}[secrets.a]\nfiel = 'x'"), "fiel"),
             (&format!("{GOOD}[log]\nfilter = 'a=b=c'"), "`log.filter`"),

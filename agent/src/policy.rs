@@ -18,8 +18,10 @@ pub const ANY: &str = "*";
 /// lost that would not have run into its own limit, and nothing goes on for ever that nobody can stop.
 const STOP_CUT_OFF_AFTER_MS: u64 = 24 * 3_600_000;
 
-/// It may take an agent as long to find a new leader: what is shorter would stop builds at a mere change of leaders.
-const STOP_CUT_OFF_AFTER_MS_MIN: u64 = 1_000;
+/// Longer than a change of leaders leaves an agent without one, or that would stop builds. With the slowest disks an election waits up to
+/// 3.75 s, and may be held twice; of the coordinators that are then asked one may be off, which costs the 5 s that dialling may take; and
+/// between two tries lie up to 2 s. It is also the lease by default: until that is over, nothing that runs here runs elsewhere.
+const STOP_CUT_OFF_AFTER_MS_MIN: u64 = 15_000;
 
 /// See [`Config::policy`]. Each list allows what it names; an empty one allows nothing.
 #[derive(Clone, PartialEq, Debug, Deserialize, Serialize)]
@@ -33,7 +35,7 @@ pub struct PolicyConfig {
     pub executors: Vec<String>,
     /// Platforms, or `*`.
     pub platforms: Vec<String>,
-    /// How long the agent may have no session with any leader before it stops all builds; 0: for ever.
+    /// How long the agent may have no session with any leader before it stops all builds, at least 15 s; 0: for ever.
     pub stop_cut_off_after_ms: u64,
 }
 
@@ -76,7 +78,8 @@ impl PolicyConfig {
         }
         if (1..STOP_CUT_OFF_AFTER_MS_MIN).contains(&self.stop_cut_off_after_ms) {
             let why = format!(
-                "{} is shorter than a change of leaders may take: at least {STOP_CUT_OFF_AFTER_MS_MIN}, or 0 for never",
+                "{} would stop builds at a mere change of leaders, which an agent may take seconds to get over: \
+                 at least {STOP_CUT_OFF_AFTER_MS_MIN}, or 0 for never",
                 self.stop_cut_off_after_ms
             );
             return Err(ConfigWrong { key: "policy.stop_cut_off_after_ms", why });
@@ -316,7 +319,8 @@ mod tests {
         }
         assert_eq!(with(&|policy| policy.executors.push("docker".to_owned())), "policy.executors");
         assert_eq!(with(&|policy| policy.platforms.push("Linux".to_owned())), "policy.platforms");
-        for (ms, wrong) in [(0, ""), (1, "policy.stop_cut_off_after_ms"), (1_000, ""), (u64::MAX, "")] {
+        let key = "policy.stop_cut_off_after_ms";
+        for (ms, wrong) in [(0, ""), (1, key), (14_999, key), (15_000, ""), (u64::MAX, "")] {
             assert_eq!(with(&|policy| policy.stop_cut_off_after_ms = ms), wrong, "{ms}");
         }
     }

@@ -26,6 +26,9 @@ pub struct Settings {
     pub timeout_default_ms: u64,
 }
 
+/// A log's bytes, at most, where nobody said how many: far more than an attempt says of which no order was written.
+pub const LOG_BYTES_MAX_DEFAULT: u64 = 1 << 30;
+
 /// The shortest heartbeat interval that is obeyed.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(50);
 
@@ -39,7 +42,7 @@ impl From<agent::Settings> for Settings {
             copies: wire.copies.max(1),
             store_deadline: Duration::from_millis(or(wire.store_deadline_ms, 600_000)),
             blob_bytes_max: or(wire.blob_bytes_max, u64::MAX),
-            log_bytes_max: or(wire.log_bytes_max, 1 << 30),
+            log_bytes_max: or(wire.log_bytes_max, LOG_BYTES_MAX_DEFAULT),
             timeout_default_ms: wire.timeout_default_ms,
         }
     }

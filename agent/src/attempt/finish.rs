@@ -134,15 +134,17 @@ impl Attempt {
 
     /// Stores outputs and log of a command that ended well, within the time that the policy gives.
     async fn store_all(&self, assignment: &Assignment) -> Result<(Vec<Artifact>, SealedLog), Verdict> {
-        let deadline = self.services.stores.nodes().settings().await.store_deadline;
-        let store = async { tokio::try_join!(self.store_outputs(assignment), self.store_log()) };
-        let stored = tokio::select! {
-            cause = self.stop_wished() => return Err(stopped(cause)),
-            stored = tokio::time::timeout(deadline, store) => stored,
+        let store = async {
+            let deadline = self.services.stores.nodes().settings().await.store_deadline;
+            let late = |_| (Reason::Artifact, format!("outputs and log could not be stored within {deadline:?}"));
+            let both = async { tokio::try_join!(self.store_outputs(assignment), self.store_log()) };
+            tokio::time::timeout(deadline, both).await.map_err(late)?
         };
-        let late = || (Reason::Artifact, format!("outputs and log could not be stored within {deadline:?}"));
-        let failed = |(reason, message)| Verdict::Failed { reason, message };
-        stored.map_err(|_| failed(late()))?.map_err(failed)
+        // The wait for settings included: an agent that starts while it is cut off has none.
+        tokio::select! {
+            cause = self.stop_wished() => Err(stopped(cause)),
+            stored = store => stored.map_err(|(reason, message)| Verdict::Failed { reason, message }),
+        }
     }
 
     async fn store_outputs(&self, assignment: &Assignment) -> Result<Vec<Artifact>, Failure> {

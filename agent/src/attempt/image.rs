@@ -171,6 +171,8 @@ impl Attempt {
     /// Sees the image off the host: pushed, or exported and stored. Then the log is stored, too.
     pub(super) async fn deliver_all(&self, assignment: &Assignment) -> Result<(Delivered, SealedLog), Verdict> {
         let all = async {
+            // An agent that no leader has spoken to yet pushes nothing: others may have, by now.
+            self.services.stores.nodes().settings().await;
             let mut delivered = self.deliver_image(assignment).await?;
             if assignment.spec.pushes_index() {
                 delivered.index = self.settle_index(assignment, &delivered.image).await?;

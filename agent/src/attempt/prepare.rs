@@ -23,6 +23,7 @@ use crate::executor::podman::build;
 use crate::limits::Amounts;
 use crate::policy;
 use crate::services::Services;
+use crate::settings::Settings;
 use crate::source::archive::{Limits, unpack};
 use crate::source::git::Resolved;
 use crate::source::{SourceError, reason_of};
@@ -59,6 +60,8 @@ impl Attempt {
         let spec = &assignment.spec;
         let amounts = self.services.limiter.amounts(&spec.resources);
         let amounts = amounts.map_err(|message| Verdict::Failed { reason: Reason::Policy, message })?;
+        // An order holds for good, and fetching has limits of time: an agent that no leader has spoken to yet begins with neither.
+        self.settings().await?;
         if !spec.repo_url.is_empty() || spec.source.is_some() {
             self.start_push();
         }
@@ -69,7 +72,7 @@ impl Attempt {
         let (commit, left) = made.map_err(|error| Verdict::Failed { reason: error.reason, message: error.message })?;
         self.start_push();
         let limits = self.services.limiter.limits(&self.key, amounts, &self.workdir, left);
-        let settings = self.services.stores.nodes().settings().await;
+        let settings = self.settings().await?;
         let ms = |value: u64| (value > 0).then_some(value);
         let order = Order {
             argv,
@@ -117,6 +120,14 @@ impl Attempt {
             }
         }
         Ok(())
+    }
+
+    /// The newest settings. A stop ends the wait for the first.
+    async fn settings(&self) -> Result<Arc<Settings>, Verdict> {
+        tokio::select! {
+            cause = self.stop_wished() => Err(stopped(cause)),
+            settings = self.services.stores.nodes().settings() => Ok(settings),
+        }
     }
 
     /// Lays out the secrets that the build names, and has the order show them.

@@ -6,10 +6,11 @@ use std::io;
 use helix_agent_core::{Assignment, Report};
 use helix_model::Instance;
 use helix_proto::agent;
-use helix_runner::AttemptDir;
 use helix_runner::journal::{self, Journal, Kind};
+use helix_runner::{AttemptDir, Order};
 use prost::Message as _;
 
+use crate::settings::LOG_BYTES_MAX_DEFAULT;
 use crate::wire;
 
 /// Writes what is to be run, and which life of the worker was given it.
@@ -60,6 +61,13 @@ pub fn report(journal: &Journal) -> io::Result<Option<Report>> {
     wire::report_from_wire(decoded).map(Some).map_err(invalid)
 }
 
+/// How long the log may be where no coordinator has said so yet: as its order says, which an earlier agent wrote that knew. Of an
+/// attempt without one the log is short.
+pub fn log_bytes_max(dir: &AttemptDir) -> u64 {
+    let order = Journal::read(dir).and_then(|journal| Order::of(&journal));
+    order.map_or(LOG_BYTES_MAX_DEFAULT, |order| order.log_bytes_max)
+}
+
 fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
@@ -67,8 +75,36 @@ fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Er
 #[cfg(test)]
 mod tests {
     use helix_model::BuildSpec;
+    use helix_runner::{Privileges, limits::Limits};
 
     use super::*;
+
+    #[test]
+    fn how_long_a_log_may_be_is_told_by_its_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = AttemptDir::new(dir.path());
+        assert_eq!(log_bytes_max(&dir), LOG_BYTES_MAX_DEFAULT, "nobody said");
+        let order = Order {
+            argv: vec!["true".into()],
+            environment: Vec::new(),
+            workdir: "/w".into(),
+            user: None,
+            privileges: Privileges::NeverMore,
+            cgroup: None,
+            wall_ms: None,
+            silence_ms: None,
+            grace_ms: 0,
+            leftover_ms: 0,
+            log_bytes_max: 5 << 20,
+            isolation: None,
+            limits: Limits::default(),
+            secrets: None,
+        };
+        order.write(&dir).unwrap();
+        assert_eq!(log_bytes_max(&dir), 5 << 20);
+        journal::append(&dir, Kind::Order, b"as nobody wrote it").unwrap();
+        assert_eq!(log_bytes_max(&dir), LOG_BYTES_MAX_DEFAULT, "it cannot be read");
+    }
 
     #[test]
     fn an_assignment_knows_which_life_it_was_given_to() {

@@ -42,7 +42,14 @@ impl Nodes {
         Self { shared: Arc::new(Shared { tls, settings, known: Mutex::new(HashMap::new()) }) }
     }
 
-    /// The newest settings; waits for the first.
+    /// The newest settings, if any were heard of: an agent that starts while it is cut off has none.
+    #[must_use]
+    pub fn settings_known(&self) -> Option<Arc<Settings>> {
+        self.shared.settings.borrow().clone()
+    }
+
+    /// The newest settings; waits for the first, for as long as no coordinator can be reached. What has to end without one
+    /// must not wait here, or only beside a stop.
     pub async fn settings(&self) -> Arc<Settings> {
         let mut receiver = self.shared.settings.clone();
         loop {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use helix_agent::attempt::record;
 use helix_agent_core::Assignment;
-use helix_model::{AttemptKey, Instance};
+use helix_model::{AttemptKey, BuildSpec, Instance, Outputs};
 use helix_proto::agent::{AttemptId, Finished, agent_message};
 use helix_runner::AttemptDir;
 use helix_runner::journal::Journal;
@@ -14,11 +14,11 @@ use super::cluster::{Cluster, Link, line};
 use super::host::{Host, eventually};
 
 /// As short as it may be.
-const LIMIT: &str = "[policy]\nstop_cut_off_after_ms = 1000\n";
+const LIMIT: &str = "[policy]\nstop_cut_off_after_ms = 15000\n";
 
 /// The log's last line of what was stopped so.
 const LAST_LINE: &str =
-    "failed (drained): the agent was cut off from all coordinators for 1s (policy.stop_cut_off_after_ms)";
+    "failed (drained): the agent was cut off from all coordinators for 15s (policy.stop_cut_off_after_ms)";
 
 /// An agent with more in its configuration, at the end of a link.
 async fn linked(more: &str) -> (World, Link) {
@@ -38,12 +38,18 @@ struct Stubborn {
 
 impl Stubborn {
     async fn start(world: &World) -> Self {
+        Self::start_with(world, BuildSpec::default(), "").await
+    }
+
+    /// One whose command begins with more, by a spec that asks for more.
+    async fn start_with(world: &World, spec: BuildSpec, begin: &str) -> Self {
         let pid_file = world.dir().join("daemon.pid");
         let script = format!(
-            "(env -i setsid sh -c 'trap \"\" TERM; echo $$ > {}; while :; do sleep 1; done' &) ; echo started; sleep 1000",
+            "{begin}(env -i setsid sh -c 'trap \"\" TERM; echo $$ > {}; while :; do sleep 1; done' &) ; echo started; sleep 1000",
             pid_file.display()
         );
-        let id = world.cluster.assign("stubborn", &line(&script)).await;
+        let spec = BuildSpec { command: line(&script).command, outputs: Outputs::None, ..spec };
+        let id = world.cluster.assign("stubborn", &spec).await;
         let this = Self { id, pid_file };
         eventually("it runs", || this.pid().is_some()).await;
         eventually("its line is shown on", || !world.cluster.live_lines(&this.id).is_empty()).await;
@@ -91,6 +97,39 @@ async fn what_runs_where_no_coordinator_can_reach_is_stopped_and_reported_later(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_starts_where_no_coordinator_can_reach_it_needs_none_to_stop_and_clear_up() {
+    let secret = "[secrets.token]\ncommand = 'echo a-secret-value'\nrepositories = ['*']\n";
+    let (mut world, link) = linked(&format!("{LIMIT}{secret}")).await;
+    let shown = world.dir().join("shown");
+    let spec = BuildSpec { secrets: ["token".to_owned()].into(), ..BuildSpec::default() };
+    let show = format!("echo \"$HELIX_SECRETS\" > {}; ", shown.display());
+    let runs = Stubborn::start_with(&world, spec, &show).await;
+    let secrets = PathBuf::from(std::fs::read_to_string(&shown).unwrap().trim_end());
+    assert!(secrets.join("token").exists());
+    // Another one ends well meanwhile, and nobody takes what it made.
+    let gate = world.dir().join("gate");
+    let script =
+        format!("echo waits; while ! test -e {}; do sleep 0.02; done; echo x > \"$HELIX_OUTPUT\"", gate.display());
+    let ends = world.cluster.assign("ends", &BuildSpec { outputs: Outputs::Default, ..line(&script) }).await;
+    eventually("it runs, too", || !world.cluster.live_lines(&ends).is_empty()).await;
+
+    world.host.kill();
+    link.cut();
+    std::fs::write(gate, "").unwrap();
+    world.host.start();
+    eventually("the daemon is dead", || runs.is_dead()).await;
+    eventually("the workdirs are gone", || world.host.workdirs().is_empty()).await;
+    assert!(!secrets.exists(), "the secrets outlive the workdir");
+    assert!(is_silent(&world) && world.cluster.seen().hellos.len() == 1, "the coordinator was reached");
+    link.mend();
+    for (id, said) in [(&runs.id, "started"), (&ends, "waits")] {
+        assert_cut_off(&world.cluster.finished(id).await);
+        assert_eq!(world.cluster.sealed_log(id).await, [said, LAST_LINE]);
+        world.forget(id).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_limit_that_is_read_again_counts_for_an_agent_that_is_cut_off_already() {
     let (world, link) = linked("").await;
     let build = Stubborn::start(&world).await;
@@ -124,6 +163,10 @@ async fn what_had_not_begun_when_the_time_was_over_does_not_begin() {
         .collect();
     world.host.start();
     eventually("their time is over", || world.host.log().matches("an attempt is stopped").count() == dirs.len()).await;
+    let is_reported = |dir: &AttemptDir| record::report(&Journal::read(dir).unwrap()).unwrap().is_some();
+    eventually("their ends are on disk", || dirs.iter().all(is_reported)).await;
+    eventually("the workdirs are gone", || world.host.workdirs().is_empty()).await;
+    assert!(is_silent(&world));
     link.mend();
     for (number, dir) in dirs.iter().enumerate() {
         let id = AttemptId { build_id: format!("unbegun{number}"), task: 0, attempt: 1 };
