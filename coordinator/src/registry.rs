@@ -30,8 +30,9 @@ pub use shared::{Applied, Shared};
 /// and workers are probed. 3: a policy takes another's place only if that is still in force,
 /// workers say which secrets they have, builds have images, reports may say that an attempt outgrew a disk limit
 /// of its own, and nodes are retired. 4: policy has lifetimes of logs and artifacts, rules of retention, and what
-/// coordinators do beside builds; logs and artifacts expire before their builds.
-pub const COMMAND_FORMAT: u32 = 4;
+/// coordinators do beside builds; logs and artifacts expire before their builds. 5: policy may leave the copies to the
+/// number of coordinators.
+pub const COMMAND_FORMAT: u32 = 5;
 
 /// Bytes of commands in one log entry: above this nothing more is added.
 pub(crate) const ENTRY_BYTES: usize = 256 << 10;

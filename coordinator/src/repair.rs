@@ -159,7 +159,7 @@ impl Repair {
         if let Some(leaving) = leaving {
             keepers.remove(&leaving);
         }
-        let copies = usize::try_from(self.registry.policy().copies).unwrap_or(usize::MAX).min(keepers.len()).max(1);
+        let copies = usize::try_from(self.registry.policy().copies_of(keepers.len())).unwrap_or(usize::MAX);
         Plan { keepers, silent: BTreeSet::new(), leaving, copies, wanted: copies, pace }
     }
 

@@ -121,7 +121,7 @@ fn check_holders(state: &State, what: &str, blob: &BlobRef) -> Result<(), Reject
     let voters = state.voters();
     let holders = blob.holders.iter().filter(|node| voters.is_empty() || voters.contains(node)).count();
     let holders = u32::try_from(holders).unwrap_or(u32::MAX);
-    let needed = state.policy.copies.min(u32::try_from(voters.len()).unwrap_or(u32::MAX)).max(1);
+    let needed = state.policy.copies_of(voters.len());
     if holders < needed {
         return Err(Rejection::TooFewHolders { what: what.to_owned(), holders, needed });
     }

@@ -202,7 +202,7 @@ impl Setting {
     /// Takes it back: a rule is gone, a key has its default.
     pub fn reset(&self, policy: &mut Policy) {
         match self {
-            Self::Key(key) => (key.set)(policy, key.value(&Policy::default())),
+            Self::Key(key) => (key.set)(policy, key.value(&Policy::of_new_clusters())),
             Self::Rule(rule) => drop(policy.retain_rules.remove(rule)),
         }
     }
@@ -257,7 +257,7 @@ pub const POLICY_KEYS: &[PolicyKey] = &[
     key!(quarantine_ms: Ms, (0..=DURATION_MS_MAX), "the first quarantine; it doubles with each probe that fails"),
     key!(log_bytes_max: Bytes, (LOG_BYTES_MIN..=BYTES_MAX), "largest log of an attempt; beyond it the middle is dropped"),
     key!(blob_bytes_max: Bytes, (1..=BYTES_MAX), "largest artifact or upload"),
-    key!(copies: Count, (1..=COPIES_MAX), "coordinators that hold an artifact before a success counts"),
+    key!(copies: Count, (0..=COPIES_MAX), "coordinators that hold an artifact before a success counts; 0 for 2, and 3 from five coordinators on"),
     key!(store_deadline_ms: Ms, (1..=DURATION_MS_MAX), "how long an agent tries to store artifacts and log"),
     key!(seal_lost_after_ms: Ms, (0..=DURATION_MS_MAX), "how long a lost worker may yet bring an attempt's log"),
     key!(scrub_bytes: Bytes, (0..=BYTES_MAX), "bytes of blobs that each coordinator reads and checks a second; 0 for none"),

@@ -333,7 +333,7 @@ pub struct Policy {
     pub retry_backoff_ms: u64,
     /// Unfinished builds the registry takes.
     pub queue_max: u64,
-    /// Coordinators that must hold a blob before a success counts (at most as many as there are voters).
+    /// Coordinators that must hold a blob before a success counts; 0 leaves it to the number of voters: see [`Self::copies_of`].
     pub copies: u32,
     /// How long an agent tries to store artifacts and log.
     pub store_deadline_ms: u64,
@@ -372,6 +372,29 @@ pub struct Policy {
 /// As long as anything may be kept: ten years.
 pub const DURATION_MS_MAX: u64 = 3_650 * 86_400_000;
 
+/// From so many voters on, two may be lost at once and the rest goes on: with three copies no blob is lost then.
+const VOTERS_OF_THREE_COPIES: usize = 5;
+
+impl Policy {
+    /// What a new cluster is given at its birth, and what a key has that is reset.
+    #[must_use]
+    pub fn of_new_clusters() -> Self {
+        Self { copies: 0, ..Self::default() }
+    }
+
+    /// How many of so many voters must hold a blob: never more than there are, and one at least.
+    #[must_use]
+    pub fn copies_of(&self, voters: usize) -> u32 {
+        let copies = match self.copies {
+            0 if voters >= VOTERS_OF_THREE_COPIES => 3,
+            0 => 2,
+            copies => copies,
+        };
+        copies.min(u32::try_from(voters).unwrap_or(u32::MAX)).max(1)
+    }
+}
+
+/// What is in force as long as nobody set a policy. It never changes: nodes of all versions must have the same.
 impl Default for Policy {
     fn default() -> Self {
         Self {

@@ -145,9 +145,9 @@ impl Blobs {
 
     /// Who should hold the blob beside this node.
     fn targets(&self, digest: &Digest, copies: u32) -> Targets {
-        let copies = if copies == 0 { self.plane.policy().copies } else { copies };
         // Who joins has not the log yet, and who leaves takes its bytes along: only what voters hold counts.
         let (own, mut voters) = (self.plane.node(), self.plane.voters());
+        let copies = if copies == 0 { self.plane.policy().copies_of(voters.len()) } else { copies };
         let votes = voters.contains(&own);
         voters.retain(|node| *node != own);
         let order = rendezvous(&digest.0, voters);

@@ -64,8 +64,12 @@ pub(super) fn policy(it: &store::Policy) -> Result<Policy, CodecError> {
     })
 }
 
-/// The lowest format whose readers take the policy for what it is: those of format 3 do not know of what is not the default here.
+/// The lowest format whose readers take the policy for what it is: those of format 3 do not know of what is not the default here,
+/// and those of format 4 would take no copies for one.
 pub(super) fn policy_format(it: &store::Policy) -> u32 {
+    if it.copies == 0 {
+        return 5;
+    }
     let default = policy_wire(&Policy::default());
     let known = |given: Option<u64>, default: Option<u64>| given.is_none() || given == default;
     let old = known(it.retain_logs_ms, default.retain_logs_ms)

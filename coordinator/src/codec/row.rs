@@ -22,8 +22,9 @@ use super::{CodecError, check_format};
 
 /// The highest form of rows this program understands. 2: a worker's row may say that it is not trusted. 3: a
 /// build's may have images, a node's may say that it was removed, a worker's which secrets it has. 4: the
-/// policy may have lifetimes of logs and artifacts, and a build's row may say that they are over.
-pub const ROW_FORMAT: u32 = 4;
+/// policy may have lifetimes of logs and artifacts, and a build's row may say that they are over. 5: it may leave the
+/// copies to the number of coordinators.
+pub const ROW_FORMAT: u32 = 5;
 
 /// A row's bytes.
 #[must_use]

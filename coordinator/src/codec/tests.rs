@@ -446,7 +446,7 @@ fn what_is_newer_or_damaged_is_refused_by_name() {
     assert!(matches!(decode_batch(&unknown.encode_to_vec()), Err(CodecError::Newer { .. })));
     let newer = store::Batch { format: COMMAND_FORMAT + 1, at_ms: 1, commands: vec![] };
     let error = decode_batch(&newer.encode_to_vec()).unwrap_err().to_string();
-    assert!(error.contains("format 5") && error.contains("newer"), "{error}");
+    assert!(error.contains(&format!("format {}", COMMAND_FORMAT + 1)) && error.contains("newer"), "{error}");
     let newer = store::Row { format: ROW_FORMAT + 1, kind: None };
     assert!(matches!(decode_row(&newer.encode_to_vec()), Err(CodecError::Newer { .. })));
     assert!(decode_row(&[0xff; 20]).is_err());
@@ -497,6 +497,8 @@ fn formats_are_the_lowest_that_will_do() {
     assert_eq!((setting(keeping(), None), setting(Policy::default(), Some(keeping()))), (4, 4));
     let of_policy = |policy| store::Row::decode(encode_row(&Row::Policy(policy)).as_slice()).unwrap().format;
     assert_eq!((of_policy(Policy { copies: 3, ..Policy::default() }), of_policy(keeping())), (1, 4));
+    let new = Policy::of_new_clusters;
+    assert_eq!((setting(new(), None), setting(Policy::default(), Some(new())), of_policy(new())), (5, 5, 5));
     let of_worker = |secrets, trust| {
         let Row::Worker(it) = &rows()[3] else { panic!("no worker") };
         let offer = WorkerOffer { secrets, ..it.offer.clone() };

@@ -31,12 +31,11 @@ pub(crate) fn settings(state: &State, cluster: &str) -> agent::Settings {
     // Rows of nodes are kept for ever; those that left the cluster take no bytes.
     let counted = state.nodes().filter(|node| voters.is_empty() || voters.contains(&node.id));
     let coordinators = counted.map(|node| agent::CoordinatorAddress { id: node.id.0, grpc: node.grpc.clone() });
-    let voters = u32::try_from(voters.len()).unwrap_or(u32::MAX);
     agent::Settings {
         heartbeat_interval_ms: heartbeat_interval_ms(state.totals().workers, policy.worker_lease_ms),
         worker_lease_ms: policy.worker_lease_ms,
         coordinators: coordinators.collect(),
-        copies: policy.copies.min(voters).max(1),
+        copies: policy.copies_of(voters.len()),
         store_deadline_ms: policy.store_deadline_ms,
         blob_bytes_max: policy.blob_bytes_max,
         log_bytes_max: policy.log_bytes_max,

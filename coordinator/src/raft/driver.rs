@@ -10,8 +10,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use helix_common::tls::TlsStore;
-use helix_core::command::RegisterNode;
-use helix_core::{Command, Reply};
 use openraft::{Config, SnapshotPolicy};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle, JoinSet};
@@ -35,10 +33,12 @@ use crate::registry::{
 };
 
 mod control;
+mod introduce;
 mod members;
 pub(in crate::raft) mod open;
 
 use control::Controller;
+use introduce::introduce;
 use open::Opened;
 
 /// What may be chosen about consensus on one node.
@@ -295,45 +295,6 @@ async fn look_up(mut queue: mpsc::Receiver<Lookup>, writer: Writer, stop: Cancel
                 let read = tokio::task::spawn_blocking(move || writer.named_blobs(after, NAMED_BLOBS_MAX));
                 drop(reply.send(read.await.unwrap_or_else(|error| Err(broken(error)))));
             }
-        }
-    }
-}
-
-/// Makes this node known to the registry, and again when it changed.
-async fn introduce(registry: Registry, options: Options, stop: CancellationToken) {
-    let command = RegisterNode {
-        node: registry.node(),
-        epoch: registry.epoch(),
-        grpc: options.grpc,
-        version: options.version,
-        format: options.command_format,
-    };
-    loop {
-        let known = registry.with_state(|state| {
-            state.node(command.node).is_some_and(|node| {
-                (node.epoch, &node.grpc, &node.version, node.format)
-                    == (command.epoch, &command.grpc, &command.version, command.format)
-            })
-        });
-        if known {
-            return;
-        }
-        let proposed = tokio::select! {
-            () = stop.cancelled() => return,
-            proposed = registry.propose(Command::RegisterNode(command.clone())) => proposed,
-        };
-        match proposed {
-            Ok(Reply::Rejected(why)) => {
-                tracing::error!(?why, "the registry refuses this node");
-                return;
-            }
-            Ok(_) => return,
-            // Nobody leads yet, or this node is no member yet.
-            Err(error) => tracing::debug!(%error, "this node is not registered yet"),
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(Duration::from_millis(500)) => {}
         }
     }
 }

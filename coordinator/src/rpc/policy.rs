@@ -70,7 +70,7 @@ pub(super) async fn set(
 }
 
 fn keys(policy: &Policy) -> Vec<v1::PolicyKey> {
-    let default = Policy::default();
+    let default = Policy::of_new_clusters();
     let key = |setting: Setting| {
         let key = setting.key();
         v1::PolicyKey {

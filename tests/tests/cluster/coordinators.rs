@@ -162,7 +162,7 @@ fn cluster_peers(cluster: &Cluster) -> Vec<String> {
 }
 
 /// Whether any file below holds these bytes, or any name has this text.
-fn holds(directory: &Path, name: &str, bytes: &[u8]) -> bool {
+pub(crate) fn holds(directory: &Path, name: &str, bytes: &[u8]) -> bool {
     let Ok(entries) = fs::read_dir(directory) else { return false };
     entries.flatten().any(|entry| {
         let path = entry.path();

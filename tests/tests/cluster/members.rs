@@ -13,6 +13,8 @@ use helix_tests::cluster::{Cluster, Member, PATIENCE, Said, Shape, alive, wait_f
 use helix_tests::joining::{Joining, wait_to_be_added};
 use serde_json::Value;
 
+use crate::coordinators::holds;
+
 pub(crate) fn join(cluster: &Cluster, id: u64) -> Joining {
     wait_to_be_added(cluster, id, &cluster.root().join("pki"), &["--join"]).unwrap()
 }
@@ -125,6 +127,16 @@ pub(crate) fn check_builds(cluster: &Cluster, context: &Path, ids: &[String]) {
     });
 }
 
+/// A build that leaves these words and says none. Done when it has succeeded.
+fn leave(cluster: &Cluster, context: &Path, words: &str) {
+    let line = format!("printf %s {words} > \"$HELIX_OUTPUT\"");
+    expect_done(&cluster.helix_with(context, &["submit", "--wait", "-o", "quiet", "--", &line]));
+}
+
+fn holders(everybody: &[&Member], words: &str) -> usize {
+    everybody.iter().filter(|it| holds(&it.data_dir.join("blobs"), words, words.as_bytes())).count()
+}
+
 #[test]
 fn from_one_to_three_to_five_and_back_under_load_nothing_is_lost() {
     let cluster = Cluster::start(&Shape { coordinators: 1, ..Shape::default() }).unwrap();
@@ -149,6 +161,7 @@ fn from_one_to_three_to_five_and_back_under_load_nothing_is_lost() {
             .collect();
         // A test that fails in here must not wait for clients that go on for ever.
         let changed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            leave(&cluster, &all, "left-with-one");
             for (count, it) in (2..).zip(&joining) {
                 wait_for_load();
                 let began = Instant::now();
@@ -156,6 +169,12 @@ fn from_one_to_three_to_five_and_back_under_load_nothing_is_lost() {
                 eprintln!("added {count} in {:?}", began.elapsed());
                 assert_eq!(members(&cluster, &all).0.len(), count);
             }
+            // Five may lose two at once.
+            leave(&cluster, &all, "left-with-five");
+            assert!(holders(&everybody, "left-with-five") >= 3, "a success among five means three copies");
+            wait_for("a third copy of what was there", PATIENCE, || {
+                (holders(&everybody, "left-with-one") >= 3).then_some(())
+            });
             // The one that everybody was configured with goes first; in the end a latecomer is alone.
             for (id, left) in [(1, 4), (2, 3), (4, 2), (5, 1)] {
                 wait_for_load();

@@ -23,7 +23,7 @@ fn policy_is_shown_changed_and_seen_through_every_coordinator() {
         assert!(get(&["nonsense"]).stderr.contains("nonsense"));
     }
     let policy = cluster.json(&["cluster", "policy", "get"]);
-    assert_eq!((policy["quarantine_ms"].as_u64(), policy["copies"].as_u64()), (Some(90_000), Some(2)));
+    assert_eq!((policy["quarantine_ms"].as_u64(), policy["copies"].as_u64()), (Some(90_000), Some(0)));
 
     for (arguments, code, words) in [
         (&["infra_retries=2", "queue_max=0"][..], 1, "invalid_field: queue_max is 0: from 1 to"),

@@ -228,17 +228,28 @@ proptest! {
     }
 
     #[test]
-    fn a_success_needs_holders_whatever_the_voters(voters in prop::collection::btree_set(1..6u64, 0..5), copies in 1..4u32) {
+    fn a_success_needs_holders_whatever_the_voters(
+        voters in prop::collection::btree_set(1..8u64, 0..7),
+        holders in prop::collection::btree_set(1..8u64, 1..5),
+        copies in 0..5u32,
+    ) {
         let mut story = Story::new();
         story.apply(Command::SetPolicy(cmd::SetPolicy { policy: Policy { copies, ..Policy::default() }, expected: None }));
-        let voters: BTreeSet<NodeId> = voters.into_iter().map(NodeId).collect();
+        let nodes = |ids: BTreeSet<u64>| ids.into_iter().map(NodeId).collect::<BTreeSet<_>>();
+        let (voters, holders) = (nodes(voters), nodes(holders));
         story.state.apply_membership(voters.clone(), &mut Applied::default());
         story.worker("w0", 1);
         story.submit("b");
         story.assign("b.0.1", "w0");
-        let holders = [NodeId(1), NodeId(2)].iter().filter(|node| voters.is_empty() || voters.contains(node)).count();
-        let needed = (copies as usize).min(voters.len()).max(1);
-        let done = story.finish("b.0.1", "w0", success()) == helix_core::Reply::Done;
-        prop_assert_eq!(done, holders >= needed);
+        let Command::FinishAttempt(mut report) = finish("b.0.1", "w0", "data1.boot1", success()) else { panic!("no report") };
+        for blob in report.artifacts.iter_mut().map(|it| &mut it.blob).chain(report.log.iter_mut().map(|it| &mut it.blob)) {
+            blob.holders.clone_from(&holders);
+        }
+        let counted = holders.iter().filter(|node| voters.is_empty() || voters.contains(node)).count();
+        // None asked for: two, and three where five or more vote.
+        let copies = if copies > 0 { copies as usize } else { 2 + usize::from(voters.len() > 4) };
+        let needed = copies.min(voters.len()).max(1);
+        let done = story.apply(Command::FinishAttempt(report)) == helix_core::Reply::Done;
+        prop_assert_eq!(done, counted >= needed);
     }
 }

@@ -306,7 +306,7 @@ fn artifacts_pins_purges_policies_nodes() {
     let breaks: [fn(&mut Policy); 9] = [
         |p| p.worker_lease_ms = 0,
         |p| p.queue_max = 0,
-        |p| p.copies = 0,
+        |p| p.copies = 101,
         |p| p.timeout_default_ms = 0,
         |p| p.store_deadline_ms = 0,
         |p| p.log_bytes_max = 0,

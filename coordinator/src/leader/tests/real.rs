@@ -42,6 +42,13 @@ async fn a_build_goes_through_the_real_registry_and_a_stop_moves_the_agent_away(
     let mut leadership = registry.leadership();
     let elected = leadership.wait_for(|leadership| leadership.is_leader);
     drop(tokio::time::timeout(PATIENCE, elected).await.expect("elected in time").unwrap());
+    // Its first policy has been set then, of which agents would hear.
+    let known = async {
+        while registry.nodes().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, known).await.expect("known in time");
     let mut agent = loop {
         // The loop may hear of its election later than we do; then it sends the agent away.
         let mut agent = Agent::dial(&leader, hello("w", 1)).await;

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use helix_common::status::with_metadata;
-use helix_core::command::RetireNode;
-use helix_core::{Command, Reply};
+use helix_core::command::{RetireNode, SetPolicy};
+use helix_core::{Command, Policy, Reply};
 use helix_model::{ErrorCode, NodeId};
 
 use super::harness::{Cluster, PATIENCE, submit, until};
@@ -69,10 +69,18 @@ async fn from_one_to_three_and_back_nothing_acknowledged_is_lost() {
     let mut cluster = Cluster::new(1).await;
     cluster.start_all().await;
     cluster.submit(NodeId(1), &submit("alone")).await;
+    let first = cluster.registry(NodeId(1)).clone();
+    until("it has made itself known", || !first.nodes().is_empty()).await;
+    assert_eq!(first.policy(), Policy::of_new_clusters(), "a newborn cluster has its first policy");
+    // One as older clusters have it.
+    let older = SetPolicy { policy: Policy::default(), expected: None };
+    assert_eq!(first.propose(Command::SetPolicy(older)).await, Ok(Reply::Done));
     for node in [2, 3].map(NodeId) {
         cluster.join(node).await;
         assert!(cluster.registry(node).members().is_empty(), "it waits, and knows nobody");
         add(&cluster, node).await;
+        until("it has made itself known", || first.nodes().iter().any(|row| row.id == node)).await;
+        assert_eq!(first.policy(), Policy::default(), "who joins gives a cluster no other policy");
         cluster.submit(node, &submit(&format!("at-{node}"))).await;
     }
     // Whoever led first goes.

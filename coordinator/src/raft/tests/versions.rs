@@ -116,6 +116,7 @@ async fn one_older_node_is_enough_whoever_leads_and_even_while_it_is_away() {
     cluster.formats.insert(old, 2);
     cluster.start_all().await;
     known(&cluster).await;
+    assert_eq!(cluster.registry(old).policy(), Policy::default(), "it would not understand the first policy of today");
     for node in ALL {
         expect_pending(&outcome(&cluster, node).await, &[old]);
         // Each leads once; the old one is no exception, and passes on what it does not know to nobody.
@@ -161,7 +162,7 @@ async fn an_older_node_that_meets_a_newer_entry_stops_and_names_the_format() {
     cluster.start(old).await;
     let mut failure = cluster.registry(old).failure();
     let why = tokio::time::timeout(PATIENCE, failure.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
-    assert!(why.as_ref().is_some_and(|why| why.contains("format 3") && why.contains("start a newer")), "{why:?}");
+    assert!(why.as_ref().is_some_and(|why| why.contains("format 5") && why.contains("start a newer")), "{why:?}");
     cluster.submit(cluster.leader().await, &submit("others-go-on")).await;
     cluster.stop_all().await;
 }
