@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use super::super::snapshot::SnapshotWriter;
 use super::super::store::guarded;
 use super::super::types::SnapshotMeta;
-use super::{Inner, Request, tell};
+use super::{Inner, Request};
 
 /// Who waits for a snapshot.
 pub(super) type Replies = Vec<oneshot::Sender<io::Result<(SnapshotMeta, PathBuf)>>>;
@@ -67,4 +67,16 @@ fn end(inner: &Inner, meta: SnapshotMeta, file: SnapshotWriter) -> io::Result<Pa
     inner.counters.snapshots.add(1);
     inner.keep(meta, path.clone())?;
     Ok(path)
+}
+
+/// Tells all who wait.
+pub(super) fn tell(replies: Replies, result: &io::Result<(SnapshotMeta, PathBuf)>) {
+    for reply in replies {
+        let copy = match result {
+            Ok(found) => Ok(found.clone()),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
+        // Whoever went away does not want to know.
+        drop(reply.send(copy));
+    }
 }
