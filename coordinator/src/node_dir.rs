@@ -231,6 +231,11 @@ impl NodeDir {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
+    /// Whether this process still has the directory.
+    pub(crate) fn is_held(&self) -> bool {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Notes for ever that the cluster removed this node: it is not opened again. Blocks for one small write.
     ///
     /// # Errors

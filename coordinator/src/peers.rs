@@ -1,7 +1,8 @@
 //! The other coordinators: where they are, channels to them, and the check that each is who it was.
 //!
 //! A channel dials lazily and again by itself; its peer's certificate must name the expected node. Every consensus
-//! message also carries cluster, node and epoch, and `Peers::admit` refuses whoever was met under another epoch.
+//! message also carries cluster, node and epoch, and `Peers::admit` refuses whoever was met under another epoch; of two
+//! processes under one epoch it hears one ([`runs`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -17,8 +18,11 @@ use tokio::sync::watch;
 use tonic::Status;
 use tonic::transport::Channel;
 
+use self::runs::{Run, Runs};
 use crate::clock::wall_ms;
 use crate::node_dir::{NodeDir, NodeDirError};
+
+mod runs;
 
 /// The version of the messages among coordinators.
 pub const WIRE_VERSION: u32 = 1;
@@ -89,6 +93,8 @@ struct Inner {
     heard: Mutex<BTreeMap<NodeId, Instant>>,
     /// When it was last said that somebody wrongly takes this node for removed.
     complained: Mutex<Option<Instant>>,
+    /// Which process speaks as a node.
+    runs: Runs,
 }
 
 impl Peers {
@@ -107,6 +113,7 @@ impl Peers {
             formats: RwLock::default(),
             heard: Mutex::default(),
             complained: Mutex::default(),
+            runs: Runs::new(Run::draw()),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -153,6 +160,7 @@ impl Peers {
     pub(crate) fn set_members(&self, members: BTreeMap<NodeId, String>) {
         let mut channels = self.inner.channels.lock().unwrap_or_else(PoisonError::into_inner);
         channels.retain(|(node, _), (address, _)| members.get(node) == Some(address));
+        self.inner.runs.keep(|node| members.contains_key(&node));
         *self.inner.addresses.write().unwrap_or_else(PoisonError::into_inner) = members;
     }
 
@@ -196,6 +204,7 @@ impl Peers {
             to_epoch: self.inner.dir.epoch_of(to).unwrap_or(0),
             clock_ms: wall_ms(),
             format: self.inner.format,
+            from_run: self.inner.runs.own().to_wire(),
         }
     }
 
@@ -261,7 +270,7 @@ impl Peers {
     pub fn admit_caller(&self, info: &PeerInfo, caller: Option<peer::Caller>) -> Result<NodeId, Status> {
         let envelope = caller.map(|caller| {
             let peer::Caller { version, cluster, from, from_epoch, to, to_epoch } = caller;
-            raft::Envelope { version, cluster, from, from_epoch, to, to_epoch, clock_ms: 0, format: 0 }
+            raft::Envelope { version, cluster, from, from_epoch, to, to_epoch, clock_ms: 0, format: 0, from_run: 0 }
         });
         self.admit(info, envelope.as_ref())
     }
@@ -316,7 +325,8 @@ impl Peers {
         }
     }
 
-    /// Looks into a peer's refusal: when it says that our own epoch changed, or that we were removed, this node must stop.
+    /// Looks into a peer's refusal: when it says that our own epoch changed, that we were removed, or that we are a copy, this node must
+    /// stop.
     pub(crate) fn heed(&self, from: NodeId, refusal: &Status) {
         let own = self.own().to_string();
         if helix_common::status::error_code(refusal) == Some(ErrorCode::NodeRemoved)
@@ -328,10 +338,13 @@ impl Peers {
                 self.fail_as_removed();
             }
         }
-        let about_us = metadata(refusal, EPOCH_OF).is_some_and(|node| node == own);
-        if about_us && helix_common::status::error_code(refusal) == Some(ErrorCode::WrongCluster) {
+        if helix_common::status::error_code(refusal) != Some(ErrorCode::WrongCluster) {
+            return;
+        }
+        if metadata(refusal, EPOCH_OF).is_some_and(|node| node == own) {
             self.fail_as_changed(from.0);
         }
+        self.heed_copy(refusal);
     }
 
     /// Whether a majority of the members, this node among them and `other` not, takes this node for a member: then whoever says

@@ -1,4 +1,5 @@
-//! What a node does about its own membership: it asks the others, now and then, whether it still belongs.
+//! What a node does about its own membership: it asks the others, now and then, whether it still belongs, and at its own address whether
+//! another process is there in its place.
 //!
 //! A node that was removed while nobody could tell it hears no leader, and a learner never asks for votes: without this it
 //! would wait for ever.
@@ -17,7 +18,7 @@ use crate::registry::Registry;
 
 const ASK_EVERY: Duration = Duration::from_secs(5);
 
-/// Asks until `stop`, one other member at a time. The answer, if it is that this node was removed, is a failure of the node.
+/// Asks until `stop`, one other member at a time. The answer, if it is that this node was removed, or is a copy, is a failure of the node.
 pub async fn belong(registry: Registry, peers: Peers, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(ASK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -26,6 +27,10 @@ pub async fn belong(registry: Registry, peers: Peers, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = peers.expect_alone() => {}
         }
         if registry.leadership().borrow().is_leader {
             continue;

@@ -1,6 +1,7 @@
 //! The coordinators' port: consensus, and what coordinators ask each other beside it.
 //!
-//! Nothing is believed before [`Peers::admit`] has looked at certificate, cluster, node and epoch.
+//! Nothing is believed before [`Peers::admit`] has looked at certificate, cluster, node and epoch, and nothing of consensus before
+//! [`Peers::expect_one_run`] has looked at the process.
 
 mod incoming;
 
@@ -79,9 +80,9 @@ impl RaftHandler {
         RaftServiceServer::new(self).max_decoding_message_size(4 * MESSAGE_BYTES_MAX)
     }
 
-    #[allow(clippy::result_large_err)]
-    fn admit(&self, info: &PeerInfo, envelope: Option<&raft::Envelope>) -> Result<u64, Status> {
+    async fn admit(&self, info: &PeerInfo, envelope: Option<&raft::Envelope>) -> Result<u64, Status> {
         let from = self.peers.admit(info, envelope)?;
+        self.peers.expect_one_run(from, envelope.map_or(0, |envelope| envelope.from_run)).await?;
         self.shared.clock.observe(from, envelope.map_or(0, |envelope| envelope.clock_ms));
         Ok(from.0)
     }
@@ -90,13 +91,12 @@ impl RaftHandler {
         Some(self.peers.envelope(helix_model::NodeId(to)))
     }
 
-    #[allow(clippy::result_large_err)]
-    fn append_request(
+    async fn append_request(
         &self,
         info: &PeerInfo,
         request: raft::AppendRequest,
     ) -> Result<(u64, AppendEntriesRequest<TypeConfig>), Status> {
-        let from = self.admit(info, request.envelope.as_ref())?;
+        let from = self.admit(info, request.envelope.as_ref()).await?;
         let entries = request.entries.into_iter().map(entry).collect::<Result<Vec<_>, _>>();
         let entries = entries.map_err(|error| {
             if matches!(error, CodecError::Newer { .. }) {
@@ -157,10 +157,11 @@ impl RaftHandler {
             futures::stream::unfold((requests, info), move |(mut requests, info)| {
                 let (handler, refusal) = (handler.clone(), Arc::clone(&refusal));
                 async move {
-                    let request = requests.message().await.and_then(|request| match request {
-                        Some(request) => handler.append_request(&info, request).map(|(_, request)| Some(request)),
-                        None => Ok(None),
-                    });
+                    let request = match requests.message().await {
+                        Ok(Some(request)) => handler.append_request(&info, request).await.map(|(_, it)| Some(it)),
+                        Ok(None) => Ok(None),
+                        Err(status) => Err(status),
+                    };
                     let request = request.unwrap_or_else(|status| {
                         *refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
                         None
@@ -255,7 +256,7 @@ impl RaftService for RaftHandler {
 
     async fn heartbeat(&self, request: Request<raft::AppendRequest>) -> Answer<raft::AppendResponse> {
         let info = auth::peer(&request)?;
-        let (from, request) = self.append_request(&info, request.into_inner())?;
+        let (from, request) = self.append_request(&info, request.into_inner()).await?;
         let input = futures::stream::once(async move { request });
         let mut answers = std::pin::pin!(self.raft.stream_append(input));
         match answers.next().await {
@@ -268,7 +269,7 @@ impl RaftService for RaftHandler {
     async fn vote(&self, request: Request<raft::VoteRequest>) -> Answer<raft::VoteResponse> {
         let info = auth::peer(&request)?;
         let request = request.into_inner();
-        let from = self.admit(&info, request.envelope.as_ref())?;
+        let from = self.admit(&info, request.envelope.as_ref()).await?;
         let mut rpc = VoteRequest::new(vote(request.vote).map_err(garbled)?, request.last_log_id.map(log_id));
         rpc.leadership_transfer = request.leadership_transfer;
         let answer = if request.pre { self.raft.pre_vote(rpc).await } else { self.raft.vote(rpc).await };
@@ -295,7 +296,7 @@ impl RaftService for RaftHandler {
         else {
             return Err(status(ErrorCode::DigestMismatch, "a snapshot begins with its header"));
         };
-        let from = self.admit(&info, header.envelope.as_ref())?;
+        let from = self.admit(&info, header.envelope.as_ref()).await?;
         let (vote, offset) = self.take_snapshot(header, parts).await?;
         let vote = Some(vote_to_wire(&vote));
         Ok(Response::new(raft::SnapshotResponse { envelope: self.envelope(from), vote, offset }))
@@ -307,12 +308,20 @@ impl RaftService for RaftHandler {
     ) -> Answer<raft::TransferLeaderResponse> {
         let info = auth::peer(&request)?;
         let request = request.into_inner();
-        let from = self.admit(&info, request.envelope.as_ref())?;
+        let from = self.admit(&info, request.envelope.as_ref()).await?;
         let leader = vote(request.from_leader).map_err(garbled)?;
         let rpc = TransferLeaderRequest::new(leader, request.to, request.last_log_id.map(log_id));
         let answer = self.raft.handle_transfer_leader(rpc).await.map_err(stopped)?;
         let refused = answer.err().map_or_else(String::new, |error| error.to_string());
         Ok(Response::new(raft::TransferLeaderResponse { envelope: self.envelope(from), refused }))
+    }
+
+    async fn identify(&self, request: Request<raft::IdentifyRequest>) -> Answer<raft::IdentifyResponse> {
+        let info = auth::peer(&request)?;
+        // Whoever asks is not asked in turn: two that start at once would wait for each other.
+        let from = self.peers.admit(&info, request.into_inner().envelope.as_ref())?;
+        let envelope = Some(self.peers.identify(from)?);
+        Ok(Response::new(raft::IdentifyResponse { envelope }))
     }
 }
 

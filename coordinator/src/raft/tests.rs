@@ -1,6 +1,7 @@
-//! Consensus and storage together: the store suite, crashes, rebuilds, letting go, snapshots on their way, and clusters of three over real TLS.
+//! Consensus and storage together: the store suite, crashes, rebuilds, letting go, snapshots on their way, copied directories, and clusters of three over real TLS.
 
 mod cluster;
+mod copies;
 mod crash;
 pub(crate) mod harness;
 mod letting_go;

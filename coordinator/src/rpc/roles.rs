@@ -86,6 +86,7 @@ const PEER_PORT: Rows = &[
             ("Vote", COORDINATORS),
             ("InstallSnapshot", COORDINATORS),
             ("TransferLeader", COORDINATORS),
+            ("Identify", COORDINATORS),
         ],
     ),
     (

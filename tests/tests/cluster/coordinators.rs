@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use helix_common::ports;
 use helix_tests::cluster::{Cluster, Member, PATIENCE, Shape, signal, wait_for};
 use helix_tests::skip::skip;
 use rustix::process::Signal;
@@ -150,6 +151,36 @@ fn a_wiped_node_is_refused_under_its_old_id() {
     let (status, log) = cluster.outcome(&victim);
     assert!(!status.success() && log.contains("epoch"), "{log}");
     assert_eq!(cluster.helix(&["list"]).code, 0, "the others go on");
+}
+
+#[test]
+fn a_copied_node_ends_and_says_why_beside_the_original() {
+    let cluster = Cluster::start(&Shape { agents: 0, ..Shape::default() }).unwrap();
+    let leader = cluster.leader();
+    let original = cluster.all("coordinator").into_iter().find(|member| member.id != leader.id).unwrap();
+    cluster.kill(&original);
+    let data_dir = cluster.root().join("copied");
+    let copied = Command::new("cp").arg("-a").arg(&original.data_dir).arg(&data_dir).status().unwrap();
+    assert!(copied.success());
+    cluster.start_again(&original);
+
+    let port = ports::free(3).unwrap();
+    let mut copy = Member { id: format!("{}-copy", original.id), ..original.clone() };
+    copy.argv.extend(["--data-dir".to_owned(), data_dir.display().to_string()]);
+    for (flag, port) in ["--listen-grpc", "--listen-peer", "--listen-http"].into_iter().zip(port..) {
+        copy.argv.extend([flag.to_owned(), format!("127.0.0.1:{port}")]);
+    }
+    cluster.start_again(&copy);
+    let (status, log) = cluster.outcome(&copy);
+    assert!(!status.success() && log.contains("this data directory is a copy of one in use"), "{log}");
+
+    // With another voter gone the original's vote is needed.
+    let other = cluster.all("coordinator").into_iter().find(|it| it.id != leader.id && it.id != original.id).unwrap();
+    cluster.kill(&other);
+    let said = cluster.helix(&["submit", "--no-output", "--park", "--", "true"]);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    let log = fs::read_to_string(cluster.root().join("logs").join(format!("coordinator-{}-again.log", original.id)));
+    assert!(log.is_ok_and(|log| !log.contains("cannot go on")), "the original goes on");
 }
 
 fn cluster_peers(cluster: &Cluster) -> Vec<String> {

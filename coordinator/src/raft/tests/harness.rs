@@ -161,10 +161,16 @@ impl Cluster {
     }
 
     pub(crate) async fn start(&mut self, node: NodeId) {
-        let dir = Arc::new(NodeDir::open(&self.path(node)).unwrap());
+        let address = *self.behind.get(&node).unwrap_or(&self.addresses[&node]);
+        let started = self.start_in(&self.path(node), node, address).await;
+        self.nodes.insert(node, started);
+    }
+
+    /// Starts a node on a directory that may be a copy, at an address that nobody else may know.
+    pub(crate) async fn start_in(&self, path: &Path, node: NodeId, address: SocketAddr) -> Node {
+        let dir = Arc::new(NodeDir::open(path).unwrap());
         let tls = self.tls(node);
-        let address = self.behind.get(&node).unwrap_or(&self.addresses[&node]);
-        let listener = accept::bind(*address).await.unwrap();
+        let listener = accept::bind(address).await.unwrap();
         let began = Instant::now();
         let Started { registry, peers, raft, peer, task, .. } = loop {
             match start(Arc::clone(&dir), Arc::clone(&tls), self.options(node)).await {
@@ -185,7 +191,7 @@ impl Cluster {
             let router = accept::server().add_routes(beside).add_service(raft.service()).add_service(peer.service());
             tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled()).await.unwrap() })
         };
-        self.nodes.insert(node, Node { registry, peers, stop, server, task });
+        Node { registry, peers, stop, server, task }
     }
 
     pub(crate) async fn start_all(&mut self) {
@@ -196,12 +202,7 @@ impl Cluster {
 
     /// Stops a node; with no time to hand leadership over, as a crash would.
     pub(crate) async fn stop(&mut self, node: NodeId, deadline: Duration) {
-        let Node { registry, stop, server, task, .. } = self.nodes.remove(&node).unwrap();
-        registry.transfer_leadership_and_stop(deadline).await;
-        // Connections outlive a server that is merely dropped, and would go on answering for a node that is gone.
-        stop.cancel();
-        tokio::time::timeout(PATIENCE, server).await.expect("connections end").unwrap();
-        task.await.unwrap();
+        self.nodes.remove(&node).unwrap().end(deadline).await;
     }
 
     pub(crate) async fn stop_all(&mut self) {
@@ -254,6 +255,17 @@ impl Cluster {
             assert!(began.elapsed() < PATIENCE, "{error}");
         }
         registry.build(&id(name)).await.unwrap().is_some()
+    }
+}
+
+impl Node {
+    pub(crate) async fn end(self, deadline: Duration) {
+        let Self { registry, stop, server, task, .. } = self;
+        registry.transfer_leadership_and_stop(deadline).await;
+        // Connections outlive a server that is merely dropped, and would go on answering for a node that is gone.
+        stop.cancel();
+        tokio::time::timeout(PATIENCE, server).await.expect("connections end").unwrap();
+        task.await.unwrap();
     }
 }
 
