@@ -89,7 +89,10 @@ async fn a_node_that_starts_again_is_another_process_and_is_heard() {
     cluster.start_all().await;
     let node = cluster.follower().await;
     for turn in 0..3 {
+        let before = cluster.nodes[&node].peers.clone();
+        before.identify(NodeId(9)).unwrap();
         cluster.stop(node, Duration::ZERO).await;
+        assert!(before.identify(NodeId(9)).is_err(), "its directory may be another process's");
         cluster.start(node).await;
         // Only who is sent to asks: it leads.
         while cluster.leader().await != node {
