@@ -30,21 +30,25 @@ pub async fn belong(registry: Registry, peers: Peers, stop: CancellationToken) {
         }
         tokio::select! {
             () = stop.cancelled() => return,
-            () = peers.expect_alone() => {}
+            _ = async { tokio::join!(peers.expect_alone(), expect_member(&registry, &peers, &mut last)) } => {}
         }
-        if registry.leadership().borrow().is_leader {
-            continue;
-        }
-        let others = peers.ids();
-        let mut others = others.iter().filter(|node| **node != peers.own());
-        let next = others.clone().find(|node| **node > last).or_else(|| others.next());
-        let Some(next) = next.copied() else { continue };
-        last = next;
-        let Ok(channel) = peers.control(next) else { continue };
-        let request = peer::IntroduceRequest { caller: Some(peers.caller(next)) };
-        let mut client = MemberServiceClient::new(channel);
-        if let Ok(Err(refusal)) = tokio::time::timeout(INTRODUCTION, client.introduce(request)).await {
-            peers.heed(next, &refusal);
-        }
+    }
+}
+
+/// Asks the next of the others whether this node still belongs; a leader knows.
+async fn expect_member(registry: &Registry, peers: &Peers, last: &mut NodeId) {
+    if registry.leadership().borrow().is_leader {
+        return;
+    }
+    let others = peers.ids();
+    let mut others = others.iter().filter(|node| **node != peers.own());
+    let next = others.clone().find(|node| **node > *last).or_else(|| others.next());
+    let Some(next) = next.copied() else { return };
+    *last = next;
+    let Ok(channel) = peers.control(next) else { return };
+    let request = peer::IntroduceRequest { caller: Some(peers.caller(next)) };
+    let mut client = MemberServiceClient::new(channel);
+    if let Ok(Err(refusal)) = tokio::time::timeout(INTRODUCTION, client.introduce(request)).await {
+        peers.heed(next, &refusal);
     }
 }

@@ -1,7 +1,7 @@
 //! One process for each node: a copy of a data directory that runs beside the original has its id and its epoch, and would vote a
 //! second time with its vote.
 //!
-//! Each process draws a random number when it starts, its run, which its consensus messages carry. A message under a run that is
+//! Each process draws a random number when it starts, its run, which its consensus messages and its answers carry. One under a run that is
 //! not known is followed by a question, to the node's address as the membership has it: who is there? The same run is known from
 //! then on. Another run is another process of that node, and what came under the first is refused, before anything acts on it; the refusal
 //! names the run that it refuses, and the process of that run, alone, stops.
@@ -104,12 +104,12 @@ enum Answer {
 struct Known {
     /// The run that answered last.
     there: Option<Run>,
-    /// The run that a question is or was about that nobody answered in time, and since when.
+    /// The run that a question was about that nobody answered, and since when.
     believed: Option<(Run, Instant)>,
     /// The run that was found to be another's.
     refused: Option<Run>,
-    /// A question is under way.
-    asking: bool,
+    /// Since when a question is under way.
+    asking: Option<Instant>,
 }
 
 impl Known {
@@ -120,25 +120,20 @@ impl Known {
         if self.refused == Some(run) {
             return Verdict::Refuse;
         }
-        match self.believed {
-            Some((believed, _)) if believed == run && self.asking => Verdict::Take,
-            Some((believed, since)) if believed == run && now < since + ASK_AGAIN => Verdict::Take,
-            Some((believed, _)) if believed == run => Verdict::TakeAndAsk,
-            Some(_) | None if self.asking => Verdict::Wait,
-            Some(_) | None => Verdict::Ask,
-        }
-    }
-
-    /// Its messages have waited for long enough.
-    fn believe(&mut self, run: Run, now: Instant) {
-        if self.asking && self.there != Some(run) {
-            self.believed = Some((run, now));
+        match (self.believed.filter(|(believed, _)| *believed == run), self.asking) {
+            (Some(_), Some(_)) => Verdict::Take,
+            (Some((_, since)), None) if now < since + ASK_AGAIN => Verdict::Take,
+            (Some(_), None) => Verdict::TakeAndAsk,
+            // Counted from the question: whoever sends may give up, and send again, before a wait of its own is over.
+            (None, Some(since)) if now >= since + WAIT_MAX => Verdict::Take,
+            (None, Some(_)) => Verdict::Wait,
+            (None, None) => Verdict::Ask,
         }
     }
 
     /// The answer to a question that was asked after a message of `run` had arrived. Whether that is now known for another's.
     fn answered(&mut self, run: Run, answer: Answer, now: Instant) -> bool {
-        self.asking = false;
+        self.asking = None;
         match answer {
             Answer::There(there) => {
                 (self.there, self.believed) = (Some(there), None);
@@ -178,16 +173,17 @@ impl Runs {
     /// Members come and go; what is known of those that went is not kept.
     pub(super) fn keep(&self, is_member: impl Fn(NodeId) -> bool) {
         // A question under way marks its own end.
-        self.known().retain(|node, known| known.asking || is_member(*node));
+        self.known().retain(|node, known| known.asking.is_some() || is_member(*node));
     }
 
     /// What to do about a message of now. Notes a question that has to be asked.
     fn judge(&self, node: NodeId, run: Run) -> Verdict {
         let mut all = self.known();
         let known = all.entry(node).or_default();
-        let verdict = known.judge(run, Instant::now());
+        let now = Instant::now();
+        let verdict = known.judge(run, now);
         if matches!(verdict, Verdict::Ask | Verdict::TakeAndAsk) {
-            known.asking = true;
+            known.asking = Some(now);
         }
         verdict
     }
@@ -196,10 +192,6 @@ impl Runs {
         let refused = self.known().entry(node).or_default().answered(run, answer, Instant::now());
         self.ended.send_replace(());
         refused
-    }
-
-    fn believe(&self, node: NodeId, run: Run) {
-        self.known().entry(node).or_default().believe(run, Instant::now());
     }
 
     fn is_there(&self, node: NodeId, run: Run) -> bool {
@@ -212,7 +204,7 @@ impl Runs {
 }
 
 impl Peers {
-    /// Refuses what another process than the node's own sends in its name. Waits while it is asked, never for long.
+    /// Refuses what another process than the node's own sends, or answers, in its name. Waits while it is asked, never for long.
     pub(crate) async fn expect_one_run(&self, node: NodeId, run: u64) -> Result<(), Status> {
         // An older program does not say.
         let (runs, Some(run)) = (&self.inner.runs, Run::said(run)) else { return Ok(()) };
@@ -238,10 +230,7 @@ impl Peers {
             tokio::select! {
                 // The sender lives as long as this.
                 _ = ended.changed() => {}
-                () = &mut wait => {
-                    runs.believe(node, run);
-                    return Ok(());
-                }
+                () = &mut wait => return Ok(()),
             }
         }
     }
@@ -262,7 +251,9 @@ impl Peers {
     /// Asks who is there at a node's address. Holds on to nothing of this.
     fn question(&self, node: NodeId) -> impl Future<Output = Result<raft::IdentifyResponse, String>> + Send + use<> {
         let channel = self.channel(node, Purpose::Heartbeat);
-        let request = raft::IdentifyRequest { envelope: Some(self.envelope(node)) };
+        // Whoever is there may have another epoch. That is said by messages that act, not by a question: it must stop nobody.
+        let envelope = raft::Envelope { to_epoch: 0, ..self.envelope(node) };
+        let request = raft::IdentifyRequest { envelope: Some(envelope) };
         async move {
             let mut service = RaftServiceClient::new(channel.map_err(|error| error.to_string())?);
             let answer = tokio::time::timeout(ANSWER_MAX, service.identify(request)).await;
@@ -420,7 +411,7 @@ mod tests {
     fn a_node_that_started_again_while_it_was_asked_is_asked_about_anew() {
         let (mut known, now) = known();
         // The question about a late message of the original was answered by the original, which then ended.
-        known.asking = true;
+        known.asking = Some(now);
         assert_eq!(
             known.judge(run(RESTARTED), now),
             Verdict::Wait,
@@ -433,16 +424,15 @@ mod tests {
     #[test]
     fn one_that_cannot_be_asked_is_believed_and_asked_again_behind_its_messages() {
         let (mut known, now) = known();
-        known.asking = true;
+        known.asking = Some(now);
         assert_eq!(known.judge(run(RESTARTED), now), Verdict::Wait, "for the same question");
-        known.believe(run(RESTARTED), now);
-        assert_eq!(known.judge(run(RESTARTED), now), Verdict::Take, "one wait is enough");
+        assert_eq!(known.judge(run(RESTARTED), now + WAIT_MAX), Verdict::Take, "even if no message waited so long");
         assert!(!known.answered(run(RESTARTED), Answer::Silent, now));
         assert_eq!(known.judge(run(RESTARTED), now), Verdict::Take);
         assert_eq!(known.judge(run(RESTARTED), now + ASK_AGAIN), Verdict::TakeAndAsk);
-        known.asking = true;
+        known.asking = Some(now + ASK_AGAIN);
         assert_eq!(known.judge(run(RESTARTED), now + ASK_AGAIN), Verdict::Take, "and waits no more");
-        assert_eq!(known.judge(run(COPY), now), Verdict::Wait);
+        assert_eq!(known.judge(run(COPY), now + ASK_AGAIN), Verdict::Wait);
         // Somebody else is there after all.
         assert!(known.answered(run(RESTARTED), Answer::There(run(ORIGINAL)), now + ASK_AGAIN));
         assert_eq!(known.judge(run(RESTARTED), now + ASK_AGAIN), Verdict::Refuse);

@@ -120,8 +120,11 @@ impl Link {
     }
 
     /// Looks at who answered, and at their clock.
-    fn check(&self, envelope: Option<&raft::Envelope>) -> Rpc<()> {
-        self.peers.check_answer(self.target, envelope).map_err(|refusal| unreachable(refusal.message()))?;
+    async fn check(&self, envelope: Option<&raft::Envelope>) -> Rpc<()> {
+        let refused = |refusal: Status| unreachable(refusal.message());
+        self.peers.check_answer(self.target, envelope).map_err(refused)?;
+        let run = envelope.map_or(0, |envelope| envelope.from_run);
+        self.peers.expect_one_run(self.target, run).await.map_err(refused)?;
         self.shared.clock.observe(self.target, envelope.map_or(0, |envelope| envelope.clock_ms));
         Ok(())
     }
@@ -145,8 +148,8 @@ impl Link {
         }
     }
 
-    fn append_answer(&self, answer: raft::AppendResponse) -> Rpc<StreamAppendResult<TypeConfig>> {
-        self.check(answer.envelope.as_ref())?;
+    async fn append_answer(&self, answer: raft::AppendResponse) -> Rpc<StreamAppendResult<TypeConfig>> {
+        self.check(answer.envelope.as_ref()).await?;
         let missing = || RPCError::Network(NetworkError::from_string("an answer without a result"));
         Ok(match answer.result.ok_or_else(missing)? {
             raft::append_response::Result::Flushed(it) => Ok(it.log_id.map(log_id)),
@@ -166,7 +169,7 @@ impl Link {
         let call = service.heartbeat(self.append_to_wire(request));
         let answer =
             tokio::time::timeout(limit, call).await.map_err(|_| unreachable("a heartbeat was not answered"))?;
-        self.append_answer(answer.map_err(|status| self.failed(&status))?.into_inner())
+        self.append_answer(answer.map_err(|status| self.failed(&status))?.into_inner()).await
     }
 
     async fn append<S>(&self, mut input: S) -> Rpc<Answers<'static>>
@@ -191,7 +194,7 @@ impl Link {
             let (link, mut answers, sent, received) = state?;
             let answer = match next_answer(&mut answers, &sent, received).await {
                 Ok(None) => return None,
-                Ok(Some(answer)) => link.append_answer(answer),
+                Ok(Some(answer)) => link.append_answer(answer).await,
                 Err(status) => Err(link.failed(&status)),
             };
             let next = matches!(answer, Ok(Ok(_))).then_some((link, answers, sent, received + 1));
@@ -282,7 +285,7 @@ impl Client {
         let answer = tokio::time::timeout(option.hard_ttl(), service.vote(request)).await;
         let answer = answer.map_err(|_| unreachable("a vote was not answered"))?;
         let answer = answer.map_err(|status| link.failed(&status))?.into_inner();
-        link.check(answer.envelope.as_ref())?;
+        link.check(answer.envelope.as_ref()).await?;
         let vote = vote(answer.vote).map_err(|error| link.garbled(&error))?;
         Ok(VoteResponse::new(vote, answer.last_log_id.map(log_id), answer.granted))
     }
@@ -315,7 +318,7 @@ impl NetTransferLeader<TypeConfig> for Client {
         let answer = tokio::time::timeout(option.hard_ttl().max(STALLED_AFTER), service.transfer_leader(wire)).await;
         let answer = answer.map_err(|_| unreachable("the transfer was not answered"))?;
         let answer = answer.map_err(|status| link.failed(&status))?.into_inner();
-        link.check(answer.envelope.as_ref())?;
+        link.check(answer.envelope.as_ref()).await?;
         if answer.refused.is_empty() {
             return Ok(Ok(()));
         }

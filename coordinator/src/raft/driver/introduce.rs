@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use helix_core::command::{RegisterNode, SetPolicy};
-use helix_core::{Command, Policy, Reply};
+use helix_core::{Command, Policy, Rejection, Reply};
 use tokio_util::sync::CancellationToken;
 
 use super::Options;
@@ -15,6 +15,7 @@ const AGAIN: Duration = Duration::from_millis(500);
 /// Makes this node known to the registry, and again when it changed.
 pub(super) async fn introduce(registry: Registry, options: Options, stop: CancellationToken) {
     let all = async {
+        // Each node before it makes itself known: whoever is known has seen to it.
         while !first_policy(&registry).await {
             tokio::time::sleep(AGAIN).await;
         }
@@ -42,9 +43,16 @@ async fn first_policy(registry: &Registry) -> bool {
     if !is_new() {
         return true;
     }
-    let command = SetPolicy { policy: Policy::of_new_clusters(), expected: Some(Policy::default()) };
+    // An operator may have been faster with other keys.
+    let before = registry.policy();
+    if before.copies != Policy::default().copies {
+        return true;
+    }
+    let policy = Policy { copies: Policy::of_new_clusters().copies, ..before.clone() };
+    let command = SetPolicy { policy, expected: Some(before) };
     match registry.propose(Command::SetPolicy(command)).await {
-        // Refused where another was faster, or an operator. Where older members would not understand it, theirs stays.
+        Ok(Reply::Rejected(Rejection::PolicyChanged)) => false,
+        // Where older members would not understand it, theirs stays.
         Ok(_) | Err(ProposeError::UpgradePending { .. }) => true,
         Err(error) => {
             tracing::debug!(%error, "the first policy is not set yet");

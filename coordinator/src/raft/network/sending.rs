@@ -161,11 +161,11 @@ impl Sending {
             Failed::Refused(status)
         })?;
         let answer = answer.into_inner();
-        self.read(answer).map_err(other)
+        self.read(answer).await.map_err(other)
     }
 
-    fn read(&self, answer: raft::SnapshotResponse) -> Rpc<Answer> {
-        self.link.check(answer.envelope.as_ref())?;
+    async fn read(&self, answer: raft::SnapshotResponse) -> Rpc<Answer> {
+        self.link.check(answer.envelope.as_ref()).await?;
         let vote = vote(answer.vote).map_err(|error| self.link.garbled(&error))?;
         Ok(Answer { vote, offset: answer.offset })
     }

@@ -1,14 +1,25 @@
 //! A node's directory that was copied: the copy is refused and stops, and nobody else is.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use helix_common::ports;
 use helix_common::status::with_metadata;
+use helix_core::State;
 use helix_model::{ErrorCode, NodeId};
+use openraft::RaftNetworkFactory;
+use openraft::network::{NetVote, RPCOption};
+use openraft::raft::VoteRequest;
 
 use super::harness::{Cluster, Node, PATIENCE, submit, until};
+use crate::node_dir::init;
+use crate::raft::network::Network;
+use crate::raft::transfer::Transfer;
+use crate::raft::types::{Member, Vote};
+use crate::registry::{Applied, Shared};
 
 fn free() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], ports::free(1).unwrap()))
@@ -123,11 +134,77 @@ async fn a_node_that_cannot_be_dialled_is_believed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_address_says_nothing_is_believed() {
+    let mut cluster = Cluster::new(3).await;
+    let node = NodeId(3);
+    cluster.behind.insert(node, free());
+    // Connections are made there, and that is all.
+    let _silent = std::net::TcpListener::bind(cluster.addresses[&node]).unwrap();
+    for node in [NodeId(1), node] {
+        cluster.start(node).await;
+    }
+    until("it leads", || cluster.registry(node).leadership().borrow().is_leader).await;
+    cluster.submit(node, &submit("a")).await;
+    expect_unharmed(&cluster);
+    cluster.stop_all().await;
+}
+
+/// What a node votes that is dialled at an address.
+async fn voted(from: &Node, to: NodeId, address: SocketAddr) -> Result<(), String> {
+    let shared = Shared::new(from.registry.node(), State::default(), Applied::default(), Arc::default());
+    let mut network = Network::new(from.peers.clone(), Arc::new(shared), Transfer::default());
+    let mut client = network.new_heartbeat_client(to.0, &Member { address: address.to_string() }).await;
+    let request = VoteRequest::new(Vote::new(1, from.registry.node().0), None);
+    let answer = client.pre_vote(request, RPCOption::new(PATIENCE)).await;
+    answer.map(drop).map_err(|error| error.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_only_answers_is_not_heard() {
+    let mut cluster = Cluster::new(3).await;
+    cluster.start_all().await;
+    let leader = cluster.leader().await;
+    let node = cluster.follower().await;
+    let copied = stop_and_copy(&mut cluster, node).await;
+    cluster.start(node).await;
+    let asking = cluster.nodes.keys().copied().find(|other| *other != node && *other != leader).unwrap();
+    let elsewhere = free();
+    let copy = cluster.start_in(&copied, node, elsewhere).await;
+    let asking = &cluster.nodes[&asking];
+    // A connection may lead there, whatever a name means by now.
+    assert_eq!(voted(asking, node, cluster.addresses[&node]).await, Ok(()));
+    let why = voted(asking, node, elsewhere).await.unwrap_err();
+    assert!(why.contains("another process of node"), "{why}");
+    expect_unharmed(&cluster);
+    copy.end(Duration::ZERO).await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_made_anew_beside_one_that_serves_stops_nobody() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    cluster.start_all().await;
+    cluster.submit(node, &submit("a")).await;
+    let made = cluster.root.path().join("made-anew");
+    let members = BTreeMap::from([(node, cluster.addresses[&node].to_string())]);
+    init(&made, "demo", node, &members).unwrap();
+    let made = cluster.start_in(&made, node, free()).await;
+    made.peers.expect_alone().await;
+    cluster.submit(node, &submit("b")).await;
+    expect_unharmed(&cluster);
+    made.end(Duration::ZERO).await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_that_was_believed_is_refused_when_the_original_is_back() {
     let mut cluster = Cluster::new(3).await;
     cluster.start_all().await;
     let node = cluster.follower().await;
     cluster.submit(node, &submit("before")).await;
+    // What only the others have would keep the copy from leading.
+    until("all have made themselves known", || cluster.registry(node).nodes().len() == 3).await;
     let copied = stop_and_copy(&mut cluster, node).await;
     let away = cluster.follower().await;
     cluster.stop(away, Duration::ZERO).await;
