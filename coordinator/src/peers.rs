@@ -2,7 +2,7 @@
 //!
 //! A channel dials lazily and again by itself; its peer's certificate must name the expected node. Every consensus
 //! message also carries cluster, node and epoch, and `Peers::admit` refuses whoever was met under another epoch; of two
-//! processes under one epoch it hears one ([`runs`]).
+//! processes under one epoch it hears one (`runs.rs`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
