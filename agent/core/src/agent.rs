@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use helix_model::{AttemptKey, Death};
+use helix_model::{AttemptKey, Death, Reason};
 
 use crate::attempt::{Attempt, Found, Phase, StopCause};
 use crate::event::{Command, Event, ExitKind, Order, SessionNumber};
@@ -162,7 +162,8 @@ impl Agent {
         }
     }
 
-    /// A task has one current attempt: an earlier one that is still here is stale, and a later one makes this stale.
+    /// A task has one current attempt: an earlier one that still runs here is stale, and a later one makes this stale. What an earlier one
+    /// left is the registry's to let go: its log may be wanted.
     fn assigned(&mut self, now_ms: u64, assignment: Box<Assignment>, out: &mut Vec<Command>) {
         let key = assignment.key.clone();
         if self.attempts.contains_key(&key) {
@@ -171,12 +172,12 @@ impl Agent {
             return;
         }
         let same_task = |other: &AttemptKey| other.build == key.build && other.task == key.task;
-        let of_task: Vec<AttemptKey> = self.attempts.keys().filter(|other| same_task(other)).cloned().collect();
-        if of_task.iter().any(|other| other.attempt > key.attempt) {
+        if self.attempts.keys().any(|other| same_task(other) && other.attempt > key.attempt) {
             return;
         }
-        for stale in of_task {
-            self.forgotten(&stale, out);
+        let running = self.attempts.iter().filter(|(other, attempt)| same_task(other) && !attempt.has_ended());
+        for stale in running.map(|(earlier, _)| earlier.clone()).collect::<Vec<_>>() {
+            self.stop_asked(now_ms, stale, StopCause::Registry(Reason::WorkerLost), out);
         }
         let mut attempt = Attempt::new(Phase::Preparing);
         out.push(Command::Start(assignment));

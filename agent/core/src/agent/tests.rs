@@ -155,14 +155,29 @@ fn an_assignment_repeated_starts_nothing_twice() {
 }
 
 #[test]
-fn a_later_attempt_replaces_an_earlier_one_silently_and_never_the_other_way() {
+fn a_later_attempt_stops_an_earlier_one_that_still_runs_and_never_the_other_way() {
+    let stop = Command::Stop(key(1), StopCause::Registry(Reason::WorkerLost));
+    let stopped = Report { verdict: Verdict::Stopped, ..failed() };
     Story::connected()
         .assigned(1)
-        .said(Order::Assign(assignment(2)), &[Command::Remove(key(1)), Command::Start(assignment(2))])
-        .then(Event::AttemptEnded(key(1), Box::new(failed())), &[])
+        .said(Order::Assign(assignment(2)), &[stop, Command::Start(assignment(2))])
+        .said(Order::Assign(assignment(1)), &[])
+        .then(Event::AttemptEnded(key(1), Box::new(stopped.clone())), &[finished(1, stopped)])
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
         .said(Order::Assign(assignment(1)), &[])
         .then(Event::AttemptRemoved(key(1), Death::Proven), &[])
         .said(Order::Assign(assignment(1)), &[]);
+}
+
+#[test]
+fn a_log_that_is_not_sealed_yet_outlives_the_next_attempt() {
+    let sealed = Command::Send(Message::LogSealed { key: key(1), log: log(1) });
+    Story::connected()
+        .assigned(1)
+        .ended(1)
+        .assigned(2)
+        .then(Event::LogSealed(key(1), log(1)), &[finished(1, failed()), sealed])
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))]);
 }
 
 #[test]
@@ -245,10 +260,7 @@ fn an_agent_that_is_cut_off_for_too_long_stops_what_it_has_and_reports_later() {
         .then(Event::Ticked, &[])
         .then(Event::SessionOpened(SessionNumber(2)), &[finished(1, report)])
         // The next attempt is none of those that nobody could stop.
-        .then(
-            Event::Said(SessionNumber(2), Order::Assign(assignment(2))),
-            &[Command::Remove(key(1)), Command::Start(assignment(2))],
-        )
+        .then(Event::Said(SessionNumber(2), Order::Assign(assignment(2))), &[Command::Start(assignment(2))])
         .then(Event::Ticked, &[]);
 }
 
@@ -396,7 +408,7 @@ fn an_agent_that_must_go_now_stops_everything_and_waits_a_while() {
         .then(Event::StopAllAsked, &[stop(1)])
         .then(Event::StopAllAsked, &[])
         .said(Order::Stop(key(1), Reason::Cancelled), &[])
-        .said(Order::Assign(assignment(2)), &[Command::Remove(key(1)), Command::Start(assignment(2)), stop(2)])
+        .said(Order::Assign(assignment(2)), &[Command::Start(assignment(2)), stop(2)])
         .then(Event::StopAllTimedOut, &[Command::Exit(ExitKind::Done)])
         .then(Event::StopAllTimedOut, &[]);
 }
