@@ -52,7 +52,7 @@ pub(super) struct Agent {
     pub(super) spool: BTreeMap<AttemptKey, Spooled>,
     pub(super) work: BTreeMap<AttemptKey, Work>,
     arm: bool,
-    session: u64,
+    pub(super) session: u64,
     open: bool,
     next_hello: u64,
     next_beat: u64,

@@ -1,7 +1,7 @@
 //! What an agent's shell does with an attempt: prepare, run, store, report, remove. Each step takes its time, and any of
 //! them may be cut short by a stop, a crash, a boot or the loss of the data directory. How bytes get to coordinators is in `storing`.
 
-use helix_agent_core::{Assignment, Event as Happening, Report, StopCause, Verdict};
+use helix_agent_core::{Assignment, Event as Happening, Order, Report, SessionNumber, StopCause, Verdict};
 use helix_model::{AttemptKey, Death, Digest, Reason};
 
 use super::Bug;
@@ -70,6 +70,9 @@ impl World {
 
     pub(super) fn start_attempt(&mut self, agent: usize, assignment: Assignment) {
         let key = assignment.key.clone();
+        if self.bug == Some(Bug::UnsealedForgotten) {
+            self.forget_earlier(agent, &key);
+        }
         let (commit, instance) = (assignment.commit.clone(), self.instance(agent));
         let spooled = Spooled { commit, assignment, instance, started: false, report: None };
         let chance = self.random.below(100);
@@ -79,6 +82,16 @@ impl World {
         match chance {
             0..3 => self.cannot_begin(agent, &key),
             _ => self.prepare_attempt(agent, &key),
+        }
+    }
+
+    fn forget_earlier(&mut self, agent: usize, key: &AttemptKey) {
+        let of_task =
+            |other: &&AttemptKey| other.build == key.build && other.task == key.task && other.attempt < key.attempt;
+        let earlier: Vec<_> = self.agents[agent].work.keys().filter(of_task).cloned().collect();
+        let session = SessionNumber(self.agents[agent].session);
+        for earlier in earlier {
+            self.take(agent, Happening::Said(session, Order::Forget(earlier)));
         }
     }
 
@@ -286,6 +299,11 @@ impl World {
     }
 
     pub(super) fn remove_attempt(&mut self, agent: usize, key: &AttemptKey) {
+        let name = &self.agents[agent].name;
+        if self.registry.state().is_some_and(|state| state.wants_log(key, name)) {
+            let why = format!("{name} lets go of {key}, whose log is not sealed");
+            self.check(Err(why));
+        }
         let Some(work) = self.agents[agent].work.get_mut(key) else { return };
         (work.stage, work.again) = (Stage::Removing, None);
         if self.hosts[agent].can_kill(key) {

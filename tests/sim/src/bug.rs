@@ -24,6 +24,8 @@ pub enum Bug {
     LateLogDropped,
     /// The log of an attempt that could not begin is not sealed.
     UnbegunUnsealed,
+    /// An agent lets go of an attempt when it is given the next one of its task, whether the log is sealed or not.
+    UnsealedForgotten,
     /// An agent that is cut off for longer than it may be stops nothing.
     CutOffIgnored,
     /// An agent calls dead what it cannot see.
@@ -74,7 +76,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them, each with the seeds, from 0 on, within which it must be found.
-    pub const ALL: [(Self, u64); 33] = [
+    pub const ALL: [(Self, u64); 34] = [
         (Self::AckBeforeCommit, 10),
         (Self::AssignBeforeCommit, 40),
         (Self::StoppedBeforeDead, 10),
@@ -85,6 +87,7 @@ impl Bug {
         (Self::ForgottenEffects, 50),
         (Self::LateLogDropped, 10),
         (Self::UnbegunUnsealed, 100),
+        (Self::UnsealedForgotten, 40),
         (Self::CutOffIgnored, 100),
         (Self::ClaimedProof, 40),
         (Self::InflatedOffer, 10),
