@@ -95,7 +95,7 @@ impl Bug {
         (Self::StaleResult, 10),
         (Self::WallClockLease, 10),
         (Self::LostAfterFailover, 10),
-        (Self::LedBehind, 10),
+        (Self::LedBehind, 40),
         (Self::LostAtDisconnect, 10),
         (Self::DuplicateSubmit, 10),
         (Self::IdAlone, 10),
