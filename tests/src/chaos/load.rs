@@ -15,6 +15,7 @@ use helix_model::{BuildSpec, Command, ErrorCode};
 use helix_proto::convert::submit_of_spec;
 use helix_proto::v1;
 use helix_proto::v1::build_service_client::BuildServiceClient;
+use helix_proto::v1::cluster_service_client::ClusterServiceClient;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::time::{sleep, timeout};
@@ -30,6 +31,15 @@ const SUBMIT_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long one answer may take; then its outcome is unknown.
 const ANSWER_LIMIT: Duration = Duration::from_secs(8);
+
+/// With so many builds in the queue clients submit at a walk: what waits at the end is waited for, and judged.
+const QUEUED_MOST: u64 = 1_000;
+
+/// Between two submits of a client then.
+const WALK: Duration = Duration::from_secs(1);
+
+/// A client looks at the queue before each so many of its submits.
+const LOOK_EVERY: u32 = 20;
 
 /// The label that tells submits of one id apart.
 const CONTENT: &str = "content";
@@ -172,11 +182,17 @@ impl Load {
     pub(super) async fn client(self: Arc<Self>, endpoints: Endpoints, seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
         let endpoints = endpoints.with_attempt_timeout(Duration::from_secs(3));
-        let mut number = 0;
+        let (mut number, mut walks) = (0, false);
         while !self.stop.load(Ordering::Relaxed) {
             match random.random_range(0..10) {
                 0..4 => {
                     number += 1;
+                    if walks {
+                        sleep(WALK).await;
+                    }
+                    if walks || number % LOOK_EVERY == 0 {
+                        walks = self.queue_is_long(&endpoints).await.unwrap_or(walks);
+                    }
                     let id = format!("c{seed:x}-{number}");
                     if random.random_bool(0.1) {
                         // Two at once under one id, with different content: one is taken.
@@ -205,6 +221,15 @@ impl Load {
             }
             sleep(Duration::from_millis(random.random_range(10..150))).await;
         }
+    }
+
+    /// `None` where nobody says.
+    async fn queue_is_long(&self, endpoints: &Endpoints) -> Option<bool> {
+        let call = |channel| async move {
+            ClusterServiceClient::new(channel).get_cluster_status(v1::GetClusterStatusRequest { stale: true }).await
+        };
+        let status = endpoints.call(ANSWER_LIMIT, call).await.ok()?;
+        Some(status.into_inner().totals?.queued > QUEUED_MOST)
     }
 
     /// One of the latest ids.

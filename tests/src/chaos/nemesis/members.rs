@@ -76,7 +76,23 @@ impl Nemesis {
             scene.site.start_fallen()?;
         }
         let begun = Instant::now();
-        let done = self.finish(&mut child, &format!("helix cluster {verb} {id}"))?;
+        let what = format!("helix cluster {verb} {id}");
+        let done = loop {
+            match Self::finish(&mut child, begun + CHANGE_LIMIT)? {
+                Ok(()) => break true,
+                // The node was killed while it was asked: the refusal says that it is to be repeated, and so an operator does.
+                Err(said)
+                    if kill.is_some() && said.contains("member_unreachable") && begun.elapsed() < CHANGE_LIMIT =>
+                {
+                    self.write(&format!("{what}, once more: {}", said.lines().last().unwrap_or_default()));
+                    child = scene.site.begin_change(verb, node)?;
+                }
+                Err(said) => {
+                    self.wrong(format!("{what} failed {said}"));
+                    break false;
+                }
+            }
+        };
         self.write(&format!("helix cluster {verb} {id} has ended after {:.1?}", begun.elapsed()));
         if done && change == Change::Remove {
             self.wrong.extend(scene.site.unseat(node)?);
@@ -84,8 +100,8 @@ impl Nemesis {
         Ok(done && interrupted)
     }
 
-    fn finish(&mut self, child: &mut Child, what: &str) -> anyhow::Result<bool> {
-        let deadline = Instant::now() + CHANGE_LIMIT;
+    /// Waits for a change's end; how it failed, in words.
+    fn finish(child: &mut Child, deadline: Instant) -> anyhow::Result<Result<(), String>> {
         let status = loop {
             if let Some(status) = child.try_wait()? {
                 break status;
@@ -96,12 +112,12 @@ impl Nemesis {
             }
             std::thread::sleep(Duration::from_millis(20));
         };
-        if !status.success() {
-            let mut said = String::new();
-            child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said)).transpose()?;
-            self.wrong(format!("{what} failed ({status}): {said}"));
+        if status.success() {
+            return Ok(Ok(()));
         }
-        Ok(status.success())
+        let mut said = String::new();
+        child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said)).transpose()?;
+        Ok(Err(format!("({status}): {said}")))
     }
 
     /// Another coordinator is asked to lead, and does.
