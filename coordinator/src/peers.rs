@@ -304,10 +304,8 @@ impl Peers {
             return Err(status(ErrorCode::WrongCluster, message));
         }
         if envelope.to_epoch != 0 && envelope.to_epoch != own.epoch {
-            // The sender met another data directory under our id: ours was made later, or is a copy. One that speaks as this node met nobody.
-            if envelope.from != own.node {
-                self.fail_as_changed(envelope.from);
-            }
+            // The sender met another data directory under our id: ours was made later, or is a copy.
+            self.fail_as_changed(envelope.from);
             let message = format!("node {} has epoch {:016x} now", own.node, own.epoch);
             return Err(with_metadata(ErrorCode::WrongCluster, message, [(EPOCH_OF, own.node.to_string())]));
         }

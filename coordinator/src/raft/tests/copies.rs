@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use openraft::raft::VoteRequest;
 use super::harness::{Cluster, Node, PATIENCE, submit, until};
 use crate::node_dir::init;
 use crate::raft::network::Network;
+use crate::raft::offline::copy_directory;
 use crate::raft::transfer::Transfer;
 use crate::raft::types::{Member, Vote};
 use crate::registry::{Applied, Shared};
@@ -25,23 +26,11 @@ fn free() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], ports::free(1).unwrap()))
 }
 
-fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_tree(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
-}
-
 /// Stops a node and copies what it had.
 async fn stop_and_copy(cluster: &mut Cluster, node: NodeId) -> PathBuf {
     cluster.stop(node, Duration::ZERO).await;
     let copy = cluster.root.path().join(format!("copy-of-{node}"));
-    copy_tree(&cluster.path(node), &copy);
+    copy_directory(&cluster.path(node), &copy).unwrap();
     copy
 }
 

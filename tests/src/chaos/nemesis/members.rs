@@ -63,7 +63,8 @@ impl Nemesis {
         };
         let verb = if change == Change::Add { "add" } else { "remove" };
         let id = scene.site.id(node);
-        self.write(&format!("helix cluster {verb} {id} ({node:?})"));
+        let what = format!("helix cluster {verb} {id}");
+        self.write(&format!("{what} ({node:?})"));
         let mut child = scene.site.begin_change(verb, node)?;
         let mut interrupted = kill.is_none();
         if let Some((leader, away)) = kill {
@@ -76,7 +77,6 @@ impl Nemesis {
             scene.site.start_fallen()?;
         }
         let begun = Instant::now();
-        let what = format!("helix cluster {verb} {id}");
         let done = loop {
             match Self::finish(&mut child, begun + CHANGE_LIMIT)? {
                 Ok(()) => break true,
@@ -93,7 +93,7 @@ impl Nemesis {
                 }
             }
         };
-        self.write(&format!("helix cluster {verb} {id} has ended after {:.1?}", begun.elapsed()));
+        self.write(&format!("{what} has ended after {:.1?}", begun.elapsed()));
         if done && change == Change::Remove {
             self.wrong.extend(scene.site.unseat(node)?);
         }
