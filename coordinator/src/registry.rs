@@ -12,18 +12,19 @@ use helix_core::record::{BuildRecord, NodeRecord};
 use helix_core::state::{Known, State};
 use helix_core::{Command, Effect, Policy, Reply};
 use helix_model::{BuildId, Digest, LogTime, NodeId};
-use helix_proto::store;
-use prost::Message;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{broadcast, oneshot, watch};
 
-use crate::codec::{command_to_wire, format_of};
-use crate::node_dir::NodeIdentity;
 use crate::raft::SavedSnapshot;
 
 mod counters;
+mod error;
+mod ports;
 mod shared;
 
 pub use counters::{BOUNDS_US, Counters, Histogram, Number};
+pub use error::{MembershipError, ProposeError, ReadError, StoreError};
+use ports::proposals;
+pub(crate) use ports::{BarrierRequest, Control, Lookup, Ports, Proposal, Route};
 pub use shared::{Applied, Shared};
 
 /// The highest command format this program understands. 2: reports may say that a death is unproven,
@@ -47,62 +48,6 @@ pub const NAMED_BLOBS_MAX: usize = 256;
 #[derive(Clone)]
 pub struct Registry {
     inner: Arc<Ports>,
-}
-
-/// What a handle is made of; the tasks behind it hold the other ends.
-pub(crate) struct Ports {
-    pub(crate) identity: NodeIdentity,
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) proposals: mpsc::Sender<Proposal>,
-    pub(crate) barriers: mpsc::Sender<BarrierRequest>,
-    pub(crate) lookups: mpsc::Sender<Lookup>,
-    pub(crate) control: mpsc::Sender<Control>,
-    pub(crate) names_blob: Box<dyn Fn(&Digest) -> bool + Send + Sync>,
-    pub(crate) leadership: watch::Receiver<Leadership>,
-    pub(crate) status: watch::Receiver<RaftStatus>,
-    pub(crate) failure: watch::Receiver<Option<String>>,
-}
-
-/// Who may take a proposal.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Route {
-    /// Whoever leads.
-    Anywhere,
-    /// It came from another coordinator: this node, or nobody.
-    Forwarded,
-    /// This node, while it leads in this term: what a leader decides follows from what it alone knows.
-    InTerm(u64),
-}
-
-/// Commands on their way into the log, in order.
-pub(crate) struct Proposal {
-    pub(crate) commands: Vec<Command>,
-    /// The same in their durable form, made once.
-    pub(crate) wire: Vec<store::Command>,
-    /// The lowest format whose readers understand them.
-    pub(crate) format: u32,
-    /// Their size in that form.
-    pub(crate) bytes: usize,
-    /// Who may take it.
-    pub(crate) route: Route,
-    pub(crate) reply: oneshot::Sender<Result<Vec<Reply>, ProposeError>>,
-}
-
-/// Somebody wants to read what is acknowledged by now.
-pub(crate) type BarrierRequest = oneshot::Sender<Result<(), ReadError>>;
-
-/// A question to the store's reading thread.
-pub(crate) enum Lookup {
-    Records { ids: Vec<BuildId>, reply: oneshot::Sender<Result<Vec<Arc<BuildRecord>>, StoreError>> },
-    NamedBlobs { after: Option<Digest>, reply: oneshot::Sender<Result<Vec<Digest>, StoreError>> },
-}
-
-/// Rare requests to the task that owns consensus.
-pub(crate) enum Control {
-    Member { step: MemberStep, reply: oneshot::Sender<Result<(), MembershipError>> },
-    Transfer { to: NodeId, reply: oneshot::Sender<Result<(), MembershipError>> },
-    Snapshot { reply: oneshot::Sender<Result<SavedSnapshot, StoreError>> },
-    Stop { deadline: Duration, reply: oneshot::Sender<()> },
 }
 
 /// One step of a change of the members. Each may be repeated: what is so already stays so.
@@ -189,83 +134,6 @@ pub struct MemberStatus {
     /// It was really heard: a leader takes everybody for healthy who had no time to answer yet.
     pub heard: bool,
 }
-
-/// Why a proposal has no reply.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum ProposeError {
-    /// Not committed: nobody could take it in time.
-    #[error("no leader took the proposal in time")]
-    NoLeader {
-        /// Where clients dial the leader, if one is known.
-        hint: Option<String>,
-    },
-    /// It may have been committed or not. Repeating it is harmless.
-    #[error("the proposal may or may not have been committed")]
-    OutcomeUnknown,
-    /// Not committed: a member could not read it, and would stop.
-    #[error(
-        "coordinator {node} runs version {version:?}, which knows command format {known}, and this needs {needed}: upgrade it \
-         first"
-    )]
-    UpgradePending {
-        /// The oldest member.
-        node: NodeId,
-        /// Its version; empty when it is not known.
-        version: String,
-        /// The highest format it knows.
-        known: u32,
-        /// The format that the commands have.
-        needed: u32,
-    },
-    /// Not committed: this node is stopping.
-    #[error("this node is stopping")]
-    ShuttingDown,
-    /// Not committed by this node, which is broken.
-    #[error("storage: {0}")]
-    Storage(String),
-}
-
-/// Why a read is not possible now.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum ReadError {
-    /// No leader confirmed itself in time.
-    #[error("no leader confirmed itself in time")]
-    NoLeader {
-        /// Where clients dial the leader, if one is known.
-        hint: Option<String>,
-    },
-    /// This node is stopping.
-    #[error("this node is stopping")]
-    ShuttingDown,
-}
-
-/// Why membership did not change.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum MembershipError {
-    /// Ask the leader.
-    #[error("only the leader changes membership")]
-    NotLeader {
-        /// Where clients dial it.
-        hint: Option<String>,
-    },
-    /// It was refused, and nothing changed.
-    #[error("{0}")]
-    Refused(String),
-    /// The change before it is not committed yet.
-    #[error("another change of the members is under way")]
-    Busy,
-    /// It may happen yet, or not.
-    #[error("whether the members change is unknown")]
-    OutcomeUnknown,
-    /// This node is stopping.
-    #[error("this node is stopping")]
-    ShuttingDown,
-}
-
-/// The store cannot be read.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("the store cannot be read: {0}")]
-pub struct StoreError(pub String);
 
 impl Registry {
     pub(crate) fn new(ports: Ports) -> Self {
@@ -552,30 +420,4 @@ impl Registry {
     async fn control(&self, request: Control) -> Result<(), ()> {
         self.inner.control.send(request).await.map_err(|_| ())
     }
-}
-
-type Answer = oneshot::Receiver<Result<Vec<Reply>, ProposeError>>;
-
-/// Commands in pieces that each fit into an entry.
-fn proposals(commands: Vec<Command>, route: Route) -> Vec<(Proposal, Answer)> {
-    let mut out: Vec<(Proposal, Answer)> = Vec::new();
-    for command in commands {
-        let wire = command_to_wire(&command);
-        let bytes = wire.encoded_len();
-        let format = format_of(&wire);
-        // What must wait for an upgrade holds nothing else up.
-        let fits = |proposal: &Proposal| {
-            proposal.bytes + bytes <= ENTRY_BYTES && proposal.commands.len() < 1_024 && proposal.format == format
-        };
-        if !out.last().is_some_and(|(proposal, _)| fits(proposal)) {
-            let (reply, answer) = oneshot::channel();
-            out.push((Proposal { commands: Vec::new(), wire: Vec::new(), format, bytes: 0, route, reply }, answer));
-        }
-        if let Some((proposal, _)) = out.last_mut() {
-            proposal.commands.push(command);
-            proposal.wire.push(wire);
-            proposal.bytes += bytes;
-        }
-    }
-    out
 }

@@ -106,6 +106,8 @@ impl Link {
 pub(crate) struct Cluster {
     seen: Arc<Mutex<Seen>>,
     changed: watch::Sender<u64>,
+    /// Whether blobs are taken, or their uploads wait until they are.
+    pub(crate) takes_blobs: watch::Sender<bool>,
     to_agent: ToAgent,
     pub(crate) endpoint: String,
     pub(crate) tls: TlsFiles,
@@ -122,6 +124,7 @@ impl Drop for Cluster {
 struct Service {
     seen: Arc<Mutex<Seen>>,
     changed: watch::Sender<u64>,
+    takes_blobs: watch::Sender<bool>,
     to_agent: ToAgent,
     endpoint: String,
 }
@@ -153,9 +156,11 @@ impl Cluster {
         let own = TlsStore::load(files(Role::Coordinator, "1", "coordinator")).unwrap();
         let endpoint = format!("https://127.0.0.1:{port}");
         let changed = watch::Sender::new(0);
+        let takes_blobs = watch::Sender::new(true);
         let service = Service {
             seen: Arc::default(),
             changed: changed.clone(),
+            takes_blobs: takes_blobs.clone(),
             to_agent: Arc::default(),
             endpoint: endpoint.clone(),
         };
@@ -166,7 +171,7 @@ impl Cluster {
         let task = tokio::spawn(async move {
             router.serve_with_incoming(accept::serve(listener, own, Limits::default())).await.unwrap();
         });
-        Self { seen, changed, to_agent, endpoint, tls: files(Role::Agent, "w1", "agent"), task }
+        Self { seen, changed, takes_blobs, to_agent, endpoint, tls: files(Role::Agent, "w1", "agent"), task }
     }
 
     pub(crate) fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -197,7 +202,11 @@ impl Cluster {
     }
 
     pub(crate) async fn assign(&self, build: &str, spec: &BuildSpec) -> AttemptId {
-        let id = AttemptId { build_id: build.to_owned(), task: 0, attempt: 1 };
+        self.assign_attempt(build, 1, spec).await
+    }
+
+    pub(crate) async fn assign_attempt(&self, build: &str, attempt: u32, spec: &BuildSpec) -> AttemptId {
+        let id = AttemptId { build_id: build.to_owned(), task: 0, attempt };
         let assign = Assign { id: Some(id.clone()), spec: Some(spec_to_wire(spec)), ..Assign::default() };
         self.say(coordinator_message::Message::Assign(assign)).await;
         id
@@ -248,7 +257,8 @@ impl Service {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    fn store(&self, data: Bytes) {
+    async fn store(&self, data: Bytes) {
+        self.takes_blobs.subscribe().wait_for(|taken| *taken).await.unwrap();
         let digest = Sha256::digest(&data).to_vec();
         self.note(|seen| {
             seen.uploads += 1;
@@ -367,7 +377,7 @@ impl BlobService for Service {
             }
         }
         assert_eq!(Sha256::digest(&data).to_vec(), expected);
-        self.store(data.into());
+        self.store(data.into()).await;
         Ok(Response::new(v1::PutBlobResponse { holders: vec![1] }))
     }
 
@@ -375,12 +385,13 @@ impl BlobService for Service {
         &self,
         request: Request<v1::PutSmallBlobsRequest>,
     ) -> Result<Response<v1::PutSmallBlobsResponse>, Status> {
-        let blobs = request.into_inner().blobs.into_iter().map(|blob| {
+        let mut blobs = Vec::new();
+        for blob in request.into_inner().blobs {
             assert_eq!(Sha256::digest(&blob.data).to_vec(), blob.sha256.to_vec());
-            self.store(blob.data);
-            v1::PutBlobResponse { holders: vec![1] }
-        });
-        Ok(Response::new(v1::PutSmallBlobsResponse { blobs: blobs.collect() }))
+            self.store(blob.data).await;
+            blobs.push(v1::PutBlobResponse { holders: vec![1] });
+        }
+        Ok(Response::new(v1::PutSmallBlobsResponse { blobs }))
     }
 
     async fn upload_offset(

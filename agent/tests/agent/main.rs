@@ -364,6 +364,24 @@ async fn a_log_that_nobody_holds_any_more_is_sealed_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_is_not_stored_yet_outlives_the_next_attempt_of_its_task() {
+    let world = World::new().await;
+    world.cluster.takes_blobs.send_replace(false);
+    let first = world.cluster.assign_attempt("twice", 1, &line("echo first; exit 1")).await;
+    assert!(world.cluster.finished(&first).await.log.is_none(), "its log could not be stored");
+    let second = world.cluster.assign_attempt("twice", 2, &line("echo second; exit 1")).await;
+    assert!(world.cluster.finished(&second).await.log.is_none(), "its log could not be stored");
+    world.cluster.takes_blobs.send_replace(true);
+    for (id, said) in [(&first, "first"), (&second, "second")] {
+        let sealed = world.cluster.sealed_log(id).await;
+        assert_eq!(sealed.first().map(String::as_str), Some(said), "{sealed:?}");
+    }
+    let kept = world.host.names_in("attempts");
+    assert!(kept.contains(&"twice.0.1".to_owned()), "it was let go of before the registry did: {kept:?}");
+    world.forget(&first).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_ref_is_resolved_agreed_on_and_built() {
     let world = World::new().await;
     let repository = world.dir().join("repository");

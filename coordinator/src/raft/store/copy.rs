@@ -8,7 +8,8 @@
 use std::io;
 
 use super::generation::Generation;
-use super::{Changes, META_KEY, STEP_BYTES, STEP_ROWS, Store, Unnamed, batch_of, encode_head, io_error, put_change};
+use super::tree::{Unnamed, batch_of, encode_head, put_change};
+use super::{Changes, META_KEY, STEP_BYTES, STEP_ROWS, Store, io_error};
 use crate::codec::decode_row;
 
 /// It is synced whenever it has grown by so much, or the end would wait long for the disk.
