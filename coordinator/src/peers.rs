@@ -91,10 +91,19 @@ struct Inner {
     formats: RwLock<BTreeMap<NodeId, u32>>,
     /// When others last spoke with this node as with a member.
     heard: Mutex<BTreeMap<NodeId, Instant>>,
-    /// When it was last said that somebody wrongly takes this node for removed.
-    complained: Mutex<Option<Instant>>,
+    /// Who says that this node was removed, where a majority of the members knows it.
+    denied: Mutex<BTreeMap<NodeId, Denied>>,
     /// Which process speaks as a node.
     runs: Runs,
+}
+
+/// A node that takes this one for removed.
+struct Denied {
+    /// Since when it has said so again and again.
+    since: Instant,
+    last: Instant,
+    /// When people were last told.
+    complained: Option<Instant>,
 }
 
 impl Peers {
@@ -112,7 +121,7 @@ impl Peers {
             format,
             formats: RwLock::default(),
             heard: Mutex::default(),
-            complained: Mutex::default(),
+            denied: Mutex::default(),
             runs: Runs::new(Run::draw()),
         };
         Self { inner: Arc::new(inner) }
@@ -357,10 +366,19 @@ impl Peers {
         knows.count() > members.len() / 2
     }
 
+    /// Says what is wrong with a node that goes on saying so, and not before: where this node is just being removed, the one that says it is right, and
+    /// the others that took it for a member are soon no longer heard.
     fn complain_of(&self, other: NodeId) {
-        let mut complained = self.inner.complained.lock().unwrap_or_else(PoisonError::into_inner);
-        if complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY) {
-            *complained = Some(Instant::now());
+        let mut denied = self.inner.denied.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let denied = denied.entry(other).or_insert(Denied { since: now, last: now, complained: None });
+        if denied.last.elapsed() >= KNOWN_FOR {
+            denied.since = now;
+        }
+        denied.last = now;
+        let long = denied.since.elapsed() >= 2 * KNOWN_FOR;
+        if long && denied.complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY) {
+            denied.complained = Some(now);
             tracing::error!(
                 code = ErrorCode::NodeRemoved.as_str(),
                 node = other.0,

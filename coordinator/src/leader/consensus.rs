@@ -9,7 +9,7 @@ use helix_core::{Command, Effect, Reply, state::State};
 use helix_model::LogTime;
 use tokio::sync::{broadcast, watch};
 
-use crate::registry::{Leadership, ProposeError, Registry};
+use crate::registry::{Consistency, Leadership, ProposeError, ReadError, Registry};
 
 /// What the leader's shell asks of consensus. Meanings are those of [`Registry`]'s functions of the same names.
 pub trait Consensus: Clone + Send + Sync + 'static {
@@ -23,6 +23,8 @@ pub trait Consensus: Clone + Send + Sync + 'static {
         term: u64,
         commands: Vec<Command>,
     ) -> impl Future<Output = Result<Vec<Reply>, ProposeError>> + Send;
+    /// Waits until this node has applied all that was acknowledged by anybody before.
+    fn barrier(&self) -> impl Future<Output = Result<(), ReadError>> + Send;
     /// Reads the state; short, and never across an await.
     fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R;
     /// What followed from each applied entry.
@@ -48,6 +50,10 @@ impl Consensus for Registry {
 
     async fn propose_in_term(&self, term: u64, commands: Vec<Command>) -> Result<Vec<Reply>, ProposeError> {
         Registry::propose_in_term(self, term, commands).await
+    }
+
+    async fn barrier(&self) -> Result<(), ReadError> {
+        Registry::barrier(self, Consistency::Linearizable).await
     }
 
     fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R {

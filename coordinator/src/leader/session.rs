@@ -176,11 +176,15 @@ impl<C: Consensus> Session<C> {
         }
     }
 
-    /// Brings the registry's row in line with what the agent says of itself.
+    /// Brings the registry's row in line with what the agent says of itself. A leader that others have replaced without its knowing must not get
+    /// past this: what it does not know it would tell the agent to forget.
     async fn register(&self, who: &Speaker, introduction: &Introduction) -> Result<(), Ending> {
         let commands = self.consensus.with_state(|state| registration(state, who, introduction));
         if commands.is_empty() {
-            return Ok(());
+            let confirmed = self.consensus.barrier().await;
+            return confirmed.map_err(|error| {
+                Ending::Status(status(ErrorCode::NoLeader, format!("whether this node leads is not certain: {error}")))
+            });
         }
         let replies = self.consensus.propose_all(commands).await.map_err(|error| Ending::Status(unproposed(&error)))?;
         for reply in replies {
@@ -375,7 +379,8 @@ impl<'a, C: Consensus> Conversation<'a, C> {
                 Err(wrong) => self.on_malformed(&wrong)?,
             }
         }
-        let beat = Beat { pressure: wire::line(&heartbeat.pressure), silent_ms };
+        let agent::Heartbeat { pressure, certificate_not_after_ms, .. } = heartbeat;
+        let beat = Beat { pressure: wire::line(&pressure), silent_ms, certificate_not_after_ms };
         let heard = Event::Heard { worker: self.who.worker.clone(), id: self.id, beat };
         let stopping = |_| Ending::Status(status(ErrorCode::ShuttingDown, "the coordinator is stopping"));
         self.session.events.send(heard).await.map_err(stopping)

@@ -9,11 +9,14 @@ use helix_model::{ErrorCode, Instance, LogTime, WorkerName};
 use helix_proto::agent::coordinator_message::Message;
 use tonic::Status;
 
-use super::outbox::{Outbox, QUEUED_MAX};
+use super::outbox::{NotQueued, Outbox, QUEUED_MAX};
 use super::wire::Speaker;
 
 /// Places of the queue that what is sent at the start leaves free for what happens meanwhile.
 const QUEUE_RESERVE: usize = QUEUED_MAX / 4;
+
+/// Messages behind what reconciliation derived, at most: as many as the queue takes at other times.
+const BACKLOG_MAX: usize = QUEUED_MAX;
 
 /// Tells a worker's sessions apart: what an older one still says is not taken for the newer one's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,8 +31,10 @@ pub(crate) struct Session {
     /// Registered and reconciled.
     pub(crate) ready: bool,
     outbox: Outbox,
-    /// What reconciliation had to say and the queue had no room for.
+    /// What reconciliation had to say and the queue had no room for, and what came behind it.
     backlog: VecDeque<Message>,
+    /// How many of them came behind.
+    behind: usize,
 }
 
 /// All sessions of this leader.
@@ -51,6 +56,7 @@ impl Sessions {
             ready: false,
             outbox,
             backlog: VecDeque::new(),
+            behind: 0,
         };
         if let Some(before) = self.by_worker.insert(who.worker.clone(), session) {
             before.outbox.end(Some(status(ErrorCode::StaleAttempt, "another session of this worker took its place")));
@@ -82,8 +88,8 @@ impl Sessions {
 
     /// Sends to the worker if its session is ready. `false` when it had no room, and then the session is over.
     pub(crate) fn send(&mut self, worker: &WorkerName, message: Message) -> bool {
-        let Some(session) = self.by_worker.get(worker).filter(|session| session.ready) else { return true };
-        if session.outbox.send(message).is_ok() {
+        let Some(session) = self.by_worker.get_mut(worker).filter(|session| session.ready) else { return true };
+        if session.say(message).is_ok() {
             return true;
         }
         self.end(worker, Some(status(ErrorCode::StaleAttempt, "the agent does not read its session")));
@@ -113,6 +119,21 @@ impl Session {
         self.backlog.extend(messages);
         self.ready = true;
         self.drain_backlog();
+    }
+
+    /// Sends a message behind all that was to be sent before: a stop must not overtake its assignment.
+    fn say(&mut self, message: Message) -> Result<(), NotQueued> {
+        self.drain_backlog();
+        if self.backlog.is_empty() {
+            self.behind = 0;
+            return self.outbox.send(message);
+        }
+        if self.behind >= BACKLOG_MAX {
+            return Err(NotQueued);
+        }
+        self.behind += 1;
+        self.backlog.push_back(message);
+        Ok(())
     }
 
     /// Sends more of the backlog while the agent reads.

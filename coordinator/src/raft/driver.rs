@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use helix_common::tls::TlsStore;
@@ -153,7 +154,7 @@ pub async fn start(dir: Arc<NodeDir>, tls: Arc<TlsStore>, options: Options) -> R
     let raft = Raft::new(identity.node, config, network, log, machine).await;
     let raft = raft.map_err(|error| StartError::Raft(error.to_string()))?;
     initialize(&raft, &identity.members).await?;
-    Ok(assemble(Parts { raft, shared, peers, writer, dir, options }))
+    Ok(assemble(Parts { raft, shared, peers, writer, dir, options, timing }))
 }
 
 struct Parts {
@@ -163,10 +164,11 @@ struct Parts {
     writer: Writer,
     dir: Arc<NodeDir>,
     options: Options,
+    timing: Timing,
 }
 
 fn assemble(parts: Parts) -> Started {
-    let Parts { raft, shared, peers, writer, dir, options } = parts;
+    let Parts { raft, shared, peers, writer, dir, options, timing } = parts;
     let stop = CancellationToken::new();
     let (proposals, proposal_queue) = mpsc::channel(16_384);
     let (barriers, barrier_queue) = mpsc::channel(65_536);
@@ -191,7 +193,8 @@ fn assemble(parts: Parts) -> Started {
     let mut tasks = JoinSet::new();
     let common = || (raft.clone(), Arc::clone(&shared), peers.clone(), stop.clone());
     let (r, s, p, token) = common();
-    tasks.spawn(Watcher { raft: r, shared: s, peers: p, leadership, status, stop: token }.run());
+    let won = AtomicU64::new(0);
+    tasks.spawn(Watcher { raft: r, shared: s, peers: p, leadership, status, timing, won, stop: token }.run());
     let (r, s, p, token) = common();
     let seen = leadership_seen.clone();
     tasks.spawn(Proposer { raft: r, shared: s, peers: p, leadership: seen, queue: proposal_queue, stop: token }.run());

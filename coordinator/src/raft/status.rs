@@ -1,6 +1,7 @@
 //! Watches consensus and tells others: who leads, who is a member, whether this node is broken.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use helix_model::NodeId;
@@ -10,6 +11,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::formats::Ceiling;
+use super::timing::Timing;
 use super::types::{LogId, Raft, TypeConfig};
 use crate::peers::Peers;
 use crate::registry::{Applied, Leadership, MemberStatus, RaftStatus, Shared};
@@ -26,6 +28,9 @@ pub(super) struct Watcher {
     pub(super) peers: Peers,
     pub(super) leadership: watch::Sender<Leadership>,
     pub(super) status: watch::Sender<RaftStatus>,
+    pub(super) timing: Timing,
+    /// The last term in which this node led.
+    pub(super) won: AtomicU64,
     pub(super) stop: CancellationToken,
 }
 
@@ -49,7 +54,8 @@ impl Watcher {
                     reign = (seen.current_leader, seen.current_term, Instant::now());
                     due = true;
                 }
-                let (leads, is_leader) = self.note_leadership(&seen, *applied.borrow_and_update());
+                let leader = self.leader(&seen, reign.2);
+                let (leads, is_leader) = self.note_leadership(&seen, leader, *applied.borrow_and_update());
                 if let Err(fatal) = &seen.running_state
                     && !self.stop.is_cancelled()
                 {
@@ -59,7 +65,7 @@ impl Watcher {
             };
             if let Some(seen) = whole {
                 due = false;
-                self.status.send_replace(self.look(&seen, reign.2.elapsed()));
+                self.status.send_replace(self.look(&seen, reign.2));
             }
             tokio::select! {
                 () = self.stop.cancelled() => break,
@@ -79,11 +85,26 @@ impl Watcher {
         self.leadership.send_modify(|leadership| leadership.is_leader = false);
     }
 
+    /// Who leads. A leader cut off from its majority stays one in openraft's eyes, though it can commit nothing: agents that it kept would be
+    /// lost to the next one, and nobody else could say so to them.
+    fn leader(&self, seen: &RaftMetrics<TypeConfig>, since: Instant) -> Option<u64> {
+        let own = seen.state == ServerState::Leader && seen.current_leader == Some(seen.id);
+        let is_sole = seen.membership_config.membership().voter_ids().all(|voter| voter == seen.id);
+        if !own || is_sole {
+            return seen.current_leader;
+        }
+        // Whose term has just begun was answered by nobody yet.
+        let silent = seen.last_quorum_acked.as_ref().map_or(Duration::MAX, |acked| acked.elapsed());
+        let alone = silent.min(since.elapsed());
+        let lease = || Duration::from_millis(self.shared.state().policy().worker_lease_ms);
+        (alone < self.timing.election_max || alone < self.timing.alone_max(lease())).then_some(seen.id)
+    }
+
     /// Tells who leads, if that changed. Whether this node has the votes to, and whether it does.
-    fn note_leadership(&self, seen: &RaftMetrics<TypeConfig>, applied: Applied) -> (bool, bool) {
-        let leads = seen.state == ServerState::Leader && seen.current_leader == Some(seen.id);
+    fn note_leadership(&self, seen: &RaftMetrics<TypeConfig>, leader: Option<u64>, applied: Applied) -> (bool, bool) {
+        let leads = leader == Some(seen.id) && seen.state == ServerState::Leader;
         let now = Leadership {
-            leader: seen.current_leader.map(NodeId),
+            leader: leader.map(NodeId),
             term: seen.current_term,
             // An entry of its own term is applied, so everything before it is.
             is_leader: leads && applied.term == seen.current_term,
@@ -93,7 +114,8 @@ impl Watcher {
                 return false;
             }
             tracing::info!(leader = ?now.leader, term = now.term, is_leader = now.is_leader, "leadership");
-            if now.is_leader && !before.is_leader {
+            // One that stood down for a while and leads again won nothing.
+            if now.is_leader && self.won.swap(now.term, Ordering::Relaxed) != now.term {
                 self.shared.counters.elections_won.add(1);
             }
             *before = now;
@@ -102,42 +124,52 @@ impl Watcher {
         (leads, now.is_leader)
     }
 
-    /// How things stand; `reign` is how long the leader has been leading.
-    fn look(&self, seen: &RaftMetrics<TypeConfig>, reign: Duration) -> RaftStatus {
+    /// How things stand; the leader has been leading since `reign`.
+    fn look(&self, seen: &RaftMetrics<TypeConfig>, reign: Instant) -> RaftStatus {
+        let leader = self.leader(seen, reign);
+        let leads = leader == Some(seen.id);
         let mut warnings = Vec::new();
-        if seen.current_leader.is_none() {
+        if leader.is_none() {
             warnings.push("no_leader");
         }
-        if seen.state == ServerState::Leader && self.shared.clock.is_skewed() {
+        if leads && self.shared.clock.is_skewed() {
             warnings.push("clock_skew");
         }
-        if seen.state == ServerState::Leader
-            && Ceiling::of(self.peers.format(), &self.shared, &self.peers).format < self.peers.format()
-        {
+        if leads && Ceiling::of(self.peers.format(), &self.shared, &self.peers).format < self.peers.format() {
             warnings.push("upgrade_pending");
         }
         let membership = seen.membership_config.membership();
         RaftStatus {
-            leader: seen.current_leader.map(NodeId),
+            leader: leader.map(NodeId),
             term: seen.current_term,
             last_log_index: seen.last_log_index.unwrap_or(0),
             applied_index: self.shared.counters.applied_index.get(),
             snapshot_index: index(seen.snapshot.as_ref()),
             purged_index: index(seen.purged.as_ref()),
-            members: membership.nodes().map(|(id, node)| member(*id, node.address.clone(), seen, reign)).collect(),
+            members: membership
+                .nodes()
+                .map(|(id, node)| member(*id, node.address.clone(), seen, leader, reign))
+                .collect(),
             warnings,
         }
     }
 }
 
-fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>, reign: Duration) -> MemberStatus {
+fn member(
+    id: u64,
+    address: String,
+    seen: &RaftMetrics<TypeConfig>,
+    leader: Option<u64>,
+    reign: Instant,
+) -> MemberStatus {
     let voter = seen.membership_config.membership().voter_ids().any(|voter| voter == id);
-    let leads = seen.current_leader == Some(id);
+    let leads = leader == Some(id);
     let own = seen.id == id;
     let role = match (leads, voter) {
         (true, _) => "leader",
         (false, false) => "learner",
-        (false, true) if own && seen.state == ServerState::Candidate => "candidate",
+        // One that a majority does not answer any more wants its votes, too.
+        (false, true) if own && matches!(seen.state, ServerState::Candidate | ServerState::Leader) => "candidate",
         (false, true) => "follower",
     };
     if own {
@@ -157,7 +189,7 @@ fn member(id: u64, address: String, seen: &RaftMetrics<TypeConfig>, reign: Durat
     // Who leads since a moment ago has heard nobody yet, which says nothing about them.
     let silent = match heard {
         Some(heard) => heard.elapsed() >= SILENT_AFTER,
-        None => seen.state != ServerState::Leader || reign >= SILENT_AFTER,
+        None => seen.state != ServerState::Leader || reign.elapsed() >= SILENT_AFTER,
     };
     let last_log_index = index(matched);
     MemberStatus {

@@ -21,6 +21,7 @@ const ELECTION_LEAST: Duration = Duration::from_millis(80);
 /// An election waits for ten times the slowest fsync, and no longer than for one of this: a fail-over that took longer would be worse than a
 /// leader that changes for nothing.
 pub(super) const FSYNC_MOST: Duration = Duration::from_millis(200);
+const ALONE_LEAST: Duration = Duration::from_secs(1);
 const PROBES: usize = 200;
 const PROBE_TIME_MAX: Duration = Duration::from_secs(1);
 
@@ -30,6 +31,13 @@ impl Timing {
     pub fn for_fsync(slowest: Duration) -> Self {
         let election_min = (slowest.min(FSYNC_MOST) * 10).max(ELECTION_LEAST);
         Self { heartbeat: HEARTBEAT, election_min, election_max: election_min * 15 / 8 }
+    }
+
+    /// A leader that no majority has answered for so long stands down. By then the others have elected another, if they are well; and
+    /// agents still have half of a worker's lease to find that one, or more. Not sooner: a majority whose disks are slow answers late.
+    #[must_use]
+    pub fn alone_max(&self, worker_lease: Duration) -> Duration {
+        (self.election_max * 2).max(worker_lease / 3).max(ALONE_LEAST).min(worker_lease / 2)
     }
 }
 
@@ -69,5 +77,9 @@ mod tests {
         assert_eq!(Timing::for_fsync(FSYNC_MOST).election_min, FSYNC_MOST * 10);
         assert_eq!(Timing::for_fsync(ms(2_000)).election_min, FSYNC_MOST * 10);
         assert_eq!(Timing::for_fsync(ms(1)).election_max, ms(150));
+        assert_eq!(Timing::for_fsync(ms(1)).alone_max(ms(15_000)), ms(5_000));
+        assert_eq!(Timing::for_fsync(FSYNC_MOST).alone_max(ms(30_000)), ms(10_000));
+        assert_eq!(Timing::for_fsync(FSYNC_MOST).alone_max(ms(10_000)), ms(5_000));
+        assert_eq!(Timing::for_fsync(ms(1)).alone_max(ms(2_400)), ms(1_000));
     }
 }

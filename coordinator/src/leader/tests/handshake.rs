@@ -117,6 +117,21 @@ async fn reconciliation_resends_what_is_missing_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_leader_that_no_majority_confirms_tells_nobody_what_to_forget() {
+    let (world, leader) = World::leading();
+    drop(Agent::connect(&leader, hello("w", 1)).await);
+    // Another leader has given it this meanwhile.
+    let back = agent::Hello { attempts: vec![offered(&"new.0.1".parse().unwrap(), true)], ..hello("w", 1) };
+    world.confirm(false);
+    let mut agent = Agent::dial(&leader, back.clone()).await;
+    let ending = agent.hear().await.unwrap().expect_err("it was welcomed, and told what to forget");
+    assert_eq!(error_code(&ending), Some(ErrorCode::NoLeader));
+    world.confirm(true);
+    let mut agent = Agent::connect(&leader, back).await;
+    assert_eq!(agent.forgotten().await.to_string(), "new.0.1");
+}
+
+#[tokio::test]
 async fn a_spool_larger_than_the_queue_is_reconciled_as_it_is_read() {
     let (_world, leader) = World::leading();
     let attempts: Vec<_> = (0..2_000).map(|n| offered(&format!("old{n}.0.1").parse().unwrap(), true)).collect();
@@ -132,6 +147,31 @@ async fn a_spool_larger_than_the_queue_is_reconciled_as_it_is_read() {
             Err(_) => agent.beat().await,
         }
     }
+}
+
+#[tokio::test]
+async fn a_stop_does_not_overtake_an_assignment_that_waits_for_the_agent_to_read() {
+    let (world, leader) = World::leading();
+    let mut agent = Agent::connect(&leader, hello("w", 1)).await;
+    let build = world.submit("b");
+    let key = agent.assigned().await;
+    drop(agent);
+    let attempts: Vec<_> = (0..2_000).map(|n| offered(&format!("old{n}.0.1").parse().unwrap(), true)).collect();
+    let mut agent = Agent::connect(&leader, agent::Hello { attempts, ..hello("w", 1) }).await;
+    world.cancel(&build);
+    let mut said = Vec::new();
+    while said.len() < 2 {
+        let wait = std::time::Duration::from_millis(150);
+        match tokio::time::timeout(wait, agent.hear()).await {
+            Ok(Some(Ok(Message::Forget(_)))) => {}
+            Ok(Some(Ok(Message::Assign(assign)))) => said.push(("assign", assign.id)),
+            Ok(Some(Ok(Message::Stop(stop)))) => said.push(("stop", stop.id)),
+            Ok(other) => panic!("{other:?}"),
+            Err(_) => agent.beat().await,
+        }
+    }
+    let id = Some(helix_proto::convert::attempt_to_wire(&key));
+    assert_eq!(said, [("assign", id.clone()), ("stop", id)]);
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Consensus without consensus: one state in memory, commands applied at once, a clock that tests set, and failures that they choose.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::leader::{Consensus, Leader, LeaderLoop};
-use crate::registry::{Leadership, ProposeError};
+use crate::registry::{Leadership, ProposeError, ReadError};
 
 /// How long a test waits for what must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -41,6 +41,7 @@ struct Inner {
     leadership: watch::Sender<Leadership>,
     now_ms: AtomicU64,
     leapt_ms: AtomicU64,
+    confirmed: AtomicBool,
     faults: Mutex<VecDeque<(Matcher, Fault)>>,
     history: Mutex<Vec<(Command, Reply)>>,
 }
@@ -55,6 +56,7 @@ impl World {
             leadership: watch::Sender::new(leadership),
             now_ms: AtomicU64::new(1_000_000),
             leapt_ms: AtomicU64::new(0),
+            confirmed: AtomicBool::new(true),
             faults: Mutex::default(),
             history: Mutex::default(),
         }));
@@ -75,6 +77,11 @@ impl World {
     pub(crate) fn leap_ms(&self, ms: u64) {
         self.0.leapt_ms.fetch_add(ms, Ordering::SeqCst);
         self.advance_ms(ms);
+    }
+
+    /// Whether a majority confirms that this node leads.
+    pub(crate) fn confirm(&self, confirmed: bool) {
+        self.0.confirmed.store(confirmed, Ordering::SeqCst);
     }
 
     pub(crate) fn lead(&self, term: u64) {
@@ -228,6 +235,11 @@ impl Consensus for World {
             return Err(ProposeError::NoLeader { hint: None });
         }
         self.propose_all(commands).await
+    }
+
+    async fn barrier(&self) -> Result<(), ReadError> {
+        let confirmed = self.0.confirmed.load(Ordering::SeqCst);
+        confirmed.then_some(()).ok_or(ReadError::NoLeader { hint: None })
     }
 
     fn with_state<R>(&self, read: impl FnOnce(&State) -> R) -> R {

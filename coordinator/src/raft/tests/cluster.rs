@@ -85,6 +85,37 @@ async fn a_leader_that_comes_back_leads_in_a_new_term_and_not_before_it_has_appl
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_no_majority_answers_stands_down_and_leads_again_with_one() {
+    let mut cluster = Cluster::new(3).await;
+    cluster.start_all().await;
+    cluster.submit(NodeId(1), &submit("a")).await;
+    let leader = cluster.leader().await;
+    let others: Vec<NodeId> = cluster.nodes.keys().copied().filter(|node| *node != leader).collect();
+    for node in &others {
+        cluster.stop(*node, Duration::ZERO).await;
+    }
+    let alone = cluster.registry(leader).clone();
+    until("it stands down", || {
+        let now = *alone.leadership().borrow();
+        now.leader.is_none() && !now.is_leader
+    })
+    .await;
+    until("it says so", || {
+        let status = alone.status();
+        let own = status.members.iter().find(|member| member.id == leader).map(|member| member.role);
+        status.leader.is_none() && status.warnings.contains(&"no_leader") && own == Some("candidate")
+    })
+    .await;
+    cluster.start(others[0]).await;
+    let back = cluster.registry(others[0]).clone();
+    until("one of the two leads", || alone.leadership().borrow().is_leader || back.leadership().borrow().is_leader)
+        .await;
+    cluster.submit(leader, &submit("b")).await;
+    assert!(cluster.has(others[0], "a").await && cluster.has(others[0], "b").await);
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_acknowledged_command_is_lost_when_leaders_stop() {
     let mut cluster = Cluster::new(3).await;
     cluster.start_all().await;
