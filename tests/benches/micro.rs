@@ -12,7 +12,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use helix_common::sealed_log::{LogStream, SealedLogWriter};
 use helix_coordinator::codec::{command_to_wire, decode_batch, decode_row, encode_batch, encode_row};
 use helix_core::command::{AssignTask, FinishAttempt, Outcome, RegisterWorker, SubmitBuild, WorkerOffer};
-use helix_core::liveness::{InFlight, Liveness, SessionState, WorkerLiveness};
+use helix_core::liveness::{InFlight, Liveness, WorkerLiveness};
 use helix_core::record::{Applied, BlobRef, SealedLog};
 use helix_core::schedule::schedule;
 use helix_core::{Command, Known, Reply, Row, State};
@@ -133,10 +133,7 @@ fn scheduling(c: &mut Criterion) {
         for number in 0..workers {
             apply(&mut state, 1, &register(number, 8));
             let (name, instance) = worker(number);
-            let (session, last_seen) = (SessionState::Open, LogTime(1));
-            let live =
-                WorkerLiveness { instance, session, last_seen, pressure: String::new(), silent_ms: BTreeMap::new() };
-            liveness.workers.insert(name, live);
+            liveness.workers.insert(name, WorkerLiveness::opened(instance, LogTime(1)));
         }
         for number in 0..queued {
             let labels = BTreeMap::from([("kind".to_owned(), format!("k{}", number % 16))]);

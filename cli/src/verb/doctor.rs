@@ -193,6 +193,16 @@ fn note_end(check: &str, end: SystemTime, advice: &str, report: &mut Report) {
     }
 }
 
+/// Of somebody else's certificate (Unix milliseconds, 0 where that is not known) only what has to be done.
+fn note_end_there(check: &str, not_after_ms: i64, daemon: &str, report: &mut Report) {
+    let Some(ms) = u64::try_from(not_after_ms).ok().filter(|ms| *ms > 0) else { return };
+    let end = UNIX_EPOCH + Duration::from_millis(ms);
+    if end < SystemTime::now() + RENEW_BEFORE {
+        let advice = format!("issue it again, carry it there, reload the {daemon}");
+        note_end(&format!("{check}, its certificate"), end, &advice, report);
+    }
+}
+
 /// A coordinator that answered.
 struct Answer {
     endpoint: String,
@@ -228,15 +238,7 @@ async fn look_at_endpoints(context: &Context, tls: &Arc<TlsStore>, report: &mut 
 
 /// What a coordinator says of itself.
 fn look_at_node(check: &str, status: &v1::ClusterStatus, report: &mut Report) {
-    if let Ok(ms) = u64::try_from(status.certificate_not_after_ms)
-        && ms > 0
-    {
-        let end = UNIX_EPOCH + Duration::from_millis(ms);
-        if end < SystemTime::now() + RENEW_BEFORE {
-            let check = format!("{check}, its certificate");
-            note_end(&check, end, "issue it again, carry it there, reload the coordinator", report);
-        }
-    }
+    note_end_there(check, status.certificate_not_after_ms, "coordinator", report);
     if status.free_bytes > 0 {
         let (free, reserve) = (size_text(status.free_bytes), size_text(status.reserve_bytes));
         let check = format!("{check}, its disk");
@@ -393,6 +395,7 @@ fn judge_workers(found: &[v1::WorkerStatus], queued: u64, report: &mut Report) {
         if worker.draining {
             report.warn(&check, "is draining", "`helix workers undrain` gives it work again");
         }
+        note_end_there(&check, worker.certificate_not_after_ms, "agent", report);
         if !worker.pressure.is_empty() {
             report.warn(&check, format!("is under pressure: {}", worker.pressure), "free what it lacks");
         }

@@ -163,6 +163,7 @@ fn item(worker: &v1::WorkerStatus) -> Item {
             "restricted_secrets": worker.restricted_secrets,
             "last_seen": time_json(worker.last_seen_ms),
             "version": worker.version,
+            "certificate_not_after": time_json(worker.certificate_not_after_ms),
             "pressure": text_json(&worker.pressure),
             "resources": resources(worker).iter().map(|(what, has, left)| {
                 (what.as_str().to_owned(), json!({ "has": has, "left": left }))
@@ -212,6 +213,9 @@ fn detail(worker: &v1::WorkerStatus) -> String {
     line("address", &worker.address);
     line("instance", &worker.instance);
     line("version", &worker.version);
+    if worker.certificate_not_after_ms != 0 {
+        line("valid", &format!("until {}, its certificate", time_text(worker.certificate_not_after_ms)));
+    }
     line("seen", &age_text(worker.last_seen_ms));
     line("held by", &worker.held_by.join(" "));
     if worker.held {

@@ -9,7 +9,7 @@ use helix_model::{AttemptKey, LogTime, Reason};
 
 use crate::apply::deadline;
 use crate::command::{Command, EndUnverified, ExpireAttempt, ProbeWorker};
-use crate::liveness::{InFlight, Liveness};
+use crate::liveness::{InFlight, Liveness, SessionState, WorkerLiveness};
 use crate::record::Standing;
 use crate::state::State;
 
@@ -41,12 +41,12 @@ pub fn next(state: &State, liveness: &Liveness) -> Option<LogTime> {
         index.limited.first().map(|(end, _)| end.plus_ms(policy.timeout_grace_ms)),
         index.unlimited.first().map(|(start, _)| deadline(*start, 0, policy)),
         stop,
-        index.drains.first().map(|(deadline, _)| *deadline),
+        drained(state).map(|(deadline, _)| deadline).next(),
         index.quarantined.first().map(|(until, _)| *until),
-        index.detached.first().map(|(until, _)| *until),
+        index.detached.first().map(|(until, _)| lease::back_by(*until, policy, liveness)),
         retention::next(state),
         lease::next(state, liveness),
-        (!index.silence.is_empty()).then(|| state.last_at().plus_ms(policy.worker_lease_ms)),
+        silences(state, liveness).filter_map(|(_, live, left_ms)| over_at(live, left_ms)).min(),
     ];
     times.into_iter().flatten().min()
 }
@@ -55,21 +55,11 @@ pub fn next(state: &State, liveness: &Liveness) -> Option<LogTime> {
 fn expiries(state: &State, in_flight: &InFlight, liveness: &Liveness, now: LogTime, commands: &mut Vec<Command>) {
     let (index, policy) = (&state.index, &state.policy);
     let mut expired: BTreeMap<&AttemptKey, Reason> = BTreeMap::new();
-    for worker in index.drains.iter().take_while(|(deadline, _)| *deadline <= now).map(|(_, worker)| worker) {
-        for key in state.running_on(worker) {
-            if state.running_attempt(key).is_some_and(|attempt| attempt.stop.is_none()) {
-                expired.insert(key, Reason::Drained);
-            }
-        }
+    for (_, key) in drained(state).take_while(|(deadline, _)| *deadline <= now) {
+        expired.insert(key, Reason::Drained);
     }
-    for key in &index.silence {
-        let limit = state.open.get(&key.build).map_or(0, |build| build.spec.silence_timeout_ms);
-        let attempt = state.running_attempt(key);
-        let live = attempt.and_then(|attempt| liveness.workers.get(&attempt.worker));
-        let silent = live.and_then(|live| live.silent_ms.get(key)).copied().unwrap_or(0);
-        if limit > 0 && silent >= limit.saturating_add(policy.timeout_grace_ms) {
-            expired.insert(key, Reason::Silence);
-        }
+    for (key, ..) in silences(state, liveness).filter(|(.., left_ms)| *left_ms == 0) {
+        expired.insert(key, Reason::Silence);
     }
     let limited = index.limited.iter().take_while(|(end, _)| end.plus_ms(policy.timeout_grace_ms) <= now);
     let unlimited = index.unlimited.iter().take_while(|(start, _)| deadline(*start, 0, policy) <= now);
@@ -78,6 +68,32 @@ fn expiries(state: &State, in_flight: &InFlight, liveness: &Liveness, now: LogTi
     }
     let expired = expired.into_iter().filter(|(key, _)| !in_flight.attempts.contains(*key));
     commands.extend(expired.map(|(key, reason)| Command::ExpireAttempt(ExpireAttempt { key: key.clone(), reason })));
+}
+
+/// What runs on workers whose drains have a deadline and was not told to stop, and when it is to be, the soonest first.
+fn drained(state: &State) -> impl Iterator<Item = (LogTime, &AttemptKey)> {
+    let drains = state.index.drains.iter();
+    let running = drains.flat_map(|(deadline, worker)| state.running_on(worker).map(move |key| (*deadline, key)));
+    running.filter(|(_, key)| state.running_attempt(key).is_some_and(|attempt| attempt.stop.is_none()))
+}
+
+/// When silence may be over its limit. Who says nothing more will not say that it is.
+fn over_at(live: &WorkerLiveness, left_ms: u64) -> Option<LogTime> {
+    (live.session == SessionState::Open).then(|| live.last_seen.plus_ms(left_ms))
+}
+
+/// Attempts with a limit on silence whose agents said how silent they are, and for how many more milliseconds from then they may be.
+fn silences<'a>(
+    state: &'a State,
+    liveness: &'a Liveness,
+) -> impl Iterator<Item = (&'a AttemptKey, &'a WorkerLiveness, u64)> {
+    state.index.silence.iter().filter_map(|key| {
+        let limit = state.open.get(&key.build)?.spec.silence_timeout_ms;
+        let live = liveness.workers.get(&state.running_attempt(key)?.worker)?;
+        let silent = live.silent_ms.get(key)?;
+        let left = limit.saturating_add(state.policy.timeout_grace_ms).saturating_sub(*silent);
+        (limit > 0).then_some((key, live, left))
+    })
 }
 
 /// Stops that waited long enough for a proof, on workers that are lost. A worker that is there

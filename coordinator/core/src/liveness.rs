@@ -69,6 +69,23 @@ pub struct WorkerLiveness {
     pub pressure: String,
     /// For each attempt it runs: how long nothing was printed, in milliseconds, at `last_seen`.
     pub silent_ms: BTreeMap<AttemptKey, u64>,
+    /// When its agent's certificate ends (Unix milliseconds); 0 where it does not say. For people: nothing is decided by it.
+    pub certificate_not_after_ms: i64,
+}
+
+impl WorkerLiveness {
+    /// A worker whose session was opened at `now`, and that has said nothing yet.
+    #[must_use]
+    pub fn opened(instance: Instance, now: LogTime) -> Self {
+        Self {
+            instance,
+            session: SessionState::Open,
+            last_seen: now,
+            pressure: String::new(),
+            silent_ms: BTreeMap::new(),
+            certificate_not_after_ms: 0,
+        }
+    }
 }
 
 /// Whether a worker can be given work now.

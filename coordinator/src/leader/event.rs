@@ -31,6 +31,8 @@ pub(crate) struct Beat {
     pub(crate) pressure: String,
     /// How long each attempt has been silent.
     pub(crate) silent_ms: BTreeMap<AttemptKey, u64>,
+    /// When the agent's certificate ends (Unix milliseconds); 0 where it does not say.
+    pub(crate) certificate_not_after_ms: i64,
 }
 
 /// Why a session cannot be opened now.

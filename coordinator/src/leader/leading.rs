@@ -125,13 +125,11 @@ impl Leading {
         });
         session.begin(std::iter::once(welcome).chain(reconcile(state, who, spooled)));
         let before = self.liveness.workers.remove(&who.worker).filter(|live| live.instance == who.instance);
-        let live = WorkerLiveness {
-            instance: who.instance.clone(),
-            session: SessionState::Open,
-            last_seen: now,
-            pressure: before.as_ref().map_or_else(String::new, |live| live.pressure.clone()),
-            silent_ms: before.map(|live| live.silent_ms).unwrap_or_default(),
-        };
+        let mut live = WorkerLiveness::opened(who.instance.clone(), now);
+        if let Some(before) = before {
+            let WorkerLiveness { pressure, silent_ms, certificate_not_after_ms, .. } = before;
+            live = WorkerLiveness { pressure, silent_ms, certificate_not_after_ms, ..live };
+        }
         self.liveness.workers.insert(who.worker.clone(), live);
     }
 
@@ -147,6 +145,7 @@ impl Leading {
         }
         live.pressure = beat.pressure;
         live.silent_ms = beat.silent_ms;
+        live.certificate_not_after_ms = beat.certificate_not_after_ms;
         let was = std::mem::replace(&mut live.session, SessionState::Open);
         relieved || was != SessionState::Open
     }

@@ -99,6 +99,7 @@ fn to_wire(liveness: &Liveness, now: LogTime) -> peer::LivenessResponse {
         last_seen_ms: live.last_seen.0,
         pressure: live.pressure.clone(),
         silences: live.silent_ms.iter().map(|(key, silent_ms)| silence(key, *silent_ms)).collect(),
+        certificate_not_after_ms: live.certificate_not_after_ms,
     });
     let brake = liveness.brake.as_ref().map(|brake| peer::Brake {
         since_ms: brake.since.0,
@@ -175,7 +176,8 @@ fn worker_from_wire(wire: peer::WorkerLiveness) -> Result<WorkerLiveness, Invali
         _ => SessionState::Closed,
     };
     let (instance, last_seen) = (Instance::new(&wire.instance)?, LogTime(wire.last_seen_ms));
-    Ok(WorkerLiveness { instance, session, last_seen, pressure: wire.pressure, silent_ms })
+    let peer::WorkerLiveness { pressure, certificate_not_after_ms, .. } = wire;
+    Ok(WorkerLiveness { instance, session, last_seen, pressure, silent_ms, certificate_not_after_ms })
 }
 
 #[cfg(test)]
@@ -191,6 +193,7 @@ mod tests {
             last_seen: LogTime(5),
             pressure: "disk".to_owned(),
             silent_ms: BTreeMap::from([("b.1.2".parse().unwrap(), 7)]),
+            certificate_not_after_ms: 11,
         };
         let liveness = Liveness {
             leader_since: LogTime(3),

@@ -157,6 +157,7 @@ fn status_of(state: &State, liveness: &Liveness, worker: &WorkerRecord) -> v1::W
         secrets: secrets(SecretFor::Anybody),
         restricted_secrets: secrets(SecretFor::CertainRepositories),
         last_seen_ms: heard.map_or(0, |heard| unix_ms(heard.last_seen)),
+        certificate_not_after_ms: heard.map_or(0, |heard| heard.certificate_not_after_ms),
         version: offer.version.clone(),
         pressure: heard.map_or_else(String::new, |heard| heard.pressure.clone()),
         attempts: state.running_on(&worker.name).map(ToString::to_string).collect(),

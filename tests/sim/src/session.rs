@@ -188,13 +188,8 @@ impl World {
         let forgotten = self.bug == Some(Bug::ForgottenEffects);
         let orders = if forgotten { Vec::new() } else { reconcile(state, &who, &open.attempts) };
         let before = self.leading.liveness.workers.remove(&who.worker).filter(|live| live.instance == who.instance);
-        let live = WorkerLiveness {
-            instance: who.instance.clone(),
-            session: SessionState::Open,
-            last_seen: time,
-            pressure: String::new(),
-            silent_ms: before.map(|live| live.silent_ms).unwrap_or_default(),
-        };
+        let mut live = WorkerLiveness::opened(who.instance.clone(), time);
+        live.silent_ms = before.map(|live| live.silent_ms).unwrap_or_default();
         self.leading.liveness.workers.insert(who.worker, live);
         self.leading.heard.insert(agent, self.now);
         self.send_down(agent, session, Down::Welcome);

@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use helix_core::command::{RegisterWorker, SubmitBuild, WorkerOffer};
-use helix_core::{
-    Applied, Command, InFlight, Liveness, Reply, SessionState, State, WorkerLiveness, invariants, schedule,
-};
+use helix_core::{Applied, Command, InFlight, Liveness, Reply, State, WorkerLiveness, invariants, schedule};
 use helix_model::{BuildId, BuildSpec, Digest, Executor, Instance, LogTime, Platform, WorkerName};
 
 use super::Settings;
@@ -115,14 +113,7 @@ fn world() -> anyhow::Result<(State, Liveness)> {
             allows_job_commands: true,
             ..WorkerOffer::default()
         };
-        let live = WorkerLiveness {
-            instance: instance.clone(),
-            session: SessionState::Open,
-            last_seen: NOW,
-            pressure: String::new(),
-            silent_ms: BTreeMap::new(),
-        };
-        liveness.workers.insert(worker.clone(), live);
+        liveness.workers.insert(worker.clone(), WorkerLiveness::opened(instance.clone(), NOW));
         apply(&mut state, &[Command::RegisterWorker(RegisterWorker { worker, instance, offer })])?;
     }
     for number in 0..QUEUED {

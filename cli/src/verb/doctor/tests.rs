@@ -72,4 +72,12 @@ fn ends_disks_and_workers_are_judged() {
     assert_eq!(worker(&|worker| worker.draining = true), Verdict::Warn);
     assert_eq!(worker(&|worker| worker.pressure = "disk".into()), Verdict::Warn);
     assert_eq!(worker(&|worker| worker.healthy = false), Verdict::Fail);
+    let ends = |end: SystemTime| {
+        let ms = end.duration_since(UNIX_EPOCH).unwrap().as_millis();
+        worker(&|worker| worker.certificate_not_after_ms = i64::try_from(ms).unwrap())
+    };
+    assert_eq!(ends(SystemTime::now() + 2 * RENEW_BEFORE), Verdict::Ok);
+    assert_eq!(ends(SystemTime::now() + RENEW_BEFORE / 2), Verdict::Warn);
+    assert_eq!(ends(SystemTime::now() - RENEW_BEFORE), Verdict::Fail);
+    assert_eq!(worker(&|worker| worker.certificate_not_after_ms = i64::MAX), Verdict::Ok);
 }

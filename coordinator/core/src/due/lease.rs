@@ -8,7 +8,7 @@ use helix_model::{LogTime, WorkerName};
 
 use crate::command::LoseWorker;
 use crate::liveness::{Brake, InFlight, Liveness, WorkerLiveness};
-use crate::record::{Standing, WorkerRecord};
+use crate::record::{Policy, Standing, WorkerRecord};
 use crate::state::State;
 
 /// Fewer workers than this are never braked for: half of them may well be one rack.
@@ -45,7 +45,8 @@ pub(super) fn losses(state: &State, in_flight: &InFlight, liveness: &Liveness, n
     let loss = |worker: &WorkerRecord| LoseWorker { worker: worker.name.clone(), instance: worker.instance.clone() };
     let free = |name: &&WorkerName| !in_flight.workers.contains(*name);
     // Who said when it would be back is not part of any riddle.
-    let overdue = state.index.detached.iter().take_while(|(until, _)| *until <= now).map(|(_, name)| name);
+    let overdue = state.index.detached.iter().take_while(|(until, _)| back_by(*until, &state.policy, liveness) <= now);
+    let overdue = overdue.map(|(_, name)| name);
     let mut lost: Vec<LoseWorker> =
         overdue.filter(free).filter_map(|name| state.worker(name)).map(|worker| loss(worker)).collect();
     let mut lapsed = lapsed(state, liveness, now).filter(|worker| free(&&worker.name)).peekable();
@@ -57,6 +58,11 @@ pub(super) fn losses(state: &State, in_flight: &InFlight, liveness: &Liveness, n
         lost.extend(lapsed.take(allowed).map(loss));
     }
     lost
+}
+
+/// When a detached worker has to be back: as it said, and after a fail-over not before it had a whole lease to find this leader.
+pub(super) fn back_by(until: LogTime, policy: &Policy, liveness: &Liveness) -> LogTime {
+    until.max(liveness.leader_since.plus_ms(policy.worker_lease_ms))
 }
 
 /// How many more workers may be declared lost under the brake.
@@ -126,7 +132,6 @@ mod tests {
 
     use super::*;
     use crate::command::{Command, RegisterWorker, WorkerOffer};
-    use crate::liveness::SessionState;
     use crate::record::Applied;
 
     #[test]
@@ -155,13 +160,7 @@ mod tests {
             ("w7", "d.b"),
             ("x", "d.b"),
         ]) {
-            let live = WorkerLiveness {
-                instance: Instance::new(instance).unwrap(),
-                session: SessionState::Open,
-                last_seen: LogTime(seen),
-                pressure: String::new(),
-                silent_ms: std::collections::BTreeMap::new(),
-            };
+            let live = WorkerLiveness::opened(Instance::new(instance).unwrap(), LogTime(seen));
             liveness.workers.insert(name(text), live);
         }
         let walked: Vec<_> = heard(&state, &liveness).map(|(worker, at)| (worker.name.clone(), at)).collect();

@@ -2,7 +2,7 @@
 
 use helix_core::command::{self as cmd, Command, Outcome};
 use helix_core::record::{Pinned, Policy};
-use helix_core::{InFlight, Reply, due};
+use helix_core::{InFlight, Liveness, Reply, SessionState, due};
 use helix_model::{BuildSpec, LogTime, Reason};
 
 use crate::story::*;
@@ -99,6 +99,21 @@ fn a_detached_worker_is_lost_when_it_stays_away() {
     assert_eq!(story.apply(lose("w0", "data1.boot1")), Reply::Done);
 }
 
+#[test]
+fn a_detached_worker_has_a_lease_to_find_a_new_leader() {
+    let mut story = workers(1);
+    let gone = cmd::DetachWorker { worker: worker("w0"), instance: instance("data1.boot1") };
+    story.apply(Command::DetachWorker(gone));
+    // Nobody led when its time was over.
+    story.wait(400_000);
+    story.liveness = Liveness { leader_since: LogTime(story.now), ..Liveness::default() };
+    assert_eq!(lost(&mut story), Vec::<String>::new());
+    let lease = Policy::default().worker_lease_ms;
+    assert_eq!(due::next(&story.state, &story.liveness), Some(LogTime(story.now + lease)));
+    story.wait(lease);
+    assert_eq!(lost(&mut story), ["w0"]);
+}
+
 fn running(spec: BuildSpec) -> Story {
     let mut story = workers(1);
     story.submit_as("b", spec);
@@ -132,6 +147,13 @@ fn silence_is_enforced_from_what_agents_report() {
         story.due()
     };
     assert_eq!(silent(&mut story, 14_999), []);
+    let heard = story.liveness.workers[&worker("w0")].last_seen;
+    assert_eq!(due::next(&story.state, &story.liveness), Some(heard.plus_ms(1)));
+    // One that says nothing more asks for no look at the clock but for its lease.
+    let mut silenced = story.liveness.clone();
+    silenced.workers.get_mut(&worker("w0")).unwrap().session = SessionState::Late;
+    let lease = Policy::default().worker_lease_ms;
+    assert_eq!(due::next(&story.state, &silenced), Some(heard.plus_ms(lease)));
     assert_eq!(silent(&mut story, 15_000), [expire("b.0.1", Reason::Silence)]);
     assert_eq!(story.apply(expire("b.0.1", Reason::Silence)), Reply::Done);
     story.finish("b.0.1", "w0", Outcome::Stopped);
@@ -145,6 +167,13 @@ fn a_drain_deadline_stops_what_still_runs() {
     assert_eq!(story.due(), []);
     story.wait(1_000);
     assert_eq!(story.due(), [expire("b.0.1", Reason::Drained)]);
+    assert_eq!(due::next(&story.state, &story.liveness), Some(LogTime(2_000)));
+    story.apply(expire("b.0.1", Reason::Drained));
+    story.finish("b.0.1", "w0", Outcome::Stopped);
+    story.wait(1_000);
+    story.hear("w0", "data1.boot1");
+    // A drain that is over and has nothing left to end asks for no look at the clock.
+    assert!(due::next(&story.state, &story.liveness).is_none_or(|next| next.0 > story.now));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use helix_core::record::{
     Applied, Artifact, BlobRef, BuildRecord, DrainedBy, Image, Pinned, Row, RowChange, RowKey, SealedLog, TaskPhase,
 };
 use helix_core::retention::{Kept, Rule};
-use helix_core::{InFlight, Known, Liveness, Reply, SessionState, State, WorkerLiveness, due, invariants, schedule};
+use helix_core::{InFlight, Known, Liveness, Reply, State, WorkerLiveness, due, invariants, schedule};
 use helix_model::{
     AttemptKey, AttemptNumber, BuildId, BuildSpec, Command as Run, Death, Digest, Executor, Instance, LogTime, Measure,
     NodeId, Platform, Reason, Room, TaskIndex, WorkerName,
@@ -126,14 +126,7 @@ impl Story {
     }
 
     pub fn hear(&mut self, name: &str, life: &str) {
-        let live = WorkerLiveness {
-            instance: instance(life),
-            session: SessionState::Open,
-            last_seen: LogTime(self.now),
-            pressure: String::new(),
-            silent_ms: BTreeMap::new(),
-        };
-        self.liveness.workers.insert(worker(name), live);
+        self.liveness.workers.insert(worker(name), WorkerLiveness::opened(instance(life), LogTime(self.now)));
     }
 
     pub fn assign(&mut self, attempt: &str, name: &str) -> Reply {

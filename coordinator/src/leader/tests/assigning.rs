@@ -6,14 +6,15 @@ use helix_core::command::SetPolicy;
 use helix_core::record::Standing;
 use helix_core::state::State;
 use helix_core::{Command, Policy};
-use helix_model::BuildId;
+use helix_model::{BuildId, LogTime};
 use helix_proto::agent::agent_message::Message as Said;
 use helix_proto::agent::coordinator_message::Message;
 use helix_proto::agent::{Detaching, Finished, Hello};
 use helix_proto::convert::attempt_from_wire;
 
 use super::agents::{Agent, hello, offered, succeeded, worker};
-use super::world::World;
+use super::world::{PATIENCE, World};
+use crate::leader::Consensus;
 
 fn is_assignment(command: &Command) -> bool {
     matches!(command, Command::AssignTask(_))
@@ -110,9 +111,18 @@ async fn a_clock_that_leaps_costs_nobody_a_lease() {
     away.say(Said::Detaching(Detaching {})).await;
     assert!(matches!(away.next().await, Message::DetachAck(_)));
     drop(away);
-    // As when a leader that was restarted hears from the others what time it is. Who said by when it would be back is lost by
-    // that, in the same look at the clock in which a lease would lapse.
+    // As when a leader that was restarted hears from the others what time it is. Who said by when it would be back has a lease, too.
     world.leap_ms(400_000);
+    world.advance_ms(14_000);
+    agent.beat().await;
+    let heard = async {
+        while leader.snapshot().await.unwrap().workers[&worker("w")].last_seen < world.now() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, heard).await.unwrap();
+    assert_eq!(world.with(|state| standing(state, "v")), Some(Standing::Detached { until: LogTime(1_300_000) }));
+    world.advance_ms(1_000);
     world.until("the detached worker is lost", |state| standing(state, "v") == Some(Standing::Lost)).await;
     assert_eq!(world.with(|state| standing(state, "w")), Some(Standing::Present));
     agent.finish(succeeded(&key)).await;
