@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use helix_agent_core::{
@@ -24,7 +23,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::attempt::{self, Begin, Handle};
 use crate::config::Config;
 use crate::control::DetachRequest;
-use crate::host::unix_ms;
+use crate::host::{unix_ms, unix_ms_of};
 use crate::services::Services;
 use crate::session::{PROTOCOL, SessionEvent};
 use crate::settings::Settings;
@@ -32,6 +31,9 @@ use crate::wire;
 
 /// Between two looks at what is owed.
 const TICK: Duration = Duration::from_millis(500);
+
+/// Before bytes that too few coordinators hold are stored once more.
+const STORE_AGAIN_PAUSE: Duration = Duration::from_millis(500);
 
 /// Between two sweeps of kept workdirs.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
@@ -311,17 +313,18 @@ impl Loop {
         if self.outbox.is_none() {
             return;
         }
-        let now_ms = unix_ms();
-        let progress = |(key, attempt): (&AttemptKey, &helix_agent_core::Attempt)| {
-            let last = self.attempts.get(key).map_or(now_ms, |handle| handle.last_output_ms.load(Ordering::Relaxed));
-            wire_agent::AttemptProgress {
-                id: Some(attempt_to_wire(key)),
-                phase: attempt.phase_word().to_owned(),
-                silent_ms: now_ms.saturating_sub(last),
-            }
+        let progress = |(key, attempt): (&AttemptKey, &helix_agent_core::Attempt)| wire_agent::AttemptProgress {
+            id: Some(attempt_to_wire(key)),
+            phase: attempt.phase_word().to_owned(),
+            silent_ms: self.attempts.get(key).map_or(0, |handle| handle.last_output.silent_ms(&attempt.phase)),
         };
         let attempts = self.core.attempts().map(progress).collect();
-        let heartbeat = wire_agent::Heartbeat { attempts, pressure: self.services.disks.pressure() };
+        let ends = unix_ms_of(self.services.tls.not_after());
+        let heartbeat = wire_agent::Heartbeat {
+            attempts,
+            pressure: self.services.disks.pressure(),
+            certificate_not_after_ms: i64::try_from(ends).unwrap_or(i64::MAX),
+        };
         self.send(AgentMessage { message: Some(agent_message::Message::Heartbeat(heartbeat)) });
     }
 
@@ -362,6 +365,8 @@ impl Loop {
     fn store_again(&mut self, key: AttemptKey, report: Arc<Report>) {
         let (services, events) = (Arc::clone(&self.services), self.events_tx.clone());
         self.side_tasks.spawn(async move {
+            // Where the registry finds too few again, it is not asked at the pace of the network.
+            tokio::time::sleep(STORE_AGAIN_PAUSE).await;
             let mut stored = Report::clone(&report);
             for artifact in &mut stored.artifacts {
                 match services.stores.put_again(&artifact.blob).await {

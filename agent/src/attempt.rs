@@ -14,12 +14,12 @@ mod prepare;
 mod push;
 pub mod record;
 mod seal;
+pub mod silence;
 pub mod workdir;
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use helix_agent_core::{Assignment, Death, Event, Found, PlatformImage, Report, StopCause, Verdict};
@@ -32,6 +32,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 pub(crate) use self::finish::store_log;
 pub(crate) use self::prepare::shell_path;
+use self::silence::LastOutput;
 use self::workdir::{Workdir, remove_tree};
 use crate::blocking::blocking;
 use crate::host::unix_ms;
@@ -74,8 +75,8 @@ pub enum Begin {
 pub struct Handle {
     /// What is wanted.
     pub wishes: watch::Sender<Wishes>,
-    /// When it last printed something, in Unix milliseconds.
-    pub last_output_ms: Arc<AtomicU64>,
+    /// When it last printed something.
+    pub last_output: LastOutput,
     task: AbortOnDropHandle<()>,
 }
 
@@ -91,7 +92,7 @@ impl Handle {
 #[must_use]
 pub fn start(services: Arc<Services>, key: AttemptKey, begin: Begin, events: mpsc::Sender<Event>) -> Handle {
     let (wishes, wished) = watch::channel(Wishes::default());
-    let last_output_ms = Arc::new(AtomicU64::new(unix_ms()));
+    let last_output = LastOutput::now();
     let attempt = Attempt {
         dir: services.data.attempt(&key),
         workdir: Workdir::new(&services.work_root, &key),
@@ -100,13 +101,13 @@ pub fn start(services: Arc<Services>, key: AttemptKey, begin: Begin, events: mps
         wished,
         events,
         progress: watch::Sender::new(Progress::default()),
-        last_output_ms: Arc::clone(&last_output_ms),
+        last_output: last_output.clone(),
         runner: None,
         push: None,
         over_store: Arc::default(),
         steps: TaskTracker::new(),
     };
-    Handle { wishes, last_output_ms, task: AbortOnDropHandle::new(tokio::spawn(attempt.run(begin))) }
+    Handle { wishes, last_output, task: AbortOnDropHandle::new(tokio::spawn(attempt.run(begin))) }
 }
 
 /// What lies in an attempt's directory: `None` when nothing was promised of it yet. Blocks.
@@ -163,7 +164,7 @@ struct Attempt {
     wished: watch::Receiver<Wishes>,
     events: mpsc::Sender<Event>,
     progress: watch::Sender<Progress>,
-    last_output_ms: Arc<AtomicU64>,
+    last_output: LastOutput,
     /// The connection that a runner was started with, until it is followed.
     runner: Option<std::os::unix::net::UnixStream>,
     /// Pushes the live log; ends with this task.
@@ -250,6 +251,7 @@ impl Attempt {
         if let Err(verdict) = prepared {
             return Ok(Ending::NotRun(verdict, Death::Proven));
         }
+        self.last_output.note();
         self.say(Event::CommandStarted(self.key.clone())).await;
         let _watch = self.watch_store(assignment);
         self.follow().await
@@ -367,7 +369,7 @@ impl Attempt {
     }
 
     fn note_output(&self) {
-        self.last_output_ms.store(unix_ms(), Ordering::Relaxed);
+        self.last_output.note();
         self.progress.send_modify(|progress| progress.grown += 1);
     }
 

@@ -15,6 +15,13 @@ use tokio::sync::mpsc;
 
 use crate::data_dir::DataDir;
 
+/// What is answered when the leader waits for the next agent.
+pub const DETACHED: &str = "detached";
+
+/// What is answered when no leader confirmed that.
+pub const DETACHED_UNHEARD: &str = "detached, but no coordinator confirmed it: start the next agent at once. What runs here runs elsewhere, \
+     too, when a lease is over, which began when this agent was last heard, or begins when somebody leads again";
+
 /// How long a caller may take to say what it wants.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 
@@ -100,5 +107,12 @@ pub fn detach(root: &Path) -> anyhow::Result<()> {
     stream.write_all(b"detach\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).context("the agent does not answer")?;
-    if answer.trim() == "detached" { Ok(()) } else { bail!("the agent did not detach: {}", answer.trim()) }
+    match answer.trim() {
+        DETACHED => Ok(()),
+        DETACHED_UNHEARD => {
+            eprintln!("helix-agent: {DETACHED_UNHEARD}");
+            Ok(())
+        }
+        other => bail!("the agent did not detach: {other}"),
+    }
 }

@@ -1,5 +1,7 @@
 //! Facts about the host the agent runs on.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 /// The host's own platform.
 #[must_use]
 pub fn platform() -> String {
@@ -38,6 +40,12 @@ pub fn memory_bytes() -> u64 {
 /// Milliseconds since the Unix epoch.
 #[must_use]
 pub fn unix_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    unix_ms_of(SystemTime::now())
+}
+
+/// A moment in milliseconds since the Unix epoch; 0 for one before it.
+#[must_use]
+pub fn unix_ms_of(at: SystemTime) -> u64 {
+    let since = at.duration_since(UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

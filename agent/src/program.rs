@@ -100,7 +100,8 @@ pub async fn run(
         Ended::Exit(kind, requests) => {
             let word = match kind {
                 ExitKind::Done => "the agent has ended",
-                ExitKind::Detached => "detached",
+                ExitKind::Detached => control::DETACHED,
+                ExitKind::DetachedUnheard => control::DETACHED_UNHEARD,
             };
             tracing::info!("{word}");
             for request in requests {
@@ -131,7 +132,7 @@ async fn services(
     let isolated = Isolated::choose(&config, &work_root, &starter).await?;
     let disks = Disks::new(vec![config.data_dir.clone(), work_root.clone()], config.disk.clone());
     let mirrors = Mirrors::new(&data.mirrors(), &config.source).context("cannot prepare git")?;
-    let nodes = Nodes::new(tls, settings);
+    let nodes = Nodes::new(Arc::clone(&tls), settings);
     let (stores, live) = (Stores::new(nodes.clone()), LiveLogs::new(nodes));
     tracing::info!(limits = limiter.words(), "builds are limited by these means");
     let podman =
@@ -141,6 +142,7 @@ async fn services(
         allowed: Allowed::new(config.clone()),
         config,
         cluster,
+        tls,
         data,
         work_root,
         disks,

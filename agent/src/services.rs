@@ -1,6 +1,9 @@
 //! What every attempt of this agent uses.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use helix_common::tls::TlsStore;
 
 use crate::allowed::Allowed;
 use crate::config::Config;
@@ -24,6 +27,8 @@ pub struct Services {
     pub allowed: Allowed,
     /// The cluster's name.
     pub cluster: String,
+    /// Who the agent is.
+    pub tls: Arc<TlsStore>,
     /// The spool.
     pub data: DataDir,
     /// Where workdirs are made.

@@ -105,6 +105,9 @@ impl Stores {
                 match judge(stored)? {
                     Ok(holders) => {
                         self.nodes.note(node, true);
+                        if !are_enough(&holders, copies, &body.digest) {
+                            continue;
+                        }
                         if small.is_some() {
                             self.recent.note(body.digest, copies, &holders, Instant::now());
                         }
@@ -145,7 +148,10 @@ impl Stores {
                 let requests = tokio_stream::once(header(&blob.digest, blob.size, 0, copies)).chain(data);
                 let stored = client.put_blob(requests).await.map(|answer| nodes_of(answer.into_inner().holders));
                 match judge(stored)? {
-                    Ok(holders) => return Ok(Blob { holders, ..blob.clone() }),
+                    Ok(holders) if are_enough(&holders, copies, &blob.digest) => {
+                        return Ok(Blob { holders, ..blob.clone() });
+                    }
+                    Ok(_) => {}
                     Err(_) => self.nodes.note(node, false),
                 }
             }
@@ -198,6 +204,15 @@ fn judge(stored: Result<Vec<NodeId>, Status>) -> Result<Result<Vec<NodeId>, Stat
             _ => Ok(Err(status)),
         },
     }
+}
+
+/// A coordinator answers a put also where no other took a copy: the next one may, and the registry takes no less than all.
+fn are_enough(holders: &[NodeId], copies: u32, digest: &Digest) -> bool {
+    let enough = holders.len() >= copies as usize;
+    if !enough {
+        tracing::debug!(%digest, ?holders, copies, "too few coordinators hold a blob; trying elsewhere");
+    }
+    enough
 }
 
 async fn put_large(channel: Channel, body: &Body, copies: u32) -> Result<Vec<NodeId>, Status> {

@@ -97,7 +97,7 @@ impl Agent {
             Event::DrainAsked => self.drain_asked(out),
             Event::StopAllAsked => self.stop_all_asked(out),
             Event::DetachAsked => self.detach_asked(out),
-            Event::DetachTimedOut => self.exit_if(Mode::Detaching, ExitKind::Detached, out),
+            Event::DetachTimedOut => self.exit_if(Mode::Detaching, ExitKind::DetachedUnheard, out),
             Event::StopAllTimedOut => self.exit_if(Mode::Stopping, ExitKind::Done, out),
             Event::Ticked => {
                 self.stop_if_cut_off(now_ms, out);
@@ -166,7 +166,11 @@ impl Agent {
     /// left is the registry's to let go: its log may be wanted.
     fn assigned(&mut self, now_ms: u64, assignment: Box<Assignment>, out: &mut Vec<Command>) {
         let key = assignment.key.clone();
-        if self.attempts.contains_key(&key) {
+        if let Some(attempt) = self.attempts.get_mut(&key) {
+            if let Phase::Removing { owes_proof } = &mut attempt.phase {
+                // Whoever wants it again has to know that it is gone.
+                *owes_proof = true;
+            }
             // The leader does not know yet how far it is.
             self.say_again(now_ms, &key, out);
             return;

@@ -79,8 +79,10 @@ pub enum Order {
 pub enum ExitKind {
     /// Nothing is left to do.
     Done,
-    /// Runners live on, for the agent that comes next.
+    /// Runners live on, for the agent that comes next, and the leader waits for it.
     Detached,
+    /// Runners live on, and no leader knows that another agent will come: it has the lease of one that is silent, no more.
+    DetachedUnheard,
 }
 
 /// Something is to be done.

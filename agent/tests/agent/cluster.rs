@@ -43,8 +43,8 @@ type ToAgent = Arc<Mutex<Option<mpsc::Sender<Result<CoordinatorMessage, Status>>
 pub(crate) struct Seen {
     pub(crate) hellos: Vec<Hello>,
     pub(crate) messages: Vec<agent_message::Message>,
-    /// Lines by attempt and number; a number with two texts is an error.
-    pub(crate) lines: BTreeMap<(String, u64), String>,
+    /// Lines by build, attempt and number; a number with two texts is an error.
+    pub(crate) lines: BTreeMap<(String, u32, u64), String>,
     pub(crate) logs_ended: Vec<String>,
     pub(crate) push_streams: u32,
     /// Messages of the build `refused`, none of which is taken.
@@ -106,8 +106,8 @@ impl Link {
 pub(crate) struct Cluster {
     seen: Arc<Mutex<Seen>>,
     changed: watch::Sender<u64>,
-    /// Whether blobs are taken, or their uploads wait until they are.
-    pub(crate) takes_blobs: watch::Sender<bool>,
+    /// The coordinators that take blobs; while there are none, uploads wait.
+    pub(crate) holders: watch::Sender<Vec<u64>>,
     to_agent: ToAgent,
     pub(crate) endpoint: String,
     pub(crate) tls: TlsFiles,
@@ -124,7 +124,7 @@ impl Drop for Cluster {
 struct Service {
     seen: Arc<Mutex<Seen>>,
     changed: watch::Sender<u64>,
-    takes_blobs: watch::Sender<bool>,
+    holders: watch::Sender<Vec<u64>>,
     to_agent: ToAgent,
     endpoint: String,
 }
@@ -156,11 +156,11 @@ impl Cluster {
         let own = TlsStore::load(files(Role::Coordinator, "1", "coordinator")).unwrap();
         let endpoint = format!("https://127.0.0.1:{port}");
         let changed = watch::Sender::new(0);
-        let takes_blobs = watch::Sender::new(true);
+        let holders = watch::Sender::new(vec![1]);
         let service = Service {
             seen: Arc::default(),
             changed: changed.clone(),
-            takes_blobs: takes_blobs.clone(),
+            holders: holders.clone(),
             to_agent: Arc::default(),
             endpoint: endpoint.clone(),
         };
@@ -171,7 +171,7 @@ impl Cluster {
         let task = tokio::spawn(async move {
             router.serve_with_incoming(accept::serve(listener, own, Limits::default())).await.unwrap();
         });
-        Self { seen, changed, takes_blobs, to_agent, endpoint, tls: files(Role::Agent, "w1", "agent"), task }
+        Self { seen, changed, holders, to_agent, endpoint, tls: files(Role::Agent, "w1", "agent"), task }
     }
 
     pub(crate) fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -242,7 +242,7 @@ impl Cluster {
 
     pub(crate) fn live_lines(&self, id: &AttemptId) -> Vec<String> {
         let seen = self.seen();
-        seen.lines.iter().filter(|((build, _), _)| *build == id.build_id).map(|(_, line)| line.clone()).collect()
+        seen.lines.iter().filter(|((build, ..), _)| *build == id.build_id).map(|(_, line)| line.clone()).collect()
     }
 }
 
@@ -251,19 +251,36 @@ pub(crate) fn line(text: &str) -> BuildSpec {
     BuildSpec { command: Some(Command::Shell(text.to_owned())), outputs: Outputs::None, ..BuildSpec::default() }
 }
 
+/// What agents are told when they are welcomed.
+pub(crate) fn settings(endpoint: &str) -> Settings {
+    Settings {
+        heartbeat_interval_ms: 100,
+        worker_lease_ms: 15_000,
+        coordinators: vec![CoordinatorAddress { id: 1, grpc: endpoint.to_owned() }],
+        copies: 1,
+        store_deadline_ms: 600_000,
+        blob_bytes_max: 1 << 31,
+        log_bytes_max: 1 << 28,
+        timeout_default_ms: 600_000,
+        cluster: "test".to_owned(),
+    }
+}
+
 impl Service {
     fn note(&self, change: impl FnOnce(&mut Seen)) {
         change(&mut self.seen.lock().unwrap());
         self.changed.send_modify(|count| *count += 1);
     }
 
-    async fn store(&self, data: Bytes) {
-        self.takes_blobs.subscribe().wait_for(|taken| *taken).await.unwrap();
+    /// Takes a blob, and says who holds it then.
+    async fn store(&self, data: Bytes) -> Vec<u64> {
+        let holders = self.holders.subscribe().wait_for(|holders| !holders.is_empty()).await.unwrap().clone();
         let digest = Sha256::digest(&data).to_vec();
         self.note(|seen| {
             seen.uploads += 1;
             seen.blobs.insert(digest, data);
         });
+        holders
     }
 }
 
@@ -283,18 +300,8 @@ impl AgentService for Service {
             while let Ok(Some(message)) = messages.message().await {
                 match message.message.unwrap() {
                     agent_message::Message::Hello(hello) => {
-                        let settings = Settings {
-                            heartbeat_interval_ms: 100,
-                            worker_lease_ms: 15_000,
-                            coordinators: vec![CoordinatorAddress { id: 1, grpc: this.endpoint.clone() }],
-                            copies: 1,
-                            store_deadline_ms: 600_000,
-                            blob_bytes_max: 1 << 31,
-                            log_bytes_max: 1 << 28,
-                            timeout_default_ms: 600_000,
-                            cluster: "test".to_owned(),
-                        };
-                        let welcome = Welcome { protocol: 1, version: "t".to_owned(), settings: Some(settings) };
+                        let settings = Some(settings(&this.endpoint));
+                        let welcome = Welcome { protocol: 1, version: "t".to_owned(), settings };
                         let message = Some(coordinator_message::Message::Welcome(welcome));
                         tx.send(Ok(CoordinatorMessage { message })).await.unwrap();
                         *this.to_agent.lock().unwrap() = Some(tx.clone());
@@ -328,7 +335,7 @@ impl AgentService for Service {
                 }
                 for record in &push.records {
                     let text = String::from_utf8_lossy(&record.data).into_owned();
-                    let before = seen.lines.insert((id.build_id.clone(), record.seq), text.clone());
+                    let before = seen.lines.insert((id.build_id.clone(), id.attempt, record.seq), text.clone());
                     assert!(before.is_none_or(|before| before == text), "line {} changed", record.seq);
                 }
                 if push.last {
@@ -352,7 +359,7 @@ impl BlobService for Service {
         let seen = self.seen.lock().unwrap();
         let blobs = request.into_inner().sha256.into_iter().map(|sha256| {
             let found = seen.blobs.get(sha256.as_ref());
-            let holders = if found.is_some() { vec![1] } else { Vec::new() };
+            let holders = if found.is_some() { self.holders.borrow().clone() } else { Vec::new() };
             v1::BlobPresence {
                 present: found.is_some(),
                 size: found.map_or(0, |data| data.len() as u64),
@@ -377,8 +384,8 @@ impl BlobService for Service {
             }
         }
         assert_eq!(Sha256::digest(&data).to_vec(), expected);
-        self.store(data.into()).await;
-        Ok(Response::new(v1::PutBlobResponse { holders: vec![1] }))
+        let holders = self.store(data.into()).await;
+        Ok(Response::new(v1::PutBlobResponse { holders }))
     }
 
     async fn put_small_blobs(
@@ -388,8 +395,8 @@ impl BlobService for Service {
         let mut blobs = Vec::new();
         for blob in request.into_inner().blobs {
             assert_eq!(Sha256::digest(&blob.data).to_vec(), blob.sha256.to_vec());
-            self.store(blob.data).await;
-            blobs.push(v1::PutBlobResponse { holders: vec![1] });
+            let holders = self.store(blob.data).await;
+            blobs.push(v1::PutBlobResponse { holders });
         }
         Ok(Response::new(v1::PutSmallBlobsResponse { blobs }))
     }

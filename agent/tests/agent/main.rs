@@ -20,7 +20,7 @@ use std::process::Command as Process;
 
 use helix_model::{BuildSpec, Command, Digest, Outputs, Source};
 use helix_proto::agent::{
-    AttemptId, Commit, DetachAck, Forget, Stop, StoreAgain, agent_message, coordinator_message::Message,
+    AttemptId, Commit, DetachAck, Forget, Settings, Stop, StoreAgain, agent_message, coordinator_message::Message,
 };
 use sha2::{Digest as _, Sha256};
 
@@ -234,7 +234,7 @@ async fn one_log_that_is_not_taken_disturbs_no_other() {
         ids.push(world.cluster.assign(build, &line(&script)).await);
     }
     let begun = |seen: &cluster::Seen| {
-        let lines = |build: &str| seen.lines.keys().filter(|(other, _)| other == build).count();
+        let lines = |build: &str| seen.lines.keys().filter(|(other, ..)| other == build).count();
         (seen.refusals > 0 && seen.asked_again && lines("good") > 5 && lines("forgotten") > 5).then_some(())
     };
     world.cluster.wait_for("lines of the others", begun).await;
@@ -366,12 +366,12 @@ async fn a_log_that_nobody_holds_any_more_is_sealed_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_is_not_stored_yet_outlives_the_next_attempt_of_its_task() {
     let world = World::new().await;
-    world.cluster.takes_blobs.send_replace(false);
+    world.cluster.holders.send_replace(Vec::new());
     let first = world.cluster.assign_attempt("twice", 1, &line("echo first; exit 1")).await;
     assert!(world.cluster.finished(&first).await.log.is_none(), "its log could not be stored");
     let second = world.cluster.assign_attempt("twice", 2, &line("echo second; exit 1")).await;
     assert!(world.cluster.finished(&second).await.log.is_none(), "its log could not be stored");
-    world.cluster.takes_blobs.send_replace(true);
+    world.cluster.holders.send_replace(vec![1]);
     for (id, said) in [(&first, "first"), (&second, "second")] {
         let sealed = world.cluster.sealed_log(id).await;
         assert_eq!(sealed.first().map(String::as_str), Some(said), "{sealed:?}");
@@ -379,6 +379,27 @@ async fn a_log_that_is_not_stored_yet_outlives_the_next_attempt_of_its_task() {
     let kept = world.host.names_in("attempts");
     assert!(kept.contains(&"twice.0.1".to_owned()), "it was let go of before the registry did: {kept:?}");
     world.forget(&first).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_too_few_coordinators_hold_is_not_stored_yet() {
+    let world = World::new().await;
+    let two_copies = Settings { copies: 2, ..cluster::settings(&world.cluster.endpoint) };
+    world.cluster.say(Message::Settings(two_copies)).await;
+    let large = "head -c 2000000 /dev/zero > large; echo done > small";
+    let outputs = Outputs::Named(vec!["large".to_owned(), "small".to_owned()]);
+    let id = world.cluster.assign("short", &BuildSpec { outputs, ..line(large) }).await;
+    // Each of the three, log included, is offered again and again.
+    world.cluster.wait_for("many uploads", |seen| (seen.uploads >= 9).then_some(())).await;
+    let reported = |message: &agent_message::Message| matches!(message, agent_message::Message::Finished(_));
+    assert!(!world.cluster.seen().messages.iter().any(reported), "it is said to be stored");
+    world.cluster.holders.send_replace(vec![1, 2]);
+    let finished = world.cluster.finished(&id).await;
+    assert_eq!(finished.outcome, "succeeded", "{finished:?}");
+    let blobs = finished.artifacts.iter().filter_map(|artifact| artifact.blob.as_ref());
+    for blob in blobs.chain(finished.log.as_ref().and_then(|log| log.blob.as_ref())) {
+        assert_eq!(blob.holders, [1, 2]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -164,7 +164,6 @@ fn a_later_attempt_stops_an_earlier_one_that_still_runs_and_never_the_other_way(
         .said(Order::Assign(assignment(1)), &[])
         .then(Event::AttemptEnded(key(1), Box::new(stopped.clone())), &[finished(1, stopped)])
         .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
-        .said(Order::Assign(assignment(1)), &[])
         .then(Event::AttemptRemoved(key(1), Death::Proven), &[])
         .said(Order::Assign(assignment(1)), &[]);
 }
@@ -205,6 +204,16 @@ fn a_stop_of_what_is_not_here_is_proof_and_of_what_goes_is_proof_when_gone() {
         .assigned(1)
         .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
         .then(Event::AttemptRemoved(key(1), Death::Proven), &[]);
+}
+
+#[test]
+fn what_is_assigned_again_while_it_goes_is_told_to_be_gone() {
+    let proof = Command::Send(Message::ProvenDead { key: key(1) });
+    Story::connected()
+        .assigned(1)
+        .said(Order::Forget(key(1)), &[Command::Remove(key(1))])
+        .said(Order::Assign(assignment(1)), &[])
+        .then(Event::AttemptRemoved(key(1), Death::Proven), &[proof]);
 }
 
 #[test]
@@ -322,7 +331,7 @@ fn an_agent_that_goes_for_an_upgrade_while_it_is_cut_off_stops_nothing() {
         .then(Event::DetachAsked, &[])
         .later(1)
         .then(Event::Ticked, &[])
-        .then(Event::DetachTimedOut, &[Command::Exit(ExitKind::Detached)]);
+        .then(Event::DetachTimedOut, &[Command::Exit(ExitKind::DetachedUnheard)]);
 }
 
 #[test]
@@ -424,7 +433,7 @@ fn a_detach_waits_for_the_leader_but_not_for_ever_and_stops_nothing() {
     Story::alone()
         .then(Event::DetachAsked, &[])
         .then(Event::SessionOpened(FIRST), &[detaching()])
-        .then(Event::DetachTimedOut, &[Command::Exit(ExitKind::Detached)]);
+        .then(Event::DetachTimedOut, &[Command::Exit(ExitKind::DetachedUnheard)]);
     Story::connected().then(Event::DetachTimedOut, &[]).then(Event::StopAllTimedOut, &[]);
 }
 
