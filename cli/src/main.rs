@@ -72,7 +72,7 @@ enum Verb {
     Unpin(verb::purge::PinArguments),
     /// Show, drain and remove workers
     Workers(verb::workers::WorkersArguments),
-    /// Show the coordinators
+    /// Show, add and remove coordinators; the cluster's policy; backups
     Cluster(verb::cluster::ClusterArguments),
     /// Make a certificate authority and identities for a cluster
     Pki(verb::pki::PkiArguments),

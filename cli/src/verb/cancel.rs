@@ -17,7 +17,7 @@ pub(crate) struct CancelArguments {
     #[arg(required = true, value_name = "ID")]
     builds: Vec<String>,
     /// Why, in your words; kept with the build
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     reason: String,
     /// Do not wait until its processes are seen dead
     #[arg(long)]

@@ -24,7 +24,7 @@ pub(crate) struct ListArguments {
     #[arg(long, value_name = "S", value_parser = state)]
     state: Vec<String>,
     /// Only builds of this repository
-    #[arg(long, value_name = "URL", default_value = "")]
+    #[arg(long, value_name = "URL", default_value = "", hide_default_value = true)]
     repo: String,
     /// Only builds with this label; may be repeated
     #[arg(long, value_name = "K=V", value_parser = key_value)]
@@ -32,11 +32,11 @@ pub(crate) struct ListArguments {
     /// Only what I submitted
     #[arg(long)]
     mine: bool,
-    /// Finished builds too, however old
+    /// All there are, not only the first 100
     #[arg(long)]
     all: bool,
-    /// At most so many
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    /// At most so many [default: 100; with --all no limit]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     limit: u64,
     /// Answer from what the coordinator at hand knows, without asking the leader
     #[arg(long)]

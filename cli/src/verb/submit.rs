@@ -56,22 +56,22 @@ const BATCH_HAS_ITS_OWN: [&str; 28] = [
 )]
 pub(crate) struct SubmitArguments {
     /// Git repository to build
-    #[arg(long, value_name = "URL", default_value = "")]
+    #[arg(long, value_name = "URL", default_value = "", hide_default_value = true)]
     repo: String,
     /// Branch, tag or commit
-    #[arg(long = "ref", value_name = "REF", default_value = "")]
+    #[arg(long = "ref", value_name = "REF", default_value = "", hide_default_value = true)]
     git_ref: String,
     /// Upload this directory as the source
     #[arg(long, value_name = "DIR", conflicts_with = "repo")]
     source: Option<PathBuf>,
-    /// How it is run [default: exec with a command, else podman]
+    /// How it is run [default: exec with a command; else podman, with -f or where a worker offers it; else exec]
     #[arg(long, value_name = "exec|podman", value_parser = ["exec", "podman"])]
     executor: Option<String>,
     /// Dockerfile, relative to the source
-    #[arg(short = 'f', long = "file", value_name = "FILE", default_value = "")]
+    #[arg(short = 'f', long = "file", value_name = "FILE", default_value = "", hide_default_value = true)]
     dockerfile: String,
     /// Stage of the Dockerfile to build
-    #[arg(long, value_name = "T", default_value = "")]
+    #[arg(long, value_name = "T", default_value = "", hide_default_value = true)]
     target: String,
     /// Build argument; a variable of an exec build. May be repeated
     #[arg(long, value_name = "K=V", value_parser = key_value)]
@@ -125,7 +125,7 @@ pub(crate) struct SubmitArguments {
     #[arg(long, value_enum, default_value = "rerun")]
     on_worker_loss: WorkerLoss,
     /// Push the image there
-    #[arg(long, value_name = "REF", default_value = "")]
+    #[arg(long, value_name = "REF", default_value = "", hide_default_value = true)]
     push: String,
     /// Keep a failed build's workdir so long
     #[arg(long, value_name = "DUR", value_parser = duration)]
