@@ -32,9 +32,6 @@ use crate::wire;
 /// Between two looks at what is owed.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Before bytes that too few coordinators hold are stored once more.
-const STORE_AGAIN_PAUSE: Duration = Duration::from_millis(500);
-
 /// Between two sweeps of kept workdirs.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -365,30 +362,7 @@ impl Loop {
     fn store_again(&mut self, key: AttemptKey, report: Arc<Report>) {
         let (services, events) = (Arc::clone(&self.services), self.events_tx.clone());
         self.side_tasks.spawn(async move {
-            // Where the registry finds too few again, it is not asked at the pace of the network.
-            tokio::time::sleep(STORE_AGAIN_PAUSE).await;
-            let mut stored = Report::clone(&report);
-            for artifact in &mut stored.artifacts {
-                match services.stores.put_again(&artifact.blob).await {
-                    Ok(blob) => artifact.blob = blob,
-                    Err(error) => {
-                        let message = format!("the output {:?} is lost: {error}", artifact.name);
-                        stored.verdict = Verdict::Failed { reason: Reason::Artifact, message };
-                        stored.artifacts.clear();
-                        break;
-                    }
-                }
-            }
-            if let Some(log) = &mut stored.log {
-                match services.stores.put_again(&log.blob).await {
-                    Ok(blob) => log.blob = blob,
-                    // Nobody has it any more, but what it was sealed from is still here.
-                    Err(error) => match attempt::store_log(&services, services.data.attempt(&key)).await {
-                        Ok(sealed) => *log = sealed,
-                        Err((_, message)) => tracing::error!(attempt = %key, %error, message, "the log is lost"),
-                    },
-                }
-            }
+            let stored = attempt::store_again(&services, &key, &report).await;
             // Nobody listens when the agent is ending.
             let _ = events.send(Event::StoredAgain(key, Box::new(stored))).await;
         });

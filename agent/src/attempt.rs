@@ -5,6 +5,7 @@
 //! sees a terminal state and a workdir). Every await may be the last: a wish to remove drops the task's life
 //! wherever it is, and `Attempt::remove` then finds out from the disk what there is to kill.
 
+mod again;
 pub mod environment;
 mod finish;
 mod follow;
@@ -30,7 +31,7 @@ use rustix::io::Errno;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-pub(crate) use self::finish::store_log;
+pub(crate) use self::again::store_again;
 pub(crate) use self::prepare::shell_path;
 use self::silence::LastOutput;
 use self::workdir::{Workdir, remove_tree};

@@ -403,6 +403,27 @@ async fn what_too_few_coordinators_hold_is_not_stored_yet() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_success_that_cannot_be_stored_again_in_time_is_none_and_its_log_follows() {
+    let world = World::new().await;
+    let id = world.cluster.assign("lost", &line("echo done")).await;
+    assert_eq!(world.cluster.finished(&id).await.outcome, "succeeded");
+    world.cluster.seen().messages.clear();
+    // Before the registry knew of it, a coordinator went, and no other has room.
+    let strict = Settings { copies: 2, store_deadline_ms: 1_000, ..cluster::settings(&world.cluster.endpoint) };
+    world.cluster.say(Message::Settings(strict)).await;
+    world.cluster.say(Message::StoreAgain(StoreAgain { id: Some(id.clone()) })).await;
+    let failed = |seen: &Seen| {
+        seen.messages.iter().find_map(|message| match message {
+            agent_message::Message::Finished(said) if said.outcome == "failed" => Some(said.clone()),
+            _ => None,
+        })
+    };
+    let said = world.cluster.wait_for("its end", failed).await;
+    assert_eq!((said.reason.as_str(), said.artifacts.len()), ("artifact", 0), "{said:?}");
+    assert_eq!(world.cluster.sealed_log(&id).await, ["done"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_ref_is_resolved_agreed_on_and_built() {
     let world = World::new().await;
     let repository = world.dir().join("repository");

@@ -20,7 +20,7 @@ pub(super) enum Fault {
     PauseFollower,
     /// The leader reaches nobody, and nobody reaches it.
     IsolateLeader,
-    /// The leader reaches the other coordinators no longer; clients and agents still reach it.
+    /// The leader reaches the other coordinators no longer, for longer than an agent's lease; clients and agents still reach it.
     SplitLeader,
     /// What the leader says to one other coordinator is lost; the other way it is heard.
     OneWay,
@@ -130,7 +130,10 @@ impl Fault {
 
     /// Whether a build that runs must be none the worse for it: nothing happens to its agent that is not meant for upgrades.
     pub(super) fn spares_builds(self) -> bool {
-        matches!(self, Self::KillLeader | Self::TransferLeadership | Self::RollingRestart | Self::DetachAgent)
+        matches!(
+            self,
+            Self::KillLeader | Self::SplitLeader | Self::TransferLeadership | Self::RollingRestart | Self::DetachAgent
+        )
     }
 }
 

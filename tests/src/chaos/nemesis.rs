@@ -313,8 +313,11 @@ impl Nemesis {
     fn disturb(site: &Site, fault: Fault, aim: &Aim) -> bool {
         let cut = Rule { cut: true, ..Rule::default() };
         let ms = Duration::from_millis;
+        let mut wait = aim.short;
         match fault {
             Fault::SplitLeader => {
+                // Agents that it keeps are lost to the next one after a lease.
+                wait = aim.long;
                 for other in &aim.others {
                     site.switch.set(aim.leader.host(), other.host(), cut);
                     site.switch.set(other.host(), aim.leader.host(), cut);
@@ -326,7 +329,7 @@ impl Nemesis {
             }
             _ => site.switch.set(aim.leader.host(), aim.follower.host(), cut),
         }
-        Self::hold(site, aim.short)
+        Self::hold(site, wait)
     }
 
     fn hosts(site: &Site) -> Vec<u8> {
