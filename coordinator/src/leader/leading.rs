@@ -125,11 +125,8 @@ impl Leading {
         });
         session.begin(std::iter::once(welcome).chain(reconcile(state, who, spooled)));
         let before = self.liveness.workers.remove(&who.worker).filter(|live| live.instance == who.instance);
-        let mut live = WorkerLiveness::opened(who.instance.clone(), now);
-        if let Some(before) = before {
-            let WorkerLiveness { pressure, silent_ms, certificate_not_after_ms, .. } = before;
-            live = WorkerLiveness { pressure, silent_ms, certificate_not_after_ms, ..live };
-        }
+        let mut live = before.unwrap_or_else(|| WorkerLiveness::opened(who.instance.clone(), now));
+        (live.session, live.last_seen) = (SessionState::Open, now);
         self.liveness.workers.insert(who.worker.clone(), live);
     }
 

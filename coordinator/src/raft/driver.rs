@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use helix_common::tls::TlsStore;
@@ -193,8 +192,7 @@ fn assemble(parts: Parts) -> Started {
     let mut tasks = JoinSet::new();
     let common = || (raft.clone(), Arc::clone(&shared), peers.clone(), stop.clone());
     let (r, s, p, token) = common();
-    let won = AtomicU64::new(0);
-    tasks.spawn(Watcher { raft: r, shared: s, peers: p, leadership, status, timing, won, stop: token }.run());
+    tasks.spawn(Watcher { raft: r, shared: s, peers: p, leadership, status, timing, stop: token }.run());
     let (r, s, p, token) = common();
     let seen = leadership_seen.clone();
     tasks.spawn(Proposer { raft: r, shared: s, peers: p, leadership: seen, queue: proposal_queue, stop: token }.run());

@@ -1,7 +1,6 @@
 //! Watches consensus and tells others: who leads, who is a member, whether this node is broken.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use helix_model::NodeId;
@@ -29,8 +28,6 @@ pub(super) struct Watcher {
     pub(super) leadership: watch::Sender<Leadership>,
     pub(super) status: watch::Sender<RaftStatus>,
     pub(super) timing: Timing,
-    /// The last term in which this node led.
-    pub(super) won: AtomicU64,
     pub(super) stop: CancellationToken,
 }
 
@@ -43,29 +40,31 @@ impl Watcher {
         let mut metrics = self.raft.metrics();
         let mut applied = self.shared.applied();
         let mut reign = (None, 0, Instant::now());
+        // The last term in which this node led.
+        let mut won = 0;
         let mut tick = tokio::time::interval(RENEW_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut due = true;
         loop {
             // Every entry comes by here several times: the whole is cloned only where it is looked at.
-            let (whole, waits_for_own_term) = {
+            let (whole, leader, waits_for_own_term) = {
                 let seen = metrics.borrow_watched();
                 if (reign.0, reign.1) != (seen.current_leader, seen.current_term) {
                     reign = (seen.current_leader, seen.current_term, Instant::now());
                     due = true;
                 }
                 let leader = self.leader(&seen, reign.2);
-                let (leads, is_leader) = self.note_leadership(&seen, leader, *applied.borrow_and_update());
+                let (leads, is_leader) = self.note_leadership(&seen, leader, *applied.borrow_and_update(), &mut won);
                 if let Err(fatal) = &seen.running_state
                     && !self.stop.is_cancelled()
                 {
                     self.peers.fail(format!("consensus has stopped: {fatal}"));
                 }
-                (due.then(|| seen.clone()), leads && !is_leader)
+                (due.then(|| seen.clone()), leader, leads && !is_leader)
             };
             if let Some(seen) = whole {
                 due = false;
-                self.status.send_replace(self.look(&seen, reign.2));
+                self.status.send_replace(self.look(&seen, leader, reign.2));
             }
             tokio::select! {
                 () = self.stop.cancelled() => break,
@@ -88,20 +87,27 @@ impl Watcher {
     /// Who leads. A leader cut off from its majority stays one in openraft's eyes, though it can commit nothing: agents that it kept would be
     /// lost to the next one, and nobody else could say so to them.
     fn leader(&self, seen: &RaftMetrics<TypeConfig>, since: Instant) -> Option<u64> {
-        let own = seen.state == ServerState::Leader && seen.current_leader == Some(seen.id);
-        let is_sole = seen.membership_config.membership().voter_ids().all(|voter| voter == seen.id);
-        if !own || is_sole {
+        if seen.state != ServerState::Leader || seen.current_leader != Some(seen.id) {
             return seen.current_leader;
         }
         // Whose term has just begun was answered by nobody yet.
         let silent = seen.last_quorum_acked.as_ref().map_or(Duration::MAX, |acked| acked.elapsed());
         let alone = silent.min(since.elapsed());
+        // The only voter is its own majority.
+        let is_sole = || seen.membership_config.membership().voter_ids().all(|voter| voter == seen.id);
         let lease = || Duration::from_millis(self.shared.state().policy().worker_lease_ms);
-        (alone < self.timing.election_max || alone < self.timing.alone_max(lease())).then_some(seen.id)
+        let leads = alone < self.timing.election_max || is_sole() || alone < self.timing.alone_max(lease());
+        leads.then_some(seen.id)
     }
 
     /// Tells who leads, if that changed. Whether this node has the votes to, and whether it does.
-    fn note_leadership(&self, seen: &RaftMetrics<TypeConfig>, leader: Option<u64>, applied: Applied) -> (bool, bool) {
+    fn note_leadership(
+        &self,
+        seen: &RaftMetrics<TypeConfig>,
+        leader: Option<u64>,
+        applied: Applied,
+        won: &mut u64,
+    ) -> (bool, bool) {
         let leads = leader == Some(seen.id) && seen.state == ServerState::Leader;
         let now = Leadership {
             leader: leader.map(NodeId),
@@ -115,7 +121,7 @@ impl Watcher {
             }
             tracing::info!(leader = ?now.leader, term = now.term, is_leader = now.is_leader, "leadership");
             // One that stood down for a while and leads again won nothing.
-            if now.is_leader && self.won.swap(now.term, Ordering::Relaxed) != now.term {
+            if now.is_leader && std::mem::replace(won, now.term) != now.term {
                 self.shared.counters.elections_won.add(1);
             }
             *before = now;
@@ -124,9 +130,8 @@ impl Watcher {
         (leads, now.is_leader)
     }
 
-    /// How things stand; the leader has been leading since `reign`.
-    fn look(&self, seen: &RaftMetrics<TypeConfig>, reign: Instant) -> RaftStatus {
-        let leader = self.leader(seen, reign);
+    /// How things stand; whoever openraft takes for the leader has been that since `reign`.
+    fn look(&self, seen: &RaftMetrics<TypeConfig>, leader: Option<u64>, reign: Instant) -> RaftStatus {
         let leads = leader == Some(seen.id);
         let mut warnings = Vec::new();
         if leader.is_none() {

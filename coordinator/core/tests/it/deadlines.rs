@@ -87,11 +87,16 @@ fn the_brake_is_released_when_most_are_back() {
     assert_eq!(lost(&mut story), ["w0"]);
 }
 
-#[test]
-fn a_detached_worker_is_lost_when_it_stays_away() {
+fn detached() -> Story {
     let mut story = workers(1);
     let gone = cmd::DetachWorker { worker: worker("w0"), instance: instance("data1.boot1") };
     story.apply(Command::DetachWorker(gone));
+    story
+}
+
+#[test]
+fn a_detached_worker_is_lost_when_it_stays_away() {
+    let mut story = detached();
     story.wait(299_999);
     assert_eq!(lost(&mut story), Vec::<String>::new());
     story.wait(1);
@@ -101,9 +106,7 @@ fn a_detached_worker_is_lost_when_it_stays_away() {
 
 #[test]
 fn a_detached_worker_has_a_lease_to_find_a_new_leader() {
-    let mut story = workers(1);
-    let gone = cmd::DetachWorker { worker: worker("w0"), instance: instance("data1.boot1") };
-    story.apply(Command::DetachWorker(gone));
+    let mut story = detached();
     // Nobody led when its time was over.
     story.wait(400_000);
     story.liveness = Liveness { leader_since: LogTime(story.now), ..Liveness::default() };

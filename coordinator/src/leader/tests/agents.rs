@@ -117,6 +117,17 @@ impl Agent {
         self.hear().await.expect("a message").expect("no error")
     }
 
+    /// The next message, with heartbeats while there is none.
+    pub(crate) async fn next_while_beating(&mut self) -> Message {
+        let wait = std::time::Duration::from_millis(150);
+        loop {
+            match tokio::time::timeout(wait, self.next()).await {
+                Ok(message) => return message,
+                Err(_) => self.beat().await,
+            }
+        }
+    }
+
     /// The next message, which assigns.
     pub(crate) async fn assigned(&mut self) -> AttemptKey {
         match self.next().await {

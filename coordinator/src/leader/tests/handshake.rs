@@ -138,13 +138,11 @@ async fn a_spool_larger_than_the_queue_is_reconciled_as_it_is_read() {
     let mut agent = Agent::connect(&leader, agent::Hello { attempts, ..hello("w", 1) }).await;
     let mut forgotten = std::collections::BTreeSet::new();
     while forgotten.len() < 2_000 {
-        let wait = std::time::Duration::from_millis(150);
-        match tokio::time::timeout(wait, agent.hear()).await {
-            Ok(Some(Ok(Message::Forget(forget)))) => {
+        match agent.next_while_beating().await {
+            Message::Forget(forget) => {
                 forgotten.insert(helix_proto::convert::attempt_from_wire(forget.id).unwrap());
             }
-            Ok(other) => panic!("{other:?}"),
-            Err(_) => agent.beat().await,
+            other => panic!("{other:?}"),
         }
     }
 }
@@ -161,13 +159,11 @@ async fn a_stop_does_not_overtake_an_assignment_that_waits_for_the_agent_to_read
     world.cancel(&build);
     let mut said = Vec::new();
     while said.len() < 2 {
-        let wait = std::time::Duration::from_millis(150);
-        match tokio::time::timeout(wait, agent.hear()).await {
-            Ok(Some(Ok(Message::Forget(_)))) => {}
-            Ok(Some(Ok(Message::Assign(assign)))) => said.push(("assign", assign.id)),
-            Ok(Some(Ok(Message::Stop(stop)))) => said.push(("stop", stop.id)),
-            Ok(other) => panic!("{other:?}"),
-            Err(_) => agent.beat().await,
+        match agent.next_while_beating().await {
+            Message::Forget(_) => {}
+            Message::Assign(assign) => said.push(("assign", assign.id)),
+            Message::Stop(stop) => said.push(("stop", stop.id)),
+            other => panic!("{other:?}"),
         }
     }
     let id = Some(helix_proto::convert::attempt_to_wire(&key));
