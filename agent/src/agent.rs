@@ -11,6 +11,7 @@ use helix_agent_core::{
     Agent, Command, Event, ExitKind, Found, Message, Mode, Report, SessionNumber, StopCause, Verdict,
 };
 use helix_common::shutdown::Shutdown;
+use helix_common::wall;
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::{AttemptKey, Reason};
 use helix_proto::agent::coordinator_message::Message as FromLeader;
@@ -23,7 +24,6 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::attempt::{self, Begin, Handle};
 use crate::config::Config;
 use crate::control::DetachRequest;
-use crate::host::{unix_ms, unix_ms_of};
 use crate::services::Services;
 use crate::session::{PROTOCOL, SessionEvent};
 use crate::settings::Settings;
@@ -316,11 +316,10 @@ impl Loop {
             silent_ms: self.attempts.get(key).map_or(0, |handle| handle.last_output.silent_ms(&attempt.phase)),
         };
         let attempts = self.core.attempts().map(progress).collect();
-        let ends = unix_ms_of(self.services.tls.not_after());
         let heartbeat = wire_agent::Heartbeat {
             attempts,
             pressure: self.services.disks.pressure(),
-            certificate_not_after_ms: i64::try_from(ends).unwrap_or(i64::MAX),
+            certificate_not_after_ms: wall::message_ms(self.services.tls.not_after()),
         };
         self.send(AgentMessage { message: Some(agent_message::Message::Heartbeat(heartbeat)) });
     }
@@ -371,7 +370,7 @@ impl Loop {
     fn sweep_kept(&mut self) {
         let services = Arc::clone(&self.services);
         self.side_tasks.spawn_blocking(move || {
-            if let Err(error) = attempt::workdir::remove_expired(&services.work_root, unix_ms()) {
+            if let Err(error) = attempt::workdir::remove_expired(&services.work_root, wall::now_ms()) {
                 tracing::warn!(%error, "kept workdirs cannot be removed");
             }
             services.limiter.put_away(|key| services.data.attempt(key).root().exists());

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use helix_agent_core::{Assignment, Death, Event, Found, PlatformImage, Report, StopCause, Verdict};
+use helix_common::wall;
 use helix_model::{AttemptKey, Reason};
 use helix_runner::journal::{self, Journal};
 use helix_runner::{AttemptDir, AttemptState, Outcome, SpoolWriter, Stream, Sweep};
@@ -36,7 +37,6 @@ pub(crate) use self::prepare::shell_path;
 use self::silence::LastOutput;
 use self::workdir::{Workdir, remove_tree};
 use crate::blocking::blocking;
-use crate::host::unix_ms;
 use crate::services::Services;
 use crate::stores::live::Progress;
 
@@ -351,7 +351,7 @@ impl Attempt {
             let log_bytes_max = said.unwrap_or_else(|| record::log_bytes_max(&dir));
             let mut writer = SpoolWriter::open(&dir, log_bytes_max)?;
             for line in text.lines() {
-                writer.append(unix_ms(), Stream::System, line.as_bytes());
+                writer.append(wall::now_ms(), Stream::System, line.as_bytes());
             }
             writer.flush()
         });

@@ -1,7 +1,5 @@
 //! Facts about the host the agent runs on.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 /// The host's own platform.
 #[must_use]
 pub fn platform() -> String {
@@ -35,17 +33,4 @@ pub fn memory_bytes() -> u64 {
     #[allow(clippy::useless_conversion)]
     let total = u64::from(info.totalram);
     total.saturating_mul(u64::from(info.mem_unit))
-}
-
-/// Milliseconds since the Unix epoch.
-#[must_use]
-pub fn unix_ms() -> u64 {
-    unix_ms_of(SystemTime::now())
-}
-
-/// A moment in milliseconds since the Unix epoch; 0 for one before it.
-#[must_use]
-pub fn unix_ms_of(at: SystemTime) -> u64 {
-    let since = at.duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
+use helix_common::wall;
 use helix_model::{LogTime, NodeId};
 
 /// Clocks further apart than this do not agree.
@@ -52,7 +53,7 @@ impl Clock {
 
     /// The log time now: at least `applied`, at least what was answered before.
     pub fn stamp(&self, applied: LogTime, voters: &BTreeSet<NodeId>) -> LogTime {
-        self.stamp_at(applied, voters, Instant::now(), wall_ms())
+        self.stamp_at(applied, voters, Instant::now(), wall::now_ms())
     }
 
     fn stamp_at(&self, applied: LogTime, voters: &BTreeSet<NodeId>, now: Instant, wall: u64) -> LogTime {
@@ -116,13 +117,6 @@ impl Inner {
         let theirs = theirs.saturating_add(u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
         age <= SAMPLE_AGE_MAX && theirs.abs_diff(wall) <= AGREEMENT_MS
     }
-}
-
-/// The wall clock, as milliseconds since the Unix epoch.
-#[must_use]
-pub fn wall_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use helix_common::channel::{Traffic, lazy};
 use helix_common::identity::Role;
 use helix_common::status::{metadata, status, with_metadata};
 use helix_common::tls::{PeerInfo, TlsStore};
+use helix_common::wall;
 use helix_model::{ErrorCode, NodeId};
 use helix_proto::{peer, raft};
 use tokio::sync::watch;
@@ -19,7 +20,6 @@ use tonic::Status;
 use tonic::transport::Channel;
 
 use self::runs::{Run, Runs};
-use crate::clock::wall_ms;
 use crate::node_dir::{NodeDir, NodeDirError};
 
 mod runs;
@@ -211,7 +211,7 @@ impl Peers {
             from_epoch: identity.epoch,
             to: to.0,
             to_epoch: self.inner.dir.epoch_of(to).unwrap_or(0),
-            clock_ms: wall_ms(),
+            clock_ms: wall::now_ms(),
             format: self.inner.format,
             from_run: self.inner.runs.own().to_wire(),
         }

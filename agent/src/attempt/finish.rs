@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use helix_agent_core::{Artifact, Assignment, Death, Event, Report, SealedLog, StopCause, Verdict};
+use helix_common::wall;
 use helix_model::parse::duration_text;
 use helix_model::{BuildSpec, Measure, Outputs, Reason, Room};
 use helix_runner::{AttemptDir, End, MemoryKill, Outcome};
@@ -14,7 +15,6 @@ use super::outputs::{self, Output, Unusable, Why};
 use super::prepare::stopped;
 use super::{Attempt, Ending, image, record, seal};
 use crate::blocking::blocking;
-use crate::host::unix_ms;
 use crate::services::Services;
 use crate::stores::StoreError;
 use crate::stores::body::{Body, Source};
@@ -233,7 +233,7 @@ impl Attempt {
         let config = self.services.disks.config();
         let keep_ms = assignment.spec.keep_workdir_ms.min(config.kept_ms_max);
         let wanted = keep_ms > 0 && config.kept_max > 0 && matches!(verdict, Verdict::Failed { .. });
-        wanted.then(|| unix_ms().saturating_add(keep_ms))
+        wanted.then(|| wall::now_ms().saturating_add(keep_ms))
     }
 
     async fn keep_workdir(&self, until_ms: u64) {

@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use helix_common::sealed_log::{LogStream, SealedLogError, SealedLogWriter};
+use helix_common::wall;
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 use helix_runner::{AttemptDir, Growth, SpoolError, SpoolReader, Stream};
 
-use crate::host::unix_ms;
 use crate::stores::body::{Body, Source};
 
 /// Seals an attempt's log. Gives the file's bytes and its lines. Blocks.
@@ -42,7 +42,7 @@ pub(super) fn seal(dir: &AttemptDir) -> io::Result<(Body, u64)> {
             Err(damaged @ SpoolError::Damaged { .. }) => {
                 let text = format!("lines after this are lost: {damaged}");
                 writer
-                    .push_parts(last_seq + 1, to_i64(unix_ms()), LogStream::System, text.as_bytes())
+                    .push_parts(last_seq + 1, to_i64(wall::now_ms()), LogStream::System, text.as_bytes())
                     .map_err(io_error)?;
                 break;
             }

@@ -8,9 +8,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use helix_common::files::{Durability, sync_directory, write_atomic};
+use helix_common::wall;
 
 use super::{IDENTITY, LOCK, NodeDir, NodeDirError, NodeIdentity, RECOVERY, lock, write_sealed};
-use crate::clock::wall_ms;
 
 /// Stands in a directory that is being filled: what else is there is of no worth.
 const UNFINISHED: &str = "unfinished";
@@ -165,7 +165,7 @@ impl Replacing {
         let new = self.new_data();
         write_sealed(&new.join(IDENTITY), identity)?;
         sync_directory(&new).map_err(at(&new))?;
-        let aside = format!("before-recovery-{}", wall_ms());
+        let aside = format!("before-recovery-{}", wall::now_ms());
         write_atomic(&self.recovery.join(READY), aside.as_bytes(), 0o600, Durability::Synced)
             .map_err(at(&self.recovery))?;
         sync_directory(self.dir.path()).map_err(at(self.dir.path()))?;

@@ -1,11 +1,12 @@
 //! `helix.v1.ClusterService`: the coordinators themselves. On port 7421, too, where followers ask the leader.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use helix_common::auth::peer;
+use helix_common::wall;
 use helix_model::NodeId;
 use helix_proto::v1;
 use helix_proto::v1::cluster_service_client::ClusterServiceClient;
@@ -103,8 +104,8 @@ impl ClusterRpc {
             totals: Some(registry.with_state(totals_of)),
             node: registry.node().0,
             warnings: self.warnings(),
-            now_ms: unix_ms(SystemTime::now()),
-            certificate_not_after_ms: unix_ms(self.peers.tls().not_after()),
+            now_ms: wall::message_ms(SystemTime::now()),
+            certificate_not_after_ms: wall::message_ms(self.peers.tls().not_after()),
             free_bytes: self.services.disk.free_bytes(),
             reserve_bytes: registry.with_state(|state| state.policy().disk_reserve_bytes),
             change: self.membership.change(),
@@ -184,10 +185,6 @@ fn together(own: Option<v1::BlobTrouble>, leader: Option<v1::BlobTrouble>) -> Op
     own.lost = own.lost.max(own.lost_sha256.len() as u64);
     own.lost_sha256.truncate(LOST_SHOWN);
     (own.damaged + own.lost > 0).then_some(own)
-}
-
-fn unix_ms(at: SystemTime) -> i64 {
-    at.duration_since(UNIX_EPOCH).ok().and_then(|since| i64::try_from(since.as_millis()).ok()).unwrap_or(0)
 }
 
 #[tonic::async_trait]

@@ -4,11 +4,12 @@
 //! barrier; and what an operator receives without its end is not taken for whole.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use helix_common::status::status;
+use helix_common::wall;
 use helix_model::{Digest, ErrorCode};
 use helix_proto::v1;
 use helix_proto::v1::save_snapshot_response::Part;
@@ -65,12 +66,11 @@ async fn stream(services: &Services, tx: &Parts, list_blobs: bool) -> Result<(),
     let saved = services.registry.snapshot().await.map_err(|error| answer::of_store(&error))?;
     let (registry, applied) = (&services.registry, saved.applied());
     tracing::info!(index = applied.index, bytes = saved.bytes(), "a backup is taken");
-    let taken = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let header = v1::BackupHeader {
         cluster: registry.cluster().to_owned(),
         term: applied.term,
         index: applied.index,
-        taken_at_ms: i64::try_from(taken).unwrap_or(i64::MAX),
+        taken_at_ms: wall::message_ms(SystemTime::now()),
         node: registry.node().0,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         row_format: ROW_FORMAT,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use helix_common::channel::Traffic;
 use helix_common::endpoints::{CallError, Endpoints};
 use helix_common::status::error_code;
+use helix_common::wall;
 use helix_model::{BuildSpec, Command, ErrorCode};
 use helix_proto::convert::submit_of_spec;
 use helix_proto::v1;
@@ -112,7 +113,7 @@ impl Load {
             submitted: AtomicU64::new(0),
             refused: Mutex::default(),
             acknowledged: Mutex::default(),
-            wall_ms: unix_ms(),
+            wall_ms: wall::message_ms(SystemTime::now()),
         })
     }
 
@@ -322,11 +323,6 @@ impl Load {
         self.note(id, begin, seen.clone());
         Ok(seen)
     }
-}
-
-fn unix_ms() -> i64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 fn seen_of(answer: Result<tonic::Response<v1::BuildStatus>, Status>) -> Option<Seen> {

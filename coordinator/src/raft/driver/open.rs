@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use helix_common::files::{Durability, write_atomic};
 use helix_common::removal::remove_gradually;
+use helix_common::wall;
 use helix_core::State;
 
 use super::{FSYNC_MOST, LogLimits, LogStore, Options, StartError, Timing, slowest_fsync};
-use crate::clock::wall_ms;
 use crate::codec::CodecError;
 use crate::node_dir::NodeDir;
 use crate::raft::snapshot;
@@ -168,5 +168,5 @@ fn set_aside(path: &Path) -> io::Result<()> {
             std::fs::remove_dir_all(old)?;
         }
     }
-    std::fs::rename(path, parent.join(format!("registry.aside-{}", wall_ms())))
+    std::fs::rename(path, parent.join(format!("registry.aside-{}", wall::now_ms())))
 }
