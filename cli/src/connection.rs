@@ -109,7 +109,7 @@ impl Connection {
             CallError::NoAnswer { last, .. } => {
                 let patience = duration_text(u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX));
                 let asked = self.endpoints.list().join(", ");
-                Failure::unreachable(format!("no answer within {patience} from {asked}: {}", last.message()))
+                Failure::unreachable(format!("no answer within {patience} from {asked}: {}", in_words(last)))
             }
         })
     }
@@ -143,10 +143,9 @@ impl Connection {
             }
             let since = *failing.since.get_or_insert_with(Instant::now);
             if since.elapsed() > self.patience {
-                let word = error_code(&status).map(|code| format!("{code}: ")).unwrap_or_default();
                 return Err(Failure::unreachable(format!(
-                    "no coordinator goes on with the stream: {word}{}",
-                    status.message()
+                    "no coordinator goes on with the stream: {}",
+                    in_words(&status)
                 )));
             }
             failing.backoff.next_wait()
@@ -187,6 +186,11 @@ impl Connection {
         };
         Ok(self.call(call).await?.into_inner())
     }
+}
+
+fn in_words(status: &Status) -> String {
+    let word = error_code(status).map(|code| format!("{code}: ")).unwrap_or_default();
+    format!("{word}{}", status.message())
 }
 
 #[cfg(test)]

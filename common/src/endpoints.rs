@@ -38,7 +38,7 @@ pub enum CallError {
         waited: Duration,
         /// The endpoints.
         tried: String,
-        /// What the last of them said.
+        /// What the last of them said that said anything; else how the last try failed.
         last: Status,
     },
 }
@@ -288,6 +288,8 @@ impl Endpoints {
         let end = started + deadline;
         let mut backoff = Backoff::new(BACKOFF_BASE, BACKOFF_CAP);
         let (mut hints, mut full) = (0, 0);
+        // What a coordinator said last says more than that a try was cut short by the deadline.
+        let mut told = None;
         loop {
             let (endpoint, channel) = self
                 .channel(traffic)
@@ -296,6 +298,9 @@ impl Endpoints {
                 Ok(value) => return Ok(value),
                 Err(status) => status,
             };
+            if error_code(&status).is_some() {
+                told = Some(status.clone());
+            }
             full += usize::from(error_code(&status) == Some(ErrorCode::DiskReserve));
             let least = match self.observe(&endpoint, &status) {
                 // All are full: that is an answer, and waiting does not change it.
@@ -303,7 +308,9 @@ impl Endpoints {
                 Verdict::Final => return Err(CallError::Answered(status)),
                 Verdict::Leader(_) if hints < HINTS_IN_A_ROW_MAX => {
                     hints += 1;
-                    continue_before(end, started, status, self.list())?;
+                    if Instant::now() >= end {
+                        return Err(no_answer(started, told.unwrap_or(status), self.list()));
+                    }
                     continue;
                 }
                 Verdict::Leader(_) => None,
@@ -317,7 +324,7 @@ impl Endpoints {
                 if backoff.failures() < round { backoff.next_wait().min(BACKOFF_BASE) } else { backoff.next_wait() };
             let wait = wait.max(least.unwrap_or_default().min(BACKOFF_CAP));
             if Instant::now() + wait >= end {
-                return Err(no_answer(started, status, self.list()));
+                return Err(no_answer(started, told.unwrap_or(status), self.list()));
             }
             sleep(wait).await;
         }
@@ -328,10 +335,6 @@ impl Endpoints {
         // Ours, not the server's: retried elsewhere while there is time.
         timeout_at(limit, call).await.unwrap_or_else(|_| Err(Status::unavailable("no answer in time")))
     }
-}
-
-fn continue_before(end: Instant, started: Instant, status: Status, list: &[String]) -> Result<(), CallError> {
-    if Instant::now() < end { Ok(()) } else { Err(no_answer(started, status, list)) }
 }
 
 fn no_answer(started: Instant, last: Status, list: &[String]) -> CallError {

@@ -54,6 +54,18 @@ async fn an_endpoint_that_hangs_is_given_up() {
 }
 
 #[tokio::test]
+async fn what_somebody_said_is_told_rather_than_that_others_hung() {
+    let cluster = Cluster::new();
+    let hanging = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let speaking = server(&cluster, "1").await;
+    speaking.answer.set(Some(status(ErrorCode::NoLeader, "nobody leads")));
+    let list = [speaking.url(), format!("https://{}", hanging.local_addr().unwrap())];
+    let endpoints = endpoints(&cluster, &list).with_attempt_timeout(Duration::from_millis(200));
+    let error = endpoints.call(Duration::from_secs(1), check).await.unwrap_err();
+    assert_eq!(error.code(), Some(ErrorCode::NoLeader), "{error}");
+}
+
+#[tokio::test]
 async fn one_full_disk_sends_the_client_elsewhere_and_full_disks_everywhere_are_an_answer() {
     let cluster = Cluster::new();
     let (one, two) = (server(&cluster, "1").await, server(&cluster, "2").await);
