@@ -70,6 +70,7 @@ impl LogHub {
                 follow: query.follow,
                 until: u64::MAX,
                 progress: Instant::now(),
+                ended: None,
                 key: query.key,
                 tx: tx.clone(),
                 inner: Arc::clone(&inner),
@@ -103,6 +104,8 @@ struct Reader {
     bell: watch::Receiver<()>,
     /// When the last line came.
     progress: Instant,
+    /// When this reader learnt that the attempt had ended.
+    ended: Option<Instant>,
 }
 
 /// Who has the log live, and how far.
@@ -209,13 +212,13 @@ impl Reader {
     }
 
     /// Whether there is nothing to wait for. Says so where lines are missing.
-    async fn is_over(&self, end: Option<&EndFacts>, complete: bool, silent: &[NodeId]) -> Result<bool, Status> {
+    async fn is_over(&mut self, end: Option<&EndFacts>, complete: bool, silent: &[NodeId]) -> Result<bool, Status> {
         let Some(end) = end else { return Ok(!self.follow) };
         if complete {
             return Ok(true);
         }
-        let patience = if end.worker_gone() { LOST_PATIENCE } else { SEAL_PATIENCE };
-        if self.follow && self.progress.elapsed() < patience {
+        let ended = *self.ended.get_or_insert_with(Instant::now);
+        if self.follow && Instant::now() < waits_until(self.progress, ended, end) {
             return Ok(false);
         }
         let mut why = match (self.next, end.worker_gone()) {
@@ -457,6 +460,12 @@ impl Inner {
     }
 }
 
+/// How long a follower waits for what is missing of an attempt that has ended. One that was silent for long may have said its last lines
+/// with its end, which may come before them: it is from then on that they are due.
+fn waits_until(progress: Instant, ended: Instant, end: &EndFacts) -> Instant {
+    progress.max(ended) + if end.worker_gone() { LOST_PATIENCE } else { SEAL_PATIENCE }
+}
+
 /// Whom to read from: who has the next line, the most of it, here rather than there; else, for a follower, who will have it.
 fn choose(found: Vec<Found>, next: u64, follow: bool) -> Option<Found> {
     let useful =
@@ -490,4 +499,23 @@ fn expired(key: &AttemptKey) -> Status {
 
 fn unavailable(error: &Unavailable) -> Status {
     status(ErrorCode::NoLeader, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use helix_model::{LogTime, Reason};
+
+    use super::*;
+
+    #[test]
+    fn last_lines_are_waited_for_however_long_an_attempt_was_silent() {
+        let end = |reason| EndFacts { at: LogTime(1), reason: Some(reason), agent_lives: true };
+        let line = Instant::now();
+        let ended = line + Duration::from_secs(3600);
+        assert_eq!(waits_until(line, ended, &end(Reason::Exit)), ended + SEAL_PATIENCE);
+        assert_eq!(waits_until(line, ended, &end(Reason::WorkerLost)), ended + LOST_PATIENCE);
+        // While lines come there are more to wait for.
+        let later = ended + Duration::from_secs(50);
+        assert_eq!(waits_until(later, ended, &end(Reason::Exit)), later + SEAL_PATIENCE);
+    }
 }

@@ -5,7 +5,7 @@
 //! Every stream is fed by one task, which ends when its reader goes, when the build has ended, or with the server.
 
 use std::pin::pin;
-use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use helix_common::status::{invalid, status};
@@ -18,8 +18,13 @@ use tonic::Status;
 
 use super::{Answers, BuildRpc, view};
 use crate::logs::LogQuery;
+use crate::registry::Consistency;
 use crate::rpc::answer;
 use crate::rpc::services::{build_id, consistency};
+
+/// A follower of a coordinator that is cut off from the others would hear nothing more, ever: whether this one still is with them is
+/// asked after so long without a word.
+const CUT_OFF_CHECK: Duration = Duration::from_secs(10);
 
 /// Messages between the feeding task and a reader: a slow reader slows its own feeder, and nobody else.
 const BUFFERED: usize = 64;
@@ -43,7 +48,9 @@ impl BuildRpc {
             (false, 0) => Attempts::Latest,
             (false, number) => Attempts::One(AttemptNumber(number)),
         };
-        let want = Want { from_seq: request.from_seq, tail: request.tail, follow: !request.no_follow, attempts };
+        let consistency = consistency(request.stale);
+        let want =
+            Want { from_seq: request.from_seq, tail: request.tail, follow: !request.no_follow, attempts, consistency };
         if let Attempts::One(number) = attempts {
             for &task in &tasks {
                 expect_attempt(&record, task, number, want.follow)?;
@@ -80,7 +87,9 @@ impl BuildRpc {
         if let Attempts::One(number) = attempts {
             expect_attempt(&record, task, number, request.follow)?;
         }
-        let want = Want { from_seq: request.from_seq, tail: request.tail, follow: request.follow, attempts };
+        let consistency = consistency(request.stale);
+        let want =
+            Want { from_seq: request.from_seq, tail: request.tail, follow: request.follow, attempts, consistency };
         let (tx, rx) = mpsc::channel(BUFFERED);
         let reader = self.reader(id, want);
         self.services.tasks.spawn(async move {
@@ -109,6 +118,7 @@ struct Want {
     tail: u64,
     follow: bool,
     attempts: Attempts,
+    consistency: Consistency,
 }
 
 /// Why a stream ends before all was said.
@@ -194,12 +204,19 @@ impl Reader {
     async fn read_task(&self, task: TaskIndex, sink: &mut impl Sink) -> Result<(), End> {
         let mut changed = self.service.services.changes.watch(&self.id);
         let mut read_up_to = AttemptNumber(0);
+        let mut there = None;
         loop {
             let record = self.service.services.record(&self.id).await?;
             let Some(row) = record.task(task) else { return Ok(()) };
+            let there = *there.get_or_insert(row.attempts.last().map_or(AttemptNumber(0), |attempt| attempt.number));
             match self.next_attempt(row, read_up_to) {
                 Some(number) => {
-                    self.read_attempt(&record, task, number, sink).await?;
+                    // Of what came later nothing is old.
+                    let wanted = matches!(self.want.attempts, Attempts::One(_)) || number <= there;
+                    let (from_seq, tail) = if wanted { (self.want.from_seq, self.want.tail) } else { (0, 0) };
+                    let query =
+                        LogQuery { key: record.attempt_key(task, number), from_seq, tail, follow: self.want.follow };
+                    self.read_attempt(query, sink).await?;
                     read_up_to = number;
                 }
                 None if !self.want.follow || self.complete(row, read_up_to) => {
@@ -233,19 +250,7 @@ impl Reader {
         }
     }
 
-    async fn read_attempt(
-        &self,
-        record: &Arc<BuildRecord>,
-        task: TaskIndex,
-        number: AttemptNumber,
-        sink: &mut impl Sink,
-    ) -> Result<(), End> {
-        let query = LogQuery {
-            key: record.attempt_key(task, number),
-            from_seq: self.want.from_seq,
-            tail: self.want.tail,
-            follow: self.want.follow,
-        };
+    async fn read_attempt(&self, query: LogQuery, sink: &mut impl Sink) -> Result<(), End> {
         let services = &self.service.services;
         let mut chunks = pin!(services.logs.read(query).await?);
         loop {
@@ -253,10 +258,24 @@ impl Reader {
                 () = services.stopping.cancelled() => return Err(End::Failed(services.moved())),
                 () = sink.gone() => return Err(End::Gone),
                 next = chunks.next() => next,
+                cut_off = self.cut_off() => return Err(End::Failed(cut_off)),
             };
             match next {
                 Some(chunk) => sink.put(chunk?).await?,
                 None => return Ok(()),
+            }
+        }
+    }
+
+    /// Waits until this node cannot say any more what the cluster has committed. For ever where nobody asked for that.
+    async fn cut_off(&self) -> Status {
+        if self.want.consistency == Consistency::Stale || !self.want.follow {
+            return std::future::pending().await;
+        }
+        loop {
+            tokio::time::sleep(CUT_OFF_CHECK).await;
+            if let Err(status) = self.service.services.freshen(self.want.consistency).await {
+                return status;
             }
         }
     }
@@ -266,6 +285,7 @@ impl Reader {
         tokio::select! {
             () = services.stopping.cancelled() => Err(End::Failed(services.moved())),
             () = sink.gone() => Err(End::Gone),
+            cut_off = self.cut_off() => Err(End::Failed(cut_off)),
             heard = changed.changed() => heard.map_err(|_| End::Failed(services.moved())),
         }
     }
