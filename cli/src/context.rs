@@ -18,7 +18,14 @@ pub(crate) struct ContextOptions {
     pub(crate) context: Option<PathBuf>,
 
     /// How long to look for a coordinator that answers
-    #[arg(long, default_value = "30s", global = true, value_name = "DUR", value_parser = duration)]
+    #[arg(
+        long,
+        env = "HELIX_CONNECT_TIMEOUT",
+        default_value = "30s",
+        global = true,
+        value_name = "DUR",
+        value_parser = duration
+    )]
     pub(crate) connect_timeout: Duration,
 }
 

@@ -25,6 +25,8 @@ impl Code {
     const TIMED_OUT: Self = Self(124);
     /// No coordinator answers.
     pub(crate) const UNREACHABLE: Self = Self(125);
+    /// What a shell says of a command that Ctrl-C ended.
+    pub(crate) const INTERRUPTED: Self = Self(130);
     /// Out of memory looks like the kernel's SIGKILL.
     const OUT_OF_MEMORY: Self = Self(137);
 }

@@ -28,6 +28,11 @@ impl Failure {
         Self { word: Some("unreachable".to_owned()), message: message.into(), code: exit::Code::UNREACHABLE }
     }
 
+    /// Somebody at the terminal had enough.
+    pub(crate) fn interrupted() -> Self {
+        Self { code: exit::Code::INTERRUPTED, ..Self::plain("interrupted") }
+    }
+
     /// What a coordinator answered.
     pub(crate) fn from_status(status: &Status) -> Self {
         let word = error_code(status);

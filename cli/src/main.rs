@@ -7,11 +7,13 @@ mod download;
 mod exit;
 mod failure;
 mod output;
+mod screen;
 mod unpack;
 mod upload;
 mod verb;
 
-use clap::{Parser, Subcommand};
+use clap::builder::Resettable;
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::context::ContextOptions;
 use crate::failure::Failure;
@@ -37,7 +39,7 @@ struct Arguments {
     format: Format,
 
     /// When to use colour (NO_COLOR is honoured)
-    #[arg(long, value_enum, default_value = "auto", global = true)]
+    #[arg(long, env = "HELIX_COLOR", value_enum, default_value = "auto", global = true)]
     color: ColorChoice,
 
     #[command(subcommand)]
@@ -74,6 +76,8 @@ enum Verb {
     Workers(verb::workers::WorkersArguments),
     /// Show, add and remove coordinators; the cluster's policy; backups
     Cluster(verb::cluster::ClusterArguments),
+    /// Watch coordinators, workers and builds, drawn anew every two seconds
+    Top(verb::top::TopArguments),
     /// Make a certificate authority and identities for a cluster
     Pki(verb::pki::PkiArguments),
     /// Keep a cluster for development running in the foreground
@@ -86,8 +90,22 @@ enum Verb {
     Version(verb::version::VersionArguments),
 }
 
+/// Reads the command line and the environment, in which an empty variable counts as none.
+fn parse() -> Arguments {
+    let mut command = Arguments::command();
+    let empty = |argument: &Arg| {
+        argument.get_env().is_some_and(|name| std::env::var_os(name).is_some_and(|value| value.is_empty()))
+    };
+    let ids: Vec<_> =
+        command.get_arguments().filter(|argument| empty(argument)).map(|argument| argument.get_id().clone()).collect();
+    for id in ids {
+        command = command.mut_arg(id, |argument| argument.env(Resettable::Reset));
+    }
+    Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+}
+
 fn main() -> std::process::ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = parse();
     let output = Output::new(arguments.format, arguments.color);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -118,6 +136,7 @@ async fn dispatch(arguments: Arguments, output: &Output) -> Result<exit::Code, F
         Verb::Unpin(pin) => verb::purge::run_pin(pin, false, &context, output).await,
         Verb::Workers(workers) => verb::workers::run(workers, &context, output).await,
         Verb::Cluster(cluster) => verb::cluster::run(cluster, &context, output).await,
+        Verb::Top(top) => verb::top::run(top, &context, output).await,
         Verb::Pki(pki) => verb::pki::run(pki, output),
         Verb::Dev(arguments) => dev::run(arguments, output).await,
         Verb::Doctor(doctor) => verb::doctor::run(doctor, &context, output).await,

@@ -1,7 +1,6 @@
 //! Everything that is printed goes through here: data to stdout, talk to stderr.
 
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
+use std::cell::Cell;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -38,6 +37,19 @@ pub(crate) enum ColorChoice {
 pub(crate) struct Output {
     pub(crate) format: Format,
     color: bool,
+    /// What a closed pipe on stdout means.
+    closed: Cell<Closed>,
+}
+
+/// What becomes of a command whose output nobody reads any more.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Closed {
+    /// It ends, and well: the reader had enough (`helix list | head`).
+    Ends,
+    /// It goes on; nobody has closed it yet.
+    GoesOn,
+    /// It goes on and prints nothing.
+    Mute,
 }
 
 impl Output {
@@ -48,7 +60,7 @@ impl Output {
             ColorChoice::Always => true,
             ColorChoice::Never => false,
         };
-        Self { format, color }
+        Self { format, color, closed: Cell::new(Closed::Ends) }
     }
 
     /// Data that is one line of text.
@@ -59,19 +71,37 @@ impl Output {
     /// Data that is one line of bytes, as they are.
     pub(crate) fn bytes(&self, bytes: &[u8]) {
         let mut out = std::io::stdout().lock();
-        let written = out.write_all(bytes).and_then(|()| out.write_all(b"\n"));
-        leave_if_nobody_reads(written);
+        self.written(out.write_all(bytes).and_then(|()| out.write_all(b"\n")));
     }
 
     /// Many lines at once, each with its newline already.
     pub(crate) fn block(&self, bytes: &[u8]) {
         let mut out = std::io::stdout().lock();
-        leave_if_nobody_reads(out.write_all(bytes).and_then(|()| out.flush()));
+        self.written(out.write_all(bytes).and_then(|()| out.flush()));
+    }
+
+    /// From here on a closed pipe ends only the printing: what the command exits with is still wanted.
+    pub(crate) fn outlive_reader(&self) {
+        self.closed.set(Closed::GoesOn);
+    }
+
+    fn written(&self, written: std::io::Result<()>) {
+        let Err(error) = written else { return };
+        match (error.kind() == std::io::ErrorKind::BrokenPipe, self.closed.get()) {
+            (true, Closed::Ends) => std::process::exit(0),
+            (true, Closed::GoesOn) => self.closed.set(Closed::Mute),
+            (true, Closed::Mute) => {}
+            (false, _) => {
+                self.say(&format!("helix: cannot write to stdout: {error}"));
+                std::process::exit(1)
+            }
+        }
     }
 
     /// Talk, for people: never data.
     pub(crate) fn say(&self, text: &str) {
-        eprintln!("{text}");
+        // Where nobody listens, what was asked for is done all the same.
+        let _ = writeln!(std::io::stderr(), "{text}");
     }
 
     /// Prints items in the chosen format: rows of a table, JSON, or their names alone.
@@ -97,12 +127,28 @@ impl Output {
         }
     }
 
+    /// Prints what was found of so many things that were asked for: of one thing the thing, of several always an array, however
+    /// many of them were found. Nothing as a table: that is the caller's to say.
+    pub(crate) fn asked_for(&self, asked: usize, items: &[Item]) {
+        match (self.format, items) {
+            (Format::Table, _) => {}
+            (_, []) if asked == 1 => {}
+            (_, [only]) if asked == 1 => self.item(only, ""),
+            _ => self.items(&[], items),
+        }
+    }
+
     fn json(&self, value: &impl serde::Serialize) {
         let text = serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\": \"{error}\"}}"));
         self.line(&text);
     }
 
     fn table(&self, header: &[&str], items: &[Item]) {
+        self.line(&self.table_lines(header, items).join("\n"));
+    }
+
+    /// A table for people, its header first.
+    pub(crate) fn table_lines(&self, header: &[&str], items: &[Item]) -> Vec<String> {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(header.iter().map(|name| name.to_uppercase()));
@@ -110,9 +156,7 @@ impl Output {
             table.add_row(item.cells.iter().map(|cell| if cell.is_empty() { "-" } else { cell }));
         }
         let plain = table.to_string();
-        let lines: Vec<String> =
-            plain.lines().map(|line| self.paint_state(line.trim_end().trim_start_matches(' '))).collect();
-        self.line(&lines.join("\n"));
+        plain.lines().map(|line| self.paint_state(line.trim_end().trim_start_matches(' '))).collect()
     }
 
     /// Colours the first word of a line that is a state.
@@ -143,21 +187,13 @@ impl Output {
     fn complain(&self, failure: &Failure) {
         if let (Format::Json | Format::Jsonl, word) = (self.format, &failure.word) {
             let word = word.as_deref().unwrap_or("error");
-            eprintln!("{}", serde_json::json!({ "error": word, "message": failure.message }));
+            self.say(&serde_json::json!({ "error": word, "message": failure.message }).to_string());
         } else {
             match &failure.word {
-                Some(word) => eprintln!("helix: {word}: {}", failure.message),
-                None => eprintln!("helix: {}", failure.message),
+                Some(word) => self.say(&format!("helix: {word}: {}", failure.message)),
+                None => self.say(&format!("helix: {}", failure.message)),
             }
         }
-    }
-}
-
-/// A closed pipe (`helix list | head`) ends the command quietly; the data had a reader who had enough.
-fn leave_if_nobody_reads(written: std::io::Result<()>) {
-    if let Err(error) = written {
-        let code = if error.kind() == std::io::ErrorKind::BrokenPipe { 0 } else { 1 };
-        std::process::exit(code);
     }
 }
 

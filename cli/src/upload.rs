@@ -173,7 +173,13 @@ fn append_children<W: Write>(
             let file = File::open(&full)?;
             let size = file.metadata()?.len();
             header.set_size(size);
-            tar.append_data(&mut header, &relative, file.take(size))?;
+            let mut whole = file.take(size);
+            tar.append_data(&mut header, &relative, &mut whole)?;
+            if whole.limit() > 0 {
+                // What follows in the archive would be taken for the rest of it.
+                let text = format!("{} became shorter while it was read", full.display());
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
+            }
         } else {
             skipped.push(relative);
         }

@@ -17,6 +17,7 @@ pub(crate) mod retry;
 pub(crate) mod snapshot;
 pub(crate) mod status;
 pub(crate) mod submit;
+pub(crate) mod top;
 pub(crate) mod version;
 pub(crate) mod wait;
 pub(crate) mod workers;

@@ -343,7 +343,9 @@ impl Cluster {
     pub fn command_with(&self, context: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(programs().join("helix"));
         command.arg("--context").arg(context).args(arguments).stdin(Stdio::null());
-        command.env_remove("HELIX_FORMAT").env_remove("HELIX_CONTEXT");
+        for name in ["CONTEXT", "FORMAT", "COLOR", "CONNECT_TIMEOUT"] {
+            command.env_remove(format!("HELIX_{name}"));
+        }
         command
     }
 

@@ -37,3 +37,5 @@ mod policy;
 mod sizes;
 #[path = "cluster/surface.rs"]
 mod surface;
+#[path = "cluster/terminal.rs"]
+mod terminal;

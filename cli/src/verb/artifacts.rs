@@ -1,11 +1,13 @@
 //! `helix artifacts ls|get`: what a build made; a download counts only if its sha256 is right.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use helix_model::Digest;
 use helix_proto::v1;
+use serde_json::Value;
 
 use crate::connection::{Connection, builds};
 use crate::context::ContextOptions;
@@ -32,6 +34,9 @@ enum ArtifactsVerb {
         /// A build id, a unique prefix of it, or `last`
         #[arg(value_name = "ID")]
         build: String,
+        /// Only those of the task of this platform
+        #[arg(long, value_name = "P")]
+        task: Option<String>,
         /// Answer from what the coordinator at hand knows, without asking the leader
         #[arg(long)]
         stale: bool,
@@ -43,6 +48,9 @@ enum ArtifactsVerb {
         build: String,
         /// Which one; may be left out when there is only one
         name: Option<String>,
+        /// Of the task of this platform; of a build for several platforms, each may have one of the same name
+        #[arg(long, value_name = "P")]
+        task: Option<String>,
         /// Where to write it [default: its name in this directory; - for standard output]
         #[arg(short = 'O', long = "output", value_name = "PATH")]
         path: Option<PathBuf>,
@@ -62,32 +70,58 @@ pub(crate) async fn run(
 ) -> Result<Code, Failure> {
     let connection = Connection::open(context)?;
     match arguments.verb {
-        ArtifactsVerb::Ls { build, stale } => {
-            let found = list(&connection, &build, stale).await?.1;
-            let items: Vec<Item> = found
-                .iter()
-                .map(|artifact| Item {
-                    name: artifact.name.clone(),
-                    cells: vec![artifact.name.clone(), size_text(artifact.size), artifact.digest.clone()],
-                    json: status::artifact_json(artifact),
-                })
-                .collect();
-            output.items(&["name", "size", "sha256"], &items);
+        ArtifactsVerb::Ls { build, task, stale } => {
+            let (_, found) = list(&connection, &build, task.as_deref(), stale).await?;
+            let has_tasks = found.iter().any(|made| !made.platform.is_empty());
+            let items: Vec<Item> = found.iter().map(|made| made.item(has_tasks)).collect();
+            let header = ["name", "size", "sha256", "task"];
+            output.items(if has_tasks { &header } else { &header[..3] }, &items);
         }
-        ArtifactsVerb::Get { build, name, path, extract, stale } => {
-            let (id, found) = list(&connection, &build, stale).await?;
-            let artifact = choose(&id, &found, name.as_deref())?;
-            if extract {
-                fetch_directory(&connection, artifact, path, output).await?;
-            } else {
-                fetch(&connection, artifact, path, output).await?;
+        ArtifactsVerb::Get { build, name, task, path, extract, stale } => {
+            let (id, found) = list(&connection, &build, task.as_deref(), stale).await?;
+            let made = choose(&id, &found, name.as_deref())?;
+            let fetching = async {
+                if extract {
+                    fetch_directory(&connection, made, path, output).await
+                } else {
+                    fetch(&connection, made, path, output).await
+                }
+            };
+            tokio::select! {
+                fetched = fetching => fetched?,
+                // What has come so far is removed; a mere signal would leave it.
+                _ = tokio::signal::ctrl_c() => return Err(Failure::interrupted()),
             }
         }
     }
     Ok(Code::SUCCESS)
 }
 
-async fn list(connection: &Connection, build: &str, stale: bool) -> Result<(String, Vec<v1::ArtifactInfo>), Failure> {
+/// An artifact, and for which platform; that is empty where its build names none, and for what a client registered.
+struct Made {
+    artifact: v1::ArtifactInfo,
+    platform: String,
+}
+
+impl Made {
+    fn item(&self, has_tasks: bool) -> Item {
+        let artifact = &self.artifact;
+        let mut cells = vec![artifact.name.clone(), size_text(artifact.size), artifact.digest.clone()];
+        cells.extend(has_tasks.then(|| self.platform.clone()));
+        Item { name: artifact.name.clone(), cells, json: self.json() }
+    }
+
+    fn json(&self) -> Value {
+        status::artifact_json(&self.artifact, &self.platform)
+    }
+}
+
+async fn list(
+    connection: &Connection,
+    build: &str,
+    task: Option<&str>,
+    stale: bool,
+) -> Result<(String, Vec<Made>), Failure> {
     let id = connection.resolve_as(build, stale).await?;
     let request = v1::GetArtifactsRequest { build_id: id.clone(), stale };
     let response = connection
@@ -96,39 +130,63 @@ async fn list(connection: &Connection, build: &str, stale: bool) -> Result<(Stri
             async move { builds(channel).get_artifacts(request).await.map(tonic::Response::into_inner) }
         })
         .await?;
-    Ok((id, response.artifacts))
+    let tasks = connection.status(&id, stale).await?.tasks;
+    if let Some(platform) = task {
+        status::task_of(&id, &tasks, platform)?;
+    }
+    let made = response
+        .artifacts
+        .into_iter()
+        .map(|artifact| Made { platform: status::platform_of_artifact(&artifact, &tasks).to_owned(), artifact });
+    Ok((id, made.filter(|made| task.is_none_or(|platform| made.platform == platform)).collect()))
 }
 
-fn choose<'a>(id: &str, found: &'a [v1::ArtifactInfo], name: Option<&str>) -> Result<&'a v1::ArtifactInfo, Failure> {
-    let names = || found.iter().map(|artifact| artifact.name.as_str()).collect::<Vec<_>>().join(", ");
+fn choose<'a>(id: &str, found: &'a [Made], name: Option<&str>) -> Result<&'a Made, Failure> {
+    let names = || found.iter().map(|made| made.artifact.name.as_str()).collect::<BTreeSet<_>>();
+    let listed = || names().into_iter().collect::<Vec<_>>().join(", ");
     let missing = |message: String| Failure {
         word: Some("artifact_unknown".into()),
         code: Code::NOT_FOUND,
         ..Failure::plain(message)
     };
-    match (name, found) {
-        (_, []) => Err(missing(format!("build {id} has no artifacts"))),
-        (None, [one]) => Ok(one),
-        (None, _) => Err(Failure::usage(format!("build {id} has several artifacts, name one: {}", names()))),
-        (Some(name), _) => found
-            .iter()
-            .find(|artifact| artifact.name == name)
-            .ok_or_else(|| missing(format!("build {id} has no artifact {name}; it has {}", names()))),
+    if name.is_none() && names().len() > 1 {
+        return Err(Failure::usage(format!("build {id} has several artifacts, name one: {}", listed())));
+    }
+    let fits: Vec<_> = found.iter().filter(|made| name.is_none_or(|name| made.artifact.name == name)).collect();
+    match (fits.as_slice(), name) {
+        ([one], _) => Ok(one),
+        ([], Some(name)) if !found.is_empty() => {
+            Err(missing(format!("build {id} has no artifact {name}; it has {}", listed())))
+        }
+        ([], _) => Err(missing(format!("build {id} has no artifacts"))),
+        ([first, ..], _) => {
+            let platforms: BTreeSet<_> =
+                fits.iter().map(|made| made.platform.as_str()).filter(|platform| !platform.is_empty()).collect();
+            if platforms.len() <= 1 {
+                // What the task made stands before what a client registered under its name.
+                return Ok(first);
+            }
+            let platforms = platforms.into_iter().collect::<Vec<_>>();
+            Err(Failure::usage(format!(
+                "build {id} has several artifacts {}, say which with --task: {}",
+                first.artifact.name,
+                platforms.join(", ")
+            )))
+        }
     }
 }
 
-async fn fetch(
-    connection: &Connection,
-    artifact: &v1::ArtifactInfo,
-    path: Option<PathBuf>,
-    output: &Output,
-) -> Result<(), Failure> {
+async fn fetch(connection: &Connection, made: &Made, path: Option<PathBuf>, output: &Output) -> Result<(), Failure> {
+    let artifact = &made.artifact;
     let named = path.is_some();
     let mut path = path.map_or_else(|| own_name(artifact), Ok)?;
     let digest = Digest::parse(&artifact.digest)?;
-    let in_directory = match Target::of(&path).map_err(|error| cannot_write(&path, &error))? {
-        Target::File(path) => directory_of(&path),
-        Target::Stream(_) => std::env::temp_dir(),
+    let in_directory = match Target::of(&path) {
+        Ok(Target::File(path)) => directory_of(&path),
+        Ok(Target::Stream(_)) => std::env::temp_dir(),
+        // A directory's tar gets a name of its own beside it.
+        Err(error) if !named && error.kind() == std::io::ErrorKind::IsADirectory => directory_of(&path),
+        Err(error) => return Err(cannot_write(&path, &error)),
     };
     let mut file = tempfile::NamedTempFile::new_in(in_directory).map_err(|error| cannot_write(&path, &error))?;
     download(connection, digest, artifact.size, &mut file).await?;
@@ -154,7 +212,7 @@ async fn fetch(
     }
     if path != Path::new("-") {
         output.item(
-            &Item { name: path.display().to_string(), cells: Vec::new(), json: status::artifact_json(artifact) },
+            &Item { name: path.display().to_string(), cells: Vec::new(), json: made.json() },
             &format!("{} sha256:{digest}", path.display()),
         );
     }
@@ -164,10 +222,11 @@ async fn fetch(
 /// Fetches a directory's tar and unpacks it: whole, or nothing is left.
 async fn fetch_directory(
     connection: &Connection,
-    artifact: &v1::ArtifactInfo,
+    made: &Made,
     path: Option<PathBuf>,
     output: &Output,
 ) -> Result<(), Failure> {
+    let artifact = &made.artifact;
     let path = path.map_or_else(|| own_name(artifact), Ok)?;
     let digest = Digest::parse(&artifact.digest)?;
     let cannot = |error: std::io::Error| cannot_write(&path, &error);
@@ -185,7 +244,7 @@ async fn fetch_directory(
     let _ = into.keep();
     let shown = path.display().to_string();
     let text = format!("{shown} sha256:{digest}");
-    output.item(&Item { name: shown, cells: Vec::new(), json: status::artifact_json(artifact) }, &text);
+    output.item(&Item { name: shown, cells: Vec::new(), json: made.json() }, &text);
     Ok(())
 }
 

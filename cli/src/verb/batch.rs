@@ -7,6 +7,8 @@ use std::io::BufRead;
 use std::path::Path;
 
 use futures::StreamExt;
+use helix_common::endpoints::{Verdict, judge};
+use helix_common::status::status;
 use helix_model::limits::SPEC_BYTES_MAX;
 use helix_model::{ErrorCode, parse};
 use helix_proto::v1::{self, spec_details};
@@ -135,7 +137,8 @@ fn request_of(text: &str) -> Result<v1::SubmitBuildRequest, Failure> {
         env: line.env,
         labels: line.label,
         requires: line.require,
-        secrets: line.secret,
+        // As the flag has it, or the name alone.
+        secrets: line.secret.iter().map(|name| name.strip_prefix("id=").unwrap_or(name).to_owned()).collect(),
         timeout_ms: duration("timeout", line.timeout)?,
         silence_timeout_ms: duration("silence_timeout", line.silence_timeout)?,
         priority: line.priority,
@@ -193,7 +196,7 @@ pub(crate) async fn run(file: &Path, wait: bool, context: &ContextOptions, outpu
     let (lines_tx, mut lines) = mpsc::channel(IN_FLIGHT_MAX);
     let path = file.to_owned();
     let reader = tokio::task::spawn_blocking(move || read_lines(&path, &lines_tx));
-    let mut report = Report { output, failed: false, accepted: Vec::new(), keep: wait };
+    let mut report = Report { output, failed: false, accepted: Vec::new(), purged: Vec::new(), keep: wait };
     let mut unanswered: VecDeque<Entry> = VecDeque::new();
     loop {
         if unanswered.is_empty() {
@@ -207,10 +210,18 @@ pub(crate) async fn run(file: &Path, wait: bool, context: &ContextOptions, outpu
     }
     reader.await.map_err(|error| Failure::plain(format!("reading {}: {error}", file.display())))??;
     let mut code = if report.failed { Code::ERROR } else { Code::SUCCESS };
+    for state in report.purged.drain(..) {
+        if wait && code == Code::SUCCESS {
+            code = exit::of_build(&v1::BuildStatus { state, ..v1::BuildStatus::default() });
+        }
+    }
     for id in std::mem::take(&mut report.accepted) {
-        let ended = wait::until_ended(&connection, &id).await?;
-        if code == Code::SUCCESS {
-            code = exit::of_build(&ended);
+        match wait::until_ended(&connection, &id).await {
+            Ok(ended) if code == Code::SUCCESS => code = exit::of_build(&ended),
+            Ok(_) => {}
+            // One that was purged meanwhile; the others are waited for.
+            Err(failure) if failure.code == Code::NOT_FOUND => code = output.one_of_several(&id, &failure, code),
+            Err(failure) => return Err(failure),
         }
     }
     Ok(code)
@@ -270,6 +281,9 @@ async fn stream_once(
         tokio::select! {
             answer = answers.next(), if !unanswered.is_empty() => match answer {
                 Some(Ok(result)) => {
+                    if let Some(passing) = passing(&result) {
+                        return connection.pause_or_fail(passing).await;
+                    }
                     unanswered.pop_front();
                     report.answer(&result);
                     connection.succeeded();
@@ -291,6 +305,17 @@ async fn stream_once(
     }
 }
 
+/// The refusal of a line that says nothing of the line, but of the coordinator or the moment: the stream goes on elsewhere, as a single
+/// submit does.
+fn passing(result: &v1::SubmitBuildResult) -> Option<Status> {
+    let error = result.error.as_ref()?;
+    let status = match ErrorCode::ALL.iter().find(|code| code.as_str() == error.reason) {
+        Some(code) => status(*code, error.message.clone()),
+        None => Status::new(error.code.into(), error.message.clone()),
+    };
+    (judge(&status) != Verdict::Final).then_some(status)
+}
+
 fn sendable(entry: &Entry) -> Option<v1::SubmitBuildRequest> {
     match entry {
         Entry::Refused(_) => None,
@@ -303,6 +328,8 @@ struct Report<'a> {
     output: &'a Output,
     failed: bool,
     accepted: Vec<String>,
+    /// How those ended that had been submitted before, and are purged.
+    purged: Vec<String>,
     keep: bool,
 }
 
@@ -323,7 +350,10 @@ impl Report<'_> {
                     Format::Table | Format::Quiet => self.output.line(&name),
                     Format::Json | Format::Jsonl => self.output.line(&json.to_string()),
                 }
-                if self.keep {
+                if !response.purged_state.is_empty() {
+                    // There is nothing to wait for, and no more is known of how it ended.
+                    self.purged.push(response.purged_state.clone());
+                } else if self.keep {
                     self.accepted.push(name);
                 }
             }
@@ -381,5 +411,7 @@ mod tests {
         let huge = format!(r#"{{"command":"{}"}}"#, "x".repeat(200_000));
         assert_eq!(request_of(&huge).unwrap_err().word.as_deref(), Some("spec_too_large"));
         assert!(!request_of(r#"{"argv":["b"]}"#).unwrap().build_id.is_empty());
+        let secrets = request_of(r#"{"argv":["b"],"secret":["id=a","b"]}"#).unwrap().details.unwrap().secrets;
+        assert_eq!(secrets, ["a", "b"]);
     }
 }

@@ -46,9 +46,20 @@ pub(crate) async fn run(
     let mut items = Vec::new();
     for id in ids {
         let now = if arguments.no_wait {
-            connection.status(&id, false).await?
+            connection.status(&id, false).await
         } else {
-            wait::until_ended(&connection, &id).await?
+            wait::until_ended(&connection, &id).await
+        };
+        let now = match now {
+            Ok(now) => now,
+            Err(failure) => {
+                code = output.one_of_several(&id, &failure, code);
+                if failure.code == Code::UNREACHABLE {
+                    // Nor would anybody answer for the others.
+                    break;
+                }
+                continue;
+            }
         };
         if output.format == Format::Table {
             output.say(&wait::verdict(&now));
@@ -56,12 +67,7 @@ pub(crate) async fn run(
             items.push(status::item(&now));
         }
     }
-    match (output.format, items.as_slice()) {
-        (Format::Table, _) => {}
-        (_, [one]) => output.item(one, ""),
-        (_, []) => {}
-        _ => output.items(&[], &items),
-    }
+    output.asked_for(arguments.builds.len(), &items);
     Ok(code)
 }
 

@@ -88,7 +88,7 @@ pub(crate) async fn run(
     Ok(Code::SUCCESS)
 }
 
-fn item(status: &v1::ClusterStatus) -> Item {
+pub(super) fn item(status: &v1::ClusterStatus) -> Item {
     let totals = status.totals.unwrap_or_default();
     let members: Vec<_> = status
         .members
@@ -138,7 +138,7 @@ fn item(status: &v1::ClusterStatus) -> Item {
     }
 }
 
-fn text(status: &v1::ClusterStatus) -> String {
+pub(super) fn text(status: &v1::ClusterStatus) -> String {
     let totals = status.totals.unwrap_or_default();
     let leader = if status.leader == 0 { "none".to_owned() } else { status.leader.to_string() };
     let mut out = format!("cluster {}, leader {leader}, term {}\n", status.cluster, status.term);

@@ -58,20 +58,31 @@ pub(crate) async fn run(arguments: ListArguments, context: &ContextOptions, outp
         limit: arguments.limit,
         stale: arguments.stale,
     };
-    let found = connection
-        .call(|channel| {
-            let request = request.clone();
-            async move {
-                let mut stream = builds(channel).list_builds(request).await?.into_inner();
-                let mut found = Vec::new();
-                while let Some(status) = stream.message().await? {
-                    found.push(status);
-                }
-                Ok(found)
-            }
-        })
-        .await?;
-    let items: Vec<_> = found.iter().map(status::item).collect();
+    let items: Vec<_> = ask(&connection, &request).await?.iter().map(status::item).collect();
     output.items(&HEADER, &items);
     Ok(Code::SUCCESS)
+}
+
+/// The builds that are asked for, however long they take to come.
+pub(super) async fn ask(
+    connection: &Connection,
+    request: &v1::ListBuildsRequest,
+) -> Result<Vec<v1::BuildStatus>, Failure> {
+    loop {
+        let call = |channel| {
+            let request = request.clone();
+            async move { builds(channel).list_builds(request).await }
+        };
+        let mut stream = connection.call(call).await?.into_inner();
+        let mut found = Vec::new();
+        let broken = loop {
+            match stream.message().await {
+                Ok(Some(status)) => found.push(status),
+                Ok(None) => return Ok(found),
+                Err(status) => break status,
+            }
+        };
+        // Somebody else lists them from the beginning: what was read is of another moment.
+        connection.pause_or_fail(broken).await?;
+    }
 }

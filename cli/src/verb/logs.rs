@@ -16,7 +16,7 @@ use crate::context::ContextOptions;
 use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Format, Output, text_json, time_json, time_text};
-use crate::verb::{cancel, wait};
+use crate::verb::{cancel, status, wait};
 
 /// `helix logs`.
 #[derive(Args)]
@@ -61,6 +61,14 @@ fn attempts(text: &str) -> Result<Attempts, String> {
     }
 }
 
+/// How much of an attempt's log is wanted.
+#[derive(Clone, Copy)]
+enum Part {
+    /// What was asked for.
+    Wanted,
+    Whole,
+}
+
 /// Which lines of a task, and how they are printed.
 struct Query<'a> {
     connection: &'a Connection,
@@ -76,7 +84,7 @@ struct Query<'a> {
     since_seq: u64,
     stale: bool,
     /// Records printed; with `-o json` they are the elements of one array.
-    printed: Cell<u64>,
+    printed: &'a Cell<u64>,
 }
 
 pub(crate) async fn run(arguments: LogsArguments, context: &ContextOptions, output: &Output) -> Result<Code, Failure> {
@@ -88,25 +96,9 @@ pub(crate) async fn run(arguments: LogsArguments, context: &ContextOptions, outp
     let status = connection.status(&id, arguments.stale).await?;
     let wanted: Vec<usize> = match &arguments.task {
         None => (0..status.tasks.len()).collect(),
-        Some(platform) => match status.tasks.iter().position(|task| &task.platform == platform) {
-            Some(index) => vec![index],
-            None => {
-                let known: Vec<_> = status.tasks.iter().map(|task| task.platform.as_str()).collect();
-                let known = known.join(", ");
-                let advice = if known.is_empty() {
-                    "it names no platform and has one task: leave out --task".to_owned()
-                } else {
-                    format!("it has {known}")
-                };
-                return Err(Failure::usage(format!("build {id} has no task {platform}; {advice}")));
-            }
-        },
+        Some(platform) => vec![status::task_of(&id, &status.tasks, platform)?],
     };
-    let as_array = output.format == Format::Json;
-    if as_array {
-        output.block(b"[");
-    }
-    let mut printed = 0;
+    let printed = Cell::new(0);
     let mut readers = FuturesUnordered::new();
     for index in wanted.iter().copied() {
         let query = Query {
@@ -122,18 +114,20 @@ pub(crate) async fn run(arguments: LogsArguments, context: &ContextOptions, outp
             tail: arguments.tail,
             since_seq: arguments.since_seq,
             stale: arguments.stale,
-            printed: Cell::new(printed),
+            printed: &printed,
         };
         let attempt = arguments.attempt;
         if arguments.follow {
             readers.push(async move { query.run(attempt).await });
-        } else {
-            query.run(attempt).await?;
-            printed = query.printed.get();
+        } else if let Err(failure) = query.run(attempt).await {
+            if printed.get() > 0 {
+                output.block(b"\n]\n");
+            }
+            return Err(failure);
         }
     }
-    if as_array {
-        output.block(if printed > 0 { b"\n]\n" } else { b"]\n" });
+    if output.format == Format::Json {
+        output.block(if printed.get() > 0 { b"\n]\n" } else { b"[]\n" });
     }
     let reading = async {
         while let Some(result) = readers.next().await {
@@ -145,8 +139,9 @@ pub(crate) async fn run(arguments: LogsArguments, context: &ContextOptions, outp
     Ok(Code::SUCCESS)
 }
 
-/// Shows a build's log from its beginning until the build has ended.
+/// Shows a build's log from its beginning until all of it was said.
 pub(crate) async fn follow(connection: &Connection, id: &str, output: &Output) -> Result<(), Failure> {
+    let printed = Cell::new(0);
     let tasks = connection.status(id, false).await?.tasks;
     let mut readers = FuturesUnordered::new();
     for (index, task) in tasks.iter().enumerate() {
@@ -163,48 +158,52 @@ pub(crate) async fn follow(connection: &Connection, id: &str, output: &Output) -
             tail: None,
             since_seq: 0,
             stale: false,
-            printed: Cell::new(0),
+            printed: &printed,
         };
         readers.push(async move { query.run(Some(Attempts::All)).await });
     }
-    let reading = async {
-        while let Some(result) = readers.next().await {
-            result?;
-        }
-        Ok::<(), Failure>(())
-    };
-    interruptible(connection, id, output, reading).await
+    while let Some(result) = readers.next().await {
+        result?;
+    }
+    Ok(())
 }
 
-/// The first Ctrl-C detaches and says how to come back; a second one, within two seconds, cancels the build.
-async fn interruptible(
+/// The first Ctrl-C detaches and says how to come back; a second one, within two seconds, cancels the build; a third does not
+/// wait for its end.
+pub(crate) async fn interruptible<T>(
     connection: &Connection,
     id: &str,
     output: &Output,
-    reading: impl Future<Output = Result<(), Failure>>,
-) -> Result<(), Failure> {
+    watching: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
     tokio::select! {
-        result = reading => return result,
+        result = watching => return result,
         _ = tokio::signal::ctrl_c() => {}
     }
     output.say(&format!("detached; build {id} goes on: helix logs -f {id}; Ctrl-C again cancels it"));
     let again = tokio::time::timeout(Duration::from_secs(2), tokio::signal::ctrl_c()).await;
     if again.is_ok() {
-        cancel::request(connection, id, "interrupted at the terminal").await?;
-        let ended = wait::until_ended(connection, id).await?;
-        output.say(&wait::verdict(&ended));
+        let ending = async {
+            cancel::request(connection, id, "interrupted at the terminal").await?;
+            output.say(&format!("cancelling build {id}"));
+            wait::until_ended(connection, id).await
+        };
+        tokio::select! {
+            ended = ending => output.say(&wait::verdict(&ended?)),
+            _ = tokio::signal::ctrl_c() => output.say(&format!("what came of it: helix status {id}")),
+        }
     }
-    Err(Failure { word: None, message: "interrupted".to_owned(), code: crate::exit::Code(130) })
+    Err(Failure::interrupted())
 }
 
 impl Query<'_> {
     /// Reads the attempts asked for, first to last; following goes on with attempts that begin meanwhile.
     async fn run(&self, attempts: Option<Attempts>) -> Result<(), Failure> {
-        let mut next = match attempts {
-            Some(Attempts::One(number)) => return self.attempt(number).await,
-            Some(Attempts::All) => 1,
-            None => self.task_status().await?.attempt,
+        let there = match attempts {
+            Some(Attempts::One(number)) => return self.attempt(number, Part::Wanted).await,
+            Some(Attempts::All) | None => self.task_status().await?.attempt,
         };
+        let mut next = if attempts.is_some() { 1 } else { there };
         let mut pause = Duration::from_millis(5);
         loop {
             let task = self.task_status().await?;
@@ -212,7 +211,8 @@ impl Query<'_> {
                 next = task.attempt;
             }
             if next > 0 && next <= task.attempt {
-                self.attempt(next).await?;
+                // Of what came later nothing is old.
+                self.attempt(next, if next > there { Part::Whole } else { Part::Wanted }).await?;
                 next += 1;
                 pause = Duration::from_millis(5);
                 continue;
@@ -220,7 +220,7 @@ impl Query<'_> {
             let ended = matches!(task.state.as_str(), "succeeded" | "failed" | "cancelled");
             if ended && task.attempt == 0 {
                 // It never ran, and its log says why.
-                return self.attempt(0).await;
+                return self.attempt(0, Part::Wanted).await;
             }
             if ended || !self.follow {
                 return Ok(());
@@ -236,17 +236,21 @@ impl Query<'_> {
     }
 
     /// Reads one attempt's log to its end, resuming where a broken stream left off.
-    async fn attempt(&self, attempt: u32) -> Result<(), Failure> {
+    async fn attempt(&self, attempt: u32, part: Part) -> Result<(), Failure> {
+        let (tail, since_seq) = match part {
+            Part::Wanted => (self.tail, self.since_seq),
+            Part::Whole => (None, 0),
+        };
         let mut request = v1::ReadLogRequest {
             build_id: self.build.to_owned(),
             task: u32::try_from(self.task).unwrap_or(u32::MAX),
             attempt,
-            from_seq: self.since_seq,
-            tail: self.tail.unwrap_or(0),
+            from_seq: since_seq,
+            tail: tail.unwrap_or(0),
             follow: self.follow,
             stale: self.stale,
         };
-        if self.tail == Some(0) {
+        if tail == Some(0) {
             if !self.follow {
                 return Ok(());
             }
@@ -295,7 +299,7 @@ impl Query<'_> {
                 block.extend_from_slice(if self.printed.replace(self.printed.get() + 1) > 0 {
                     b",\n  "
                 } else {
-                    b"\n  "
+                    b"[\n  "
                 });
             }
             if as_json {
@@ -329,7 +333,8 @@ impl Query<'_> {
         if self.to_stdout {
             self.output.block(&block);
         } else {
-            self.output.say(String::from_utf8_lossy(&block).trim_end_matches('\n'));
+            let text = String::from_utf8_lossy(&block);
+            self.output.say(text.strip_suffix('\n').unwrap_or(&text));
         }
     }
 }

@@ -56,11 +56,10 @@ pub(crate) async fn run(
         }
         items.push(item(&status));
     }
-    match (output.format, items.as_slice()) {
-        (_, []) => {}
-        (Format::Table, _) => output.line(text.trim_end()),
-        (_, [one]) => output.item(one, ""),
-        _ => output.items(&[], &items),
+    match output.format {
+        Format::Table if !text.is_empty() => output.line(text.trim_end()),
+        Format::Table => {}
+        _ => output.asked_for(arguments.builds.len(), &items),
     }
     Ok(code)
 }
@@ -147,7 +146,7 @@ pub(crate) fn to_json(status: &v1::BuildStatus) -> Value {
         "started_at": time_json(status.started_at_ms),
         "completed_at": time_json(status.completed_at_ms),
         "tasks": status.tasks.iter().map(task_json).collect::<Vec<_>>(),
-        "artifacts": status.artifacts.iter().map(artifact_json).collect::<Vec<_>>(),
+        "artifacts": status.artifacts.iter().map(|artifact| artifact_json(artifact, platform_of_artifact(artifact, &status.tasks))).collect::<Vec<_>>(),
     })
 }
 
@@ -186,8 +185,28 @@ fn task_json(task: &v1::TaskStatus) -> Value {
 }
 
 /// An artifact as scripts see it.
-pub(crate) fn artifact_json(artifact: &v1::ArtifactInfo) -> Value {
-    json!({ "name": artifact.name, "digest": artifact.digest, "size": artifact.size })
+pub(crate) fn artifact_json(artifact: &v1::ArtifactInfo, platform: &str) -> Value {
+    json!({ "name": artifact.name, "digest": artifact.digest, "size": artifact.size, "task": text_json(platform) })
+}
+
+/// The platform of the task that made an artifact; empty for what a client registered.
+pub(crate) fn platform_of_artifact<'a>(artifact: &v1::ArtifactInfo, tasks: &'a [v1::TaskStatus]) -> &'a str {
+    let made_by = usize::try_from(artifact.task).ok().filter(|_| !artifact.registered);
+    made_by.and_then(|index| tasks.get(index)).map_or("", |task| &task.platform)
+}
+
+/// The index of a build's task for this platform.
+pub(crate) fn task_of(id: &str, tasks: &[v1::TaskStatus], platform: &str) -> Result<usize, Failure> {
+    tasks.iter().position(|task| task.platform == platform).ok_or_else(|| {
+        let known: Vec<_> = tasks.iter().map(|task| task.platform.as_str()).collect();
+        let known = known.join(", ");
+        let advice = if known.is_empty() {
+            "it names no platform and has one task: leave out --task".to_owned()
+        } else {
+            format!("it has {known}")
+        };
+        Failure::usage(format!("build {id} has no task {platform}; {advice}"))
+    })
 }
 
 /// How the only attempt of a task failed, in its agent's words; several have a line each.

@@ -231,10 +231,16 @@ pub(crate) async fn run(
         Format::Quiet => output.line(&response.build_id),
         _ => output.say(&format!("build {}", response.build_id)),
     }
-    if follow {
-        logs::follow(&connection, &response.build_id, output).await?;
-    }
-    let ended = wait::until_ended(&connection, &response.build_id).await?;
+    // The exit code is the build's, whoever reads the log.
+    output.outlive_reader();
+    let id = &response.build_id;
+    let watching = async {
+        if follow {
+            logs::follow(&connection, id, output).await?;
+        }
+        wait::until_ended(&connection, id).await
+    };
+    let ended = logs::interruptible(&connection, id, output, watching).await?;
     match output.format {
         Format::Table => output.say(&wait::verdict(&ended)),
         Format::Json | Format::Jsonl => output.item(&status::item(&ended), ""),

@@ -24,13 +24,12 @@ pub(crate) async fn run(
     output: &Output,
 ) -> Result<Code, Failure> {
     let own = env!("CARGO_PKG_VERSION");
-    let mut members = Vec::new();
-    if !arguments.client && context.load().is_ok() {
-        let connection = Connection::open(context)?;
-        let request = v1::GetClusterStatusRequest { stale: true };
-        let call = |channel| async move { cluster(channel).get_cluster_status(request).await };
-        members = connection.call(call).await?.into_inner().members;
-    }
+    let asked = if arguments.client || context.load().is_err() { Ok(Vec::new()) } else { members(context).await };
+    // Its own version is known whatever the cluster says.
+    let (members, failure) = match asked {
+        Ok(members) => (members, None),
+        Err(failure) => (Vec::new(), Some(failure)),
+    };
     let mut text = format!("helix {own}\n");
     for member in &members {
         text.push_str(&format!("coordinator {} {}\n", member.id, member.version));
@@ -39,5 +38,12 @@ pub(crate) async fn run(
         members.iter().map(|member| json!({ "id": member.id, "version": member.version })).collect();
     let json = json!({ "helix": own, "coordinators": coordinators });
     output.item(&Item { name: own.to_owned(), cells: Vec::new(), json }, &text);
-    Ok(Code::SUCCESS)
+    failure.map_or(Ok(Code::SUCCESS), Err)
+}
+
+async fn members(context: &ContextOptions) -> Result<Vec<v1::Member>, Failure> {
+    let connection = Connection::open(context)?;
+    let request = v1::GetClusterStatusRequest { stale: true };
+    let call = |channel| async move { cluster(channel).get_cluster_status(request).await };
+    Ok(connection.call(call).await?.into_inner().members)
 }

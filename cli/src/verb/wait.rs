@@ -30,7 +30,17 @@ pub(crate) async fn run(arguments: WaitArguments, context: &ContextOptions, outp
     }
     let mut items = Vec::new();
     for id in ids {
-        let ended = until_ended(&connection, &id).await?;
+        let ended = match until_ended(&connection, &id).await {
+            Ok(ended) => ended,
+            Err(failure) => {
+                worst = output.one_of_several(&id, &failure, worst);
+                if failure.code == Code::UNREACHABLE {
+                    // Nor would anybody answer for the others.
+                    break;
+                }
+                continue;
+            }
+        };
         if worst == Code::SUCCESS {
             worst = exit::of_build(&ended);
         }
@@ -40,11 +50,7 @@ pub(crate) async fn run(arguments: WaitArguments, context: &ContextOptions, outp
             items.push(status::item(&ended));
         }
     }
-    match (output.format, items.as_slice()) {
-        (Format::Table, _) | (_, []) => {}
-        (_, [one]) => output.item(one, ""),
-        _ => output.items(&[], &items),
-    }
+    output.asked_for(arguments.builds.len(), &items);
     Ok(worst)
 }
 

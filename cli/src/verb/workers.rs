@@ -14,7 +14,9 @@ use crate::exit::Code;
 use crate::failure::Failure;
 use crate::output::{Item, Output, age_text, text_json, time_json, time_text};
 
-const HEADER: [&str; 8] = ["worker", "standing", "load", "platforms", "executors", "labels", "seen", "version"];
+/// The columns of a worker.
+pub(super) const HEADER: [&str; 8] =
+    ["worker", "standing", "load", "platforms", "executors", "labels", "seen", "version"];
 
 /// `helix workers`.
 #[derive(Args)]
@@ -104,7 +106,7 @@ fn show(worker: &v1::WorkerStatus, output: &Output) {
 }
 
 /// What stands between a worker and new work, in a word.
-fn standing(worker: &v1::WorkerStatus) -> &str {
+pub(super) fn standing(worker: &v1::WorkerStatus) -> &str {
     match worker {
         worker if worker.held => "held",
         worker if worker.draining => "draining",
@@ -127,7 +129,8 @@ fn resources(worker: &v1::WorkerStatus) -> Vec<(Measure, u64, u64)> {
     all.into_iter().filter(|(_, has, _)| *has > 0).collect()
 }
 
-fn item(worker: &v1::WorkerStatus) -> Item {
+/// A worker in every format; its cells are those of [`HEADER`].
+pub(super) fn item(worker: &v1::WorkerStatus) -> Item {
     let labels: Vec<String> = worker.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     Item {
         name: worker.name.clone(),

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -234,6 +234,47 @@ fn log_and_artifact_outlive_the_coordinator_that_took_them() {
     let got = cluster.helix(&["artifacts", "get", "last", "-O", target.to_str().unwrap()]);
     assert_eq!(got.code, 0, "{}", got.stderr);
     assert_eq!(fs::read_to_string(target).unwrap().trim(), marker);
+}
+
+/// What one coordinator without the others cannot answer is no answer: a batch goes on when they are back, and whoever follows a
+/// log here is told to look elsewhere.
+#[test]
+fn a_coordinator_that_is_left_alone_neither_refuses_a_batch_nor_keeps_a_follower() {
+    let cluster = Cluster::start(&Shape { agents: 1, ..Shape::default() }).unwrap();
+    let build = cluster.submit("echo said; sleep 600");
+    cluster.wait_state(&build, "running");
+    let mut coordinators = cluster.all("coordinator");
+    let alone = coordinators.remove(0);
+    let context = cluster.context_of(&alone);
+    let lines = |child: &mut Child| BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let start = |arguments: &[&str]| {
+        let mut command = cluster.command_with(&context, arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let mut follower = start(&["logs", "-f", &build, "--connect-timeout", "3s"]);
+    assert_eq!(lines(&mut follower).next().unwrap(), "said");
+    let mut batch = start(&["submit", "--batch", "-", "--connect-timeout", "90s"]);
+    let (mut specs, mut ids) = (batch.stdin.take().unwrap(), lines(&mut batch));
+    writeln!(specs, r#"{{"id":"n0","command":"true","no_output":true}}"#).unwrap();
+    assert_eq!(ids.next().unwrap(), "n0");
+
+    for other in &coordinators {
+        signal(other.pid.unwrap(), Signal::STOP);
+    }
+    for number in 1..=5 {
+        writeln!(specs, r#"{{"id":"n{number}","command":"true","no_output":true}}"#).unwrap();
+    }
+    let ended = wait_for("the follower to look elsewhere", PATIENCE, || follower.try_wait().unwrap());
+    assert_eq!(ended.code(), Some(125));
+    let refused = cluster.helix_with(&context, &["status", "n0", "--connect-timeout", "9s"]);
+    assert!(refused.code == 125 && refused.stderr.contains("no_leader"), "{refused:?}");
+    for other in &coordinators {
+        signal(other.pid.unwrap(), Signal::CONT);
+    }
+    drop(specs);
+    assert_eq!(ids.collect::<Vec<_>>(), ["n1", "n2", "n3", "n4", "n5"]);
+    assert!(batch.wait().unwrap().success());
+    assert_eq!(cluster.helix(&["cancel", &build]).code, 0);
 }
 
 #[test]

@@ -124,6 +124,24 @@ fn until_attached(cluster: &Cluster, kind: &str, to: &Member, arguments: &[&str]
     panic!("no client of {TRIES} came to coordinator {}", to.id);
 }
 
+/// What is old of the attempt that runs says nothing of the next one.
+#[test]
+fn a_tail_is_of_what_is_there_and_later_attempts_are_shown_whole() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let gate = cluster.root().join("gate");
+    let old = format!("until test -e {}; do echo old; sleep 0.05; done; exit 1", gate.display());
+    let line = format!("if test $HELIX_ATTEMPT = 1; then {old}; fi; echo new 1; echo new 2");
+    let submit = ["submit", "--id", ID, "--no-output", "--retries", "1", "--", &line];
+    assert_eq!(cluster.helix(&submit).code, 0);
+    let arguments = ["logs", "-f", "--tail", "0", ID];
+    let mut tail = Client::start(&cluster, "tail".to_owned(), cluster.command(&arguments), 0);
+    tail.wait_lines(1);
+    fs::write(&gate, "").unwrap();
+    wait_for("the client to end", PATIENCE, || tail.child.try_wait().unwrap());
+    let shown = tail.shown();
+    assert!(shown.contains("new 1\nnew 2\n"), "{shown}");
+}
+
 /// The log as it must be shown.
 fn whole(count: usize) -> Vec<String> {
     (1..=count).map(|number| format!("line {number}")).collect()

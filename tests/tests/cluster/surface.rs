@@ -93,9 +93,10 @@ fn edges_of_logs_and_artifacts_are_what_people_expect() {
         let mut command = cluster.command(&[&["artifacts", "get", "b"], arguments].concat());
         command.current_dir(&root).output().unwrap()
     };
-    assert!(get(&[]).status.success() && root.join("out.tar").is_file());
     assert!(get(&["--extract"]).status.success());
     assert_eq!(fs::read_to_string(root.join("out/tool")).unwrap(), "x\n");
+    // Beside a directory of its name, as where it was built.
+    assert!(get(&[]).status.success() && root.join("out.tar").is_file());
     assert!(!get(&["--extract"]).status.success(), "what is there is not overwritten");
     assert_eq!(fs::read_dir(&root).unwrap().count(), 2, "nothing else is left");
 
@@ -116,6 +117,9 @@ fn edges_of_logs_and_artifacts_are_what_people_expect() {
     assert!(said.code == 123 && said.stdout.is_empty() && said.stderr.contains("build_purged"), "{said:?}");
     let said = cluster.helix(&["submit", "--id", "b", "--output", "out", "--wait", "-o", "json", "--", line]);
     assert!(said.code == 0 && said.stdout.contains("\"purged_state\": \"succeeded\""), "{said:?}");
+    let said = cluster.helix(&["wait", "q", "b", "q", "-o", "json"]);
+    let waited: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    assert!(said.code == 123 && waited == serde_json::json!([]), "all were purged: {said:?}");
     let config = root.join("config");
     fs::create_dir(&config).unwrap();
     std::os::unix::fs::symlink(cluster.root(), config.join("helix")).unwrap();
@@ -300,6 +304,66 @@ fn waiting_builds_say_why_and_purged_ones_are_gone() {
     assert_eq!(cluster.json(&["purge", "--before", "0s"])["purged"], 3);
     assert_eq!(cluster.helix(&["status", &second]).code, 123);
     assert_eq!(cluster.json(&["list", "--all"]).as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn artifacts_of_several_platforms_are_told_apart() {
+    let settings = vec![r#"platforms=["linux/amd64", "linux/arm64"]"#.to_owned()];
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, settings, ..Shape::default() }).unwrap();
+    let platforms = ["linux/amd64", "linux/arm64"];
+    let line = "echo $HELIX_PLATFORM > out; echo $HELIX_PLATFORM > $HELIX_PLATFORM_FILE";
+    let line = line.replace("$HELIX_PLATFORM_FILE", "$(echo $HELIX_PLATFORM | tr / -)");
+    let mut submit = vec!["submit", "--id", "p", "--wait", "--output", "out"];
+    platforms.iter().for_each(|platform| submit.extend(["--platform", platform]));
+    submit.extend(["--", &line]);
+    let said = cluster.helix(&submit);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+
+    let said = cluster.helix(&["artifacts", "get", "p", "-O", "-"]);
+    assert!(said.code == 2 && said.stderr.contains("--task: linux/amd64, linux/arm64"), "{said:?}");
+    for platform in platforms {
+        let said = cluster.helix(&["artifacts", "get", "p", "out", "--task", platform, "-O", "-"]);
+        assert_eq!((said.code, said.stdout.trim()), (0, platform), "{}", said.stderr);
+    }
+    let listed = cluster.json(&["artifacts", "ls", "p"]);
+    let tasks: Vec<_> = listed.as_array().unwrap().iter().map(|made| made["task"].as_str().unwrap()).collect();
+    assert_eq!(tasks, platforms);
+    assert_eq!(cluster.json(&["artifacts", "ls", "p", "--task", "linux/arm64"]).as_array().unwrap().len(), 1);
+    let said = cluster.helix(&["artifacts", "ls", "p", "--task", "linux/s390x"]);
+    assert!(said.code == 2 && said.stderr.contains("it has linux/amd64, linux/arm64"), "{said:?}");
+}
+
+/// What one thing of several is not there for is said of that one; the others are waited for and shown.
+#[test]
+fn one_that_is_gone_does_not_end_what_others_are_waited_for() {
+    let cluster = Cluster::start(&Shape { coordinators: 1, agents: 1, ..Shape::default() }).unwrap();
+    let line = |id: &str| format!(r#"{{"id":"{id}","command":"true","no_output":true}}"#);
+    let batch = |ids: &[&str]| {
+        let mut command = cluster.command(&["submit", "--batch", "-", "--wait"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = ids.iter().map(|id| line(id)).collect::<Vec<_>>().join("\n");
+        child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    assert_eq!(batch(&["gone"]).0, Some(0));
+    assert_eq!(cluster.helix(&["purge", "--before", "0s"]).code, 0);
+    assert_eq!(batch(&["gone", "new"]), (Some(0), "gone\nnew\n".to_owned()));
+    let said = cluster.helix(&["wait", "gone", "new", "-o", "json"]);
+    let waited: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    assert_eq!(
+        (said.code, waited.as_array().unwrap().len(), &waited[0]["build_id"]),
+        (123, 1, &"new".into()),
+        "{said:?}"
+    );
+    let said = cluster.helix(&["status", "new", "nobody", "-o", "json"]);
+    let shown: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    assert!(said.code == 123 && shown[0]["build_id"] == "new", "{said:?}");
+    let empty = |name: &str| cluster.command(&["list", "-o", "quiet"]).env(name, "").output().unwrap();
+    for name in ["HELIX_FORMAT", "HELIX_COLOR", "HELIX_CONNECT_TIMEOUT"] {
+        let output = empty(name);
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    }
 }
 
 #[test]
