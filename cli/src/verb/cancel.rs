@@ -7,8 +7,8 @@ use crate::connection::{Connection, builds};
 use crate::context::ContextOptions;
 use crate::exit::Code;
 use crate::failure::Failure;
-use crate::output::{Format, Output};
-use crate::verb::{status, wait};
+use crate::output::Output;
+use crate::verb::wait;
 
 /// `helix cancel`.
 #[derive(Args)]
@@ -43,31 +43,10 @@ pub(crate) async fn run(
             Err(failure) => code = output.one_of_several(build, &failure, code),
         }
     }
-    let mut items = Vec::new();
-    for id in ids {
-        let now = if arguments.no_wait {
-            connection.status(&id, false).await
-        } else {
-            wait::until_ended(&connection, &id).await
-        };
-        let now = match now {
-            Ok(now) => now,
-            Err(failure) => {
-                code = output.one_of_several(&id, &failure, code);
-                if failure.code == Code::UNREACHABLE {
-                    // Nor would anybody answer for the others.
-                    break;
-                }
-                continue;
-            }
-        };
-        if output.format == Format::Table {
-            output.say(&wait::verdict(&now));
-        } else {
-            items.push(status::item(&now));
-        }
-    }
-    output.asked_for(arguments.builds.len(), &items);
+    let look = async |id: &str| {
+        if arguments.no_wait { connection.status(id, false).await } else { wait::until_ended(&connection, id).await }
+    };
+    wait::show_each(arguments.builds.len(), &ids, &mut code, look, output).await;
     Ok(code)
 }
 

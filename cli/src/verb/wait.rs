@@ -28,30 +28,43 @@ pub(crate) async fn run(arguments: WaitArguments, context: &ContextOptions, outp
             Err(failure) => worst = output.one_of_several(build, &failure, worst),
         }
     }
-    let mut items = Vec::new();
+    let look = async |id: &str| until_ended(&connection, id).await;
+    for ended in show_each(arguments.builds.len(), &ids, &mut worst, look, output).await {
+        if worst == Code::SUCCESS {
+            worst = exit::of_build(&ended);
+        }
+    }
+    Ok(worst)
+}
+
+/// Shows builds, of so many asked for, as each is when it is looked at. What one cannot be shown for is said, and is the code if nothing was wrong before.
+pub(crate) async fn show_each(
+    asked: usize,
+    ids: &[String],
+    code: &mut Code,
+    look: impl AsyncFn(&str) -> Result<v1::BuildStatus, Failure>,
+    output: &Output,
+) -> Vec<v1::BuildStatus> {
+    let mut shown = Vec::new();
     for id in ids {
-        let ended = match until_ended(&connection, &id).await {
-            Ok(ended) => ended,
+        match look(id).await {
+            Ok(status) => {
+                if output.format == Format::Table {
+                    output.say(&verdict(&status));
+                }
+                shown.push(status);
+            }
             Err(failure) => {
-                worst = output.one_of_several(&id, &failure, worst);
+                *code = output.one_of_several(id, &failure, *code);
                 if failure.code == Code::UNREACHABLE {
                     // Nor would anybody answer for the others.
                     break;
                 }
-                continue;
             }
-        };
-        if worst == Code::SUCCESS {
-            worst = exit::of_build(&ended);
-        }
-        if output.format == Format::Table {
-            output.say(&verdict(&ended));
-        } else {
-            items.push(status::item(&ended));
         }
     }
-    output.asked_for(arguments.builds.len(), &items);
-    Ok(worst)
+    output.asked_for(asked, &shown.iter().map(status::item).collect::<Vec<_>>());
+    shown
 }
 
 /// Waits for a build's end, through fail-overs.
