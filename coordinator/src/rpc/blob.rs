@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use helix_common::status::{error_code, invalid, status, with_metadata};
+use helix_common::status::{RESUMED, error_code, invalid, status, with_metadata};
 use helix_model::{Digest, ErrorCode, InvalidField, NodeId};
 use helix_proto::v1;
 use helix_proto::v1::blob_service_server::BlobService;
@@ -156,7 +156,7 @@ pub(crate) fn to_status(error: BlobError) -> Status {
         }
         BlobError::DiskReserve { .. } => status(ErrorCode::DiskReserve, text),
         BlobError::Digest { resumed, .. } => {
-            with_metadata(ErrorCode::DigestMismatch, text, [("resumed", resumed.to_string())])
+            with_metadata(ErrorCode::DigestMismatch, text, [(RESUMED, resumed.to_string())])
         }
         BlobError::Size { .. } => status(ErrorCode::DigestMismatch, text),
         BlobError::Offset { have } => with_metadata(ErrorCode::WrongState, text, [("offset", have.to_string())]),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use helix_common::status::is_worth_beginning_anew;
 use helix_model::limits::CHUNK_BYTES;
 use helix_model::placement::rendezvous;
 use helix_proto::v1::blob_service_server::BlobServiceServer;
@@ -295,7 +296,16 @@ async fn the_wire_refuses_with_stable_words() {
     assert_eq!(word(client.put_blob(futures::stream::iter(large)).await.unwrap_err()), "blob_too_large");
     let mut mismatched = requests(&bytes_of(2, 100_000), 0, 0);
     mismatched[1] = requests(&bytes_of(3, 100_000), 0, 0).remove(1);
-    assert_eq!(word(client.put_blob(futures::stream::iter(mismatched)).await.unwrap_err()), "digest_mismatch");
+    let refused = client.put_blob(futures::stream::iter(mismatched)).await.unwrap_err();
+    assert!(!is_worth_beginning_anew(&refused));
+    assert_eq!(word(refused), "digest_mismatch");
+    // What an upload goes on from may be what is wrong: that is said, and gone.
+    let data = bytes_of(2, 200_000);
+    let part = cluster.nodes[0].root.path().join("uploads").join(format!("{}.part", digest_of(&data)));
+    std::fs::write(&part, [0; 100_000]).unwrap();
+    let refused = client.put_blob(futures::stream::iter(requests(&data, 0, 100_000))).await.unwrap_err();
+    assert!(is_worth_beginning_anew(&refused) && !part.exists(), "{refused}");
+    assert_eq!(word(refused), "digest_mismatch");
     cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = u64::MAX / 2;
     let refused = client.put_blob(futures::stream::iter(requests(&bytes_of(4, 100_000), 0, 0))).await.unwrap_err();
     assert_eq!(word(refused), "disk_reserve");
