@@ -85,8 +85,8 @@ pub(super) enum Found {
     /// A sound frame; its data begins at `data_at`.
     Frame { header: FrameHeader, data_at: u64 },
     /// A frame whose data does not match its checksum.
-    Damaged { digest: Digest, at: u64 },
-    /// Bytes that are no frame, between sound ones.
+    Damaged { header: FrameHeader, data_at: u64 },
+    /// Bytes that are no frame, or none that counts, up to a sound one or the end.
     Garbage { from: u64, to: u64 },
     /// The last sound frame ends here, and what follows was never completed.
     Torn { at: u64 },
@@ -113,7 +113,7 @@ pub(super) fn scan(segment: &[u8], mut found: impl FnMut(Found)) {
                 at = data_at + data.len();
             }
             (Some(header), Some(data)) => {
-                found(Found::Damaged { digest: header.digest, at: at as u64 });
+                found(Found::Damaged { header, data_at: data_at as u64 });
                 at = data_at + data.len();
             }
             (Some(_), None) | (None, _) => match next_frame(segment, at + 1) {

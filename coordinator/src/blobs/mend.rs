@@ -44,7 +44,11 @@ impl Blobs {
                     tracing::info!(%digest, "a damaged blob is here again");
                     self.health().repaired(&digest);
                 }
-                Mended::Sound | Mended::Unwanted => self.health().settled(&digest),
+                Mended::Sound => self.health().settled(&digest),
+                Mended::Unwanted => {
+                    self.store.small.give_up(&digest);
+                    self.health().settled(&digest);
+                }
                 Mended::Lost => {
                     if self.health().lost(digest) {
                         tracing::error!(%digest, "a damaged blob has no good copy on any coordinator: its bytes are lost");
