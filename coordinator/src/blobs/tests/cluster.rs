@@ -1,6 +1,7 @@
 //! Several coordinators.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
 
 use helix_common::status::is_worth_beginning_anew;
 use helix_model::limits::CHUNK_BYTES;
@@ -33,16 +34,20 @@ pub(super) async fn cluster(size: u64, lease: Duration, place: Place) -> Cluster
     let ledger = Ledger::new();
     let mut nodes = Vec::new();
     for id in 1..=size {
-        let listener = listen(id, &ledger);
-        let root = tempfile::tempdir().unwrap();
-        let Opened { blobs, collection, scrub, .. } =
-            Blobs::open_with(root.path(), Recorded::new(id, &ledger), lease, place.open(root.path())).unwrap();
-        let service = BlobServiceServer::new(BlobRpc::new(Arc::clone(&blobs)))
-            .max_decoding_message_size(helix_model::limits::MESSAGE_BYTES_MAX);
-        let server = serve(listener, TonicServer::builder().add_service(service));
-        nodes.push(Node { id: NodeId(id), root, blobs, collection, scrub, server: Some(server) });
+        nodes.push(node(id, tempfile::tempdir().unwrap(), lease, &ledger, &place));
     }
     Cluster { ledger, nodes, place }
+}
+
+/// One more, with what lies beneath `root`.
+fn node(id: u64, root: TempDir, lease: Duration, ledger: &Arc<Ledger>, place: &Place) -> Node {
+    let listener = listen(id, ledger);
+    let Opened { blobs, collection, scrub, .. } =
+        Blobs::open_with(root.path(), Recorded::new(id, ledger), lease, place.open(root.path())).unwrap();
+    let service = BlobServiceServer::new(BlobRpc::new(Arc::clone(&blobs)))
+        .max_decoding_message_size(helix_model::limits::MESSAGE_BYTES_MAX);
+    let server = serve(listener, TonicServer::builder().add_service(service));
+    Node { id: NodeId(id), root, blobs, collection, scrub, server: Some(server) }
 }
 
 impl Cluster {
@@ -136,6 +141,30 @@ async fn copies_on_nodes_without_a_vote_do_not_count(place: Place) {
         assert!(cluster.nodes[1].blobs.store().leased(None, 9).contains(&digest));
         assert_eq!(cluster.nodes[1].blobs.store().leased(Some(Digest([0xff; 32])), 9), []);
     }
+}
+
+#[tokio::test]
+async fn a_spare_copy_is_not_taken_where_its_whole_size_would_not_leave_the_room() {
+    let cluster = cluster(1, LEASE, Place::files()).await;
+    let blobs = &cluster.nodes[0].blobs;
+    let free = blobs.store().free_bytes().unwrap();
+    // A peer says that it has one that takes most of that. It is a file without bytes, whose checksums only match each other.
+    let (root, digest) = (tempfile::tempdir().unwrap(), digest_of(b"large"));
+    let count = free / 10 * 7 / CHUNK_BYTES as u64;
+    let size = count * CHUNK_BYTES as u64;
+    let mut tail = vec![0; usize::try_from(count * 4).unwrap()];
+    tail.extend_from_slice(&size.to_le_bytes());
+    tail.extend_from_slice(&crc32fast::hash(&tail).to_le_bytes());
+    tail.extend_from_slice(b"HELIXBLB");
+    let path = file_of(root.path(), &digest);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::File::create(&path).unwrap().write_all_at(&tail, size).unwrap();
+    let peer = node(2, root, LEASE, &cluster.ledger, &cluster.place);
+    assert_eq!(peer.blobs.store().size(&digest), Some(size));
+    // One byte of it would fit beside four times the reserve, all of it beside the reserve alone.
+    cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = free / 8;
+    let spared = blobs.obtain(digest, true).await;
+    assert!(matches!(spared, Err(BlobError::DiskReserve { reserve, .. }) if reserve == free / 8 * 4), "{spared:?}");
 }
 
 #[tokio::test]
