@@ -37,6 +37,12 @@ impl BlobRpc {
     pub fn new(blobs: Arc<Blobs>) -> Self {
         Self { blobs }
     }
+
+    /// Those whose copies count. Who stores something goes by their number, and would else take it for stored where the registry does not.
+    fn counted(&self, holders: &BTreeSet<NodeId>) -> Vec<u64> {
+        let voters = self.blobs.voters();
+        holders.iter().filter(|node| voters.contains(node)).map(|node| node.0).collect()
+    }
 }
 
 #[tonic::async_trait]
@@ -55,7 +61,7 @@ impl BlobService for BlobRpc {
             sha256,
             present: !holders.is_empty(),
             size,
-            holders: numbers(&holders),
+            holders: if local { numbers(&holders) } else { self.counted(&holders) },
         });
         Ok(Response::new(v1::HeadBlobsResponse { blobs: blobs.collect() }))
     }
@@ -83,7 +89,7 @@ impl BlobService for BlobRpc {
             }
         });
         let holders = self.blobs.put(announce, chunks).await.map_err(to_status)?;
-        Ok(Response::new(v1::PutBlobResponse { holders: numbers(&holders) }))
+        Ok(Response::new(v1::PutBlobResponse { holders: self.counted(&holders) }))
     }
 
     async fn put_small_blobs(
@@ -97,7 +103,7 @@ impl BlobService for BlobRpc {
         let pairs = blobs.into_iter().map(|blob| Ok((digest(&blob.sha256)?, blob.data)));
         let pairs = pairs.collect::<Result<Vec<(Digest, Bytes)>, Status>>()?;
         let holders = self.blobs.put_small(pairs, copies).await.map_err(to_status)?;
-        let blobs = holders.iter().map(|holders| v1::PutBlobResponse { holders: numbers(holders) });
+        let blobs = holders.iter().map(|holders| v1::PutBlobResponse { holders: self.counted(holders) });
         Ok(Response::new(v1::PutSmallBlobsResponse { blobs: blobs.collect() }))
     }
 

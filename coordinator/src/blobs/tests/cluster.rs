@@ -129,8 +129,21 @@ async fn copies_on_nodes_without_a_vote_do_not_count(place: Place) {
         let holders = cluster.nodes[0].blobs.put(announce(&data, 2), chunks(&data)).await.unwrap();
         assert_eq!(holders, BTreeSet::from([1, 3, 4].map(NodeId)), "it was put where nothing counts, and {len} bytes");
         cluster.settle().await;
-        // Read and copied from there all the same.
+        // Whoever stores something is told of those that count.
         let digest = digest_of(&data);
+        let mut client = cluster.client(0);
+        for (local, expected) in [(false, vec![3, 4]), (true, vec![1])] {
+            let asked = v1::HeadBlobsRequest { sha256: vec![digest.0.to_vec().into()], local };
+            let seen = client.head_blobs(asked).await.unwrap().into_inner().blobs.remove(0);
+            assert_eq!((seen.present, seen.holders), (true, expected));
+        }
+        let put = client.put_blob(futures::stream::iter(requests(&data, 2, 0))).await.unwrap().into_inner();
+        assert_eq!(put.holders, [3, 4]);
+        let small = v1::SmallBlob { sha256: digest_of(b"small").0.to_vec().into(), data: Bytes::from_static(b"small") };
+        let request = v1::PutSmallBlobsRequest { blobs: vec![small], copies: 2 };
+        let put = client.put_small_blobs(request).await.unwrap().into_inner();
+        assert_eq!(put.blobs[0].holders, [3, 4]);
+        // Read and copied from there all the same.
         // With twice the reserve there is room for what somebody waits for, and not for more copies.
         let reserve = cluster.nodes[1].blobs.store().free_bytes().unwrap() / 2;
         cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = reserve;
