@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use super::*;
+use crate::blobs::frame::FrameHeader;
 use crate::blobs::store::blocking;
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -131,6 +132,42 @@ async fn a_flipped_byte_costs_one_small_blob_and_is_never_served() {
     assert_eq!(store.size(&digest_of(&data[0])), None);
     put(&store, &data[0]).await;
     assert_eq!(get(&store, digest_of(&data[0])).await.as_ref(), Some(&data[0]));
+}
+
+#[tokio::test]
+async fn frames_in_a_blob_are_never_taken_for_what_they_say() {
+    let root = tempfile::tempdir().unwrap();
+    let (before, behind) = (bytes_of(1, 30), bytes_of(2, 30));
+    let (name, other) = (digest_of(b"a name"), bytes_of(3, 40));
+    // Other bytes under a name, bytes that are what their name says, a removal, and a header that hides all behind it.
+    let mut data = bytes_of(4, 100).to_vec();
+    for (digest, inner) in [(name, &other), (digest_of(&other), &other)] {
+        FrameHeader::put(digest, inner, 0).encode(&mut data);
+        data.extend_from_slice(inner);
+    }
+    FrameHeader::remove(digest_of(&before), 0).encode(&mut data);
+    FrameHeader { len: 200, ..FrameHeader::put(name, b"", 0) }.encode(&mut data);
+    let (store, _) = open(root.path());
+    put(&store, &before).await;
+    let path = only_segment(root.path());
+    let at = usize::try_from(std::fs::metadata(&path).unwrap().len()).unwrap();
+    put(&store, &data.into()).await;
+    let to = usize::try_from(std::fs::metadata(&path).unwrap().len()).unwrap();
+    put(&store, &behind).await;
+    drop(store);
+    let whole = std::fs::read(&path).unwrap();
+    let mut damaged = whole.clone();
+    damaged[at] ^= 1;
+    for (bytes, is_behind) in [(&whole[..], true), (&damaged, true), (&whole[..to - 1], false)] {
+        let searched = bytes != whole;
+        std::fs::write(&path, bytes).unwrap();
+        let (store, damaged) = open(root.path());
+        assert_eq!(damaged, []);
+        assert_eq!(get(&store, digest_of(&before)).await.as_ref(), Some(&before), "it was removed by what a blob says");
+        assert_eq!(get(&store, digest_of(&behind)).await.is_some(), is_behind);
+        assert_eq!(store.size(&name), None);
+        assert_eq!(get(&store, digest_of(&other)).await.is_some(), searched, "that is what its name says");
+    }
 }
 
 #[tokio::test]
