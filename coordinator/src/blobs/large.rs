@@ -192,10 +192,13 @@ impl Large {
         found
     }
 
-    /// Blobs that lie in the bucket.
+    /// Blobs that lie in the bucket, in order.
     pub(super) fn in_bucket(&self) -> Vec<Digest> {
         let index = self.read_index();
-        index.iter().filter(|(_, held)| held.lies != Lies::Here).map(|(digest, _)| *digest).collect()
+        let away = index.iter().filter(|(_, held)| held.lies != Lies::Here);
+        let mut found: Vec<_> = away.map(|(digest, _)| *digest).collect();
+        found.sort_unstable();
+        found
     }
 
     /// Whether no blob is, or may be, in the bucket.
