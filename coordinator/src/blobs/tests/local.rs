@@ -382,6 +382,30 @@ async fn uploads_of_one_blob_at_a_time_do_not_harm_each_other(place: Place) {
     }
 }
 
+#[test]
+fn an_upload_that_ends_keeps_nobody_who_only_looks_until_it_is_durable() {
+    let root = tempfile::tempdir().unwrap();
+    let data = bytes_of(13, 100_000);
+    let (store, _) = open(root.path());
+    let looking = store.large().read_index();
+    std::thread::scope(|scope| {
+        let ending = scope.spawn(|| {
+            let mut upload = store.large().upload(digest_of(&data), 100_000, 0)?;
+            upload.write(&data)?;
+            upload.finish()
+        });
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while !file_of(root.path(), &digest_of(&data)).exists() {
+            assert!(std::time::Instant::now() < deadline, "it waits for the index before it has its name");
+            std::thread::yield_now();
+        }
+        assert!(!looking.contains_key(&digest_of(&data)));
+        drop(looking);
+        ending.join().unwrap().unwrap();
+    });
+    assert_eq!(store.size(&digest_of(&data)), Some(100_000));
+}
+
 #[tokio::test]
 async fn what_is_too_large_is_refused_before_the_first_byte() {
     let root = tempfile::tempdir().unwrap();
