@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use helix_agent_core::Blob;
 use helix_common::backoff::Backoff;
-use helix_common::status::error_code;
+use helix_common::status::{error_code, is_worth_beginning_anew};
 use helix_failpoint::{self as failpoint, Point};
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 use helix_model::{Digest, ErrorCode, NodeId};
@@ -102,7 +102,7 @@ impl Stores {
                     Some(bytes) => self.small.put(node, channel, body.digest, bytes.clone()).await,
                     None => put_large(channel, body, copies).await,
                 };
-                match judge(stored)? {
+                match judge(stored, Sender::Owner)? {
                     Ok(holders) => {
                         self.nodes.note(node, true);
                         if !are_enough(&holders, copies, &body.digest) {
@@ -144,10 +144,11 @@ impl Stores {
                         return Err(lost);
                     }
                 };
-                let data = bytes.filter_map(|part| part.ok().map(|part| data_part(part.data)));
+                // Where they break off the upload ends, and its receiver finds too few.
+                let data = bytes.map_while(|part| part.ok().map(|part| data_part(part.data)));
                 let requests = tokio_stream::once(header(&blob.digest, blob.size, 0, copies)).chain(data);
                 let stored = client.put_blob(requests).await.map(|answer| nodes_of(answer.into_inner().holders));
-                match judge(stored)? {
+                match judge(stored, Sender::Relay)? {
                     Ok(holders) if are_enough(&holders, copies, &blob.digest) => {
                         return Ok(Blob { holders, ..blob.clone() });
                     }
@@ -192,15 +193,27 @@ fn backoff() -> Backoff {
     Backoff::new(Duration::from_millis(50), Duration::from_secs(3))
 }
 
-/// Tells what is final from what another coordinator may answer otherwise.
-fn judge(stored: Result<Vec<NodeId>, Status>) -> Result<Result<Vec<NodeId>, Status>, StoreError> {
+/// Where the bytes of an upload came from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Sender {
+    /// This host has them.
+    Owner,
+    /// A coordinator had them, and may have broken off.
+    Relay,
+}
+
+/// Tells what is final from what another coordinator, or another try, may answer otherwise.
+fn judge(stored: Result<Vec<NodeId>, Status>, sender: Sender) -> Result<Result<Vec<NodeId>, Status>, StoreError> {
     match stored {
         Ok(holders) => Ok(Ok(holders)),
         Err(status) => match error_code(&status) {
             Some(ErrorCode::BlobTooLarge | ErrorCode::RoleNotAllowed | ErrorCode::InvalidField) => {
                 Err(StoreError::Refused(status.message().to_owned()))
             }
-            Some(ErrorCode::DigestMismatch) => Err(StoreError::Changed(status.message().to_owned())),
+            // Other bytes than were announced are final only where all of them are this host's own, and were sent this time.
+            Some(ErrorCode::DigestMismatch) if sender == Sender::Owner && !is_worth_beginning_anew(&status) => {
+                Err(StoreError::Changed(status.message().to_owned()))
+            }
             _ => Ok(Err(status)),
         },
     }
@@ -265,4 +278,39 @@ fn wire(digest: &Digest) -> Bytes {
 
 fn nodes_of(holders: Vec<u64>) -> Vec<NodeId> {
     holders.into_iter().map(NodeId).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use helix_common::status::{RESUMED, status, with_metadata};
+
+    use super::*;
+
+    #[test]
+    fn only_what_this_host_alone_answers_for_is_final() {
+        let mismatch =
+            |resumed: bool| with_metadata(ErrorCode::DigestMismatch, "other bytes", [(RESUMED, resumed.to_string())]);
+        let outcome = |status: Status, sender| match judge(Err(status), sender) {
+            Ok(Ok(_)) => "stored",
+            Ok(Err(_)) => "passing",
+            Err(StoreError::Changed(_)) => "changed",
+            Err(StoreError::Refused(_)) => "refused",
+            Err(StoreError::Unknown(_)) => "unknown",
+        };
+        for (status, owner, relay) in [
+            (mismatch(false), "changed", "passing"),
+            (status(ErrorCode::DigestMismatch, "too few bytes"), "changed", "passing"),
+            // The part that an earlier upload left is gone: the next begins at 0.
+            (mismatch(true), "passing", "passing"),
+            (status(ErrorCode::BlobTooLarge, "too large"), "refused", "refused"),
+            (status(ErrorCode::RoleNotAllowed, "not you"), "refused", "refused"),
+            (status(ErrorCode::WrongState, "not there"), "passing", "passing"),
+            (status(ErrorCode::DiskReserve, "full"), "passing", "passing"),
+            (Status::unavailable("gone"), "passing", "passing"),
+        ] {
+            for (sender, expected) in [(Sender::Owner, owner), (Sender::Relay, relay)] {
+                assert_eq!(outcome(status.clone(), sender), expected, "{status} {sender:?}");
+            }
+        }
+    }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use helix_common::sha256::Sha256;
+use helix_common::status::is_worth_beginning_anew;
 use helix_model::limits::CHUNK_BYTES;
 use helix_model::{Digest, Source};
 use helix_proto::v1::{self, put_blob_request::Part};
@@ -75,6 +76,8 @@ async fn send(connection: &Connection, file: &mut File, source: Source) -> Resul
                 bar.finish_and_clear();
                 return fed.map_err(|error| Failure::plain(format!("cannot read the packed source: {error}")));
             }
+            // What an earlier upload had sent was not these bytes. It is gone, so that this comes once for each coordinator.
+            Err(status) if is_worth_beginning_anew(&status) => {}
             Err(status) => connection.pause_or_fail(status).await?,
         }
     }
@@ -189,7 +192,105 @@ fn append_children<W: Write>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use helix_common::accept::{self, Limits};
+    use helix_common::identity::Role;
+    use helix_common::pki::{Authority, VALID_FOR_DEFAULT};
+    use helix_common::status::{RESUMED, with_metadata};
+    use helix_common::tls::{TlsFiles, TlsStore};
+    use helix_model::ErrorCode;
+    use helix_proto::v1::blob_service_server::{BlobService, BlobServiceServer};
+    use tonic::{Request, Response, Status, Streaming};
+
     use super::*;
+    use crate::context::ContextOptions;
+
+    /// A coordinator with the part of an upload, which is not what it was.
+    #[derive(Clone, Default)]
+    struct Rotten {
+        /// Where uploads began.
+        offsets: Arc<Mutex<Vec<u64>>>,
+    }
+
+    #[tonic::async_trait]
+    impl BlobService for Rotten {
+        type GetBlobStream = tokio_stream::Empty<Result<v1::GetBlobResponse, Status>>;
+
+        async fn upload_offset(
+            &self,
+            _: Request<v1::UploadOffsetRequest>,
+        ) -> Result<Response<v1::UploadOffsetResponse>, Status> {
+            let offset = if self.offsets.lock().unwrap().is_empty() { 100 } else { 0 };
+            Ok(Response::new(v1::UploadOffsetResponse { offset }))
+        }
+
+        async fn put_blob(
+            &self,
+            request: Request<Streaming<v1::PutBlobRequest>>,
+        ) -> Result<Response<v1::PutBlobResponse>, Status> {
+            let mut parts = request.into_inner();
+            let mut offset = 0;
+            while let Some(part) = parts.message().await? {
+                if let Some(Part::Header(header)) = part.part {
+                    offset = header.offset;
+                }
+            }
+            self.offsets.lock().unwrap().push(offset);
+            if offset > 0 {
+                return Err(with_metadata(ErrorCode::DigestMismatch, "other bytes", [(RESUMED, "true")]));
+            }
+            Ok(Response::new(v1::PutBlobResponse { holders: vec![1] }))
+        }
+
+        async fn head_blobs(
+            &self,
+            _: Request<v1::HeadBlobsRequest>,
+        ) -> Result<Response<v1::HeadBlobsResponse>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+
+        async fn put_small_blobs(
+            &self,
+            _: Request<v1::PutSmallBlobsRequest>,
+        ) -> Result<Response<v1::PutSmallBlobsResponse>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+
+        async fn get_blob(&self, _: Request<v1::GetBlobRequest>) -> Result<Response<Self::GetBlobStream>, Status> {
+            Err(Status::unimplemented("not asked here"))
+        }
+    }
+
+    #[tokio::test]
+    async fn an_upload_whose_earlier_part_was_bad_begins_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::create("test").unwrap();
+        authority.save(dir.path()).unwrap();
+        let issue = |role, name, stem| {
+            let issued = authority.issue(role, name, &["127.0.0.1".to_owned()], VALID_FOR_DEFAULT).unwrap();
+            let (cert, key) = issued.save(dir.path(), stem).unwrap();
+            TlsFiles { ca: dir.path().join("ca.pem"), cert, key, revoked: None }
+        };
+        let own = TlsStore::load(issue(Role::Coordinator, "1", "coordinator")).unwrap();
+        issue(Role::Client, "c", "client");
+        let listener = accept::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let endpoint = format!("https://{}", listener.local_addr().unwrap());
+        let rotten = Rotten::default();
+        let router = accept::server().add_service(BlobServiceServer::new(rotten.clone()));
+        tokio::spawn(router.serve_with_incoming(accept::serve(listener, own, Limits::default())));
+        let context = dir.path().join("context.toml");
+        let files = "ca = \"ca.pem\"\ncert = \"client.pem\"\nkey = \"client-key.pem\"";
+        fs::write(&context, format!("cluster = \"test\"\nendpoints = [{endpoint:?}]\n{files}\n")).unwrap();
+        let options = ContextOptions { context: Some(context), connect_timeout: Duration::from_secs(60) };
+        let connection = Connection::open(&options).unwrap();
+        fs::write(dir.path().join("source"), [7; 300]).unwrap();
+        let source = Source { digest: Sha256::digest(&[7; 300]), size: 300 };
+        let mut file = File::open(dir.path().join("source")).unwrap();
+        send(&connection, &mut file, source).await.unwrap();
+        assert_eq!(*rotten.offsets.lock().unwrap(), [100, 0]);
+    }
 
     #[test]
     fn equal_trees_are_equal_blobs_and_modes_count() {

@@ -16,6 +16,9 @@ pub const DOMAIN: &str = "helix.build";
 /// The metadata key under which a `not_leader` carries the leader's endpoint.
 pub const LEADER: &str = "leader";
 
+/// The metadata key under which a `digest_mismatch` says whether part of the bytes came with an earlier upload.
+pub const RESUMED: &str = "resumed";
+
 /// The longest message or metadata value sent; header lists of 8 KiB are common limits.
 pub const TEXT_BYTES_MAX: usize = 1024;
 
@@ -85,6 +88,13 @@ pub fn metadata(status: &Status, key: &str) -> Option<String> {
 #[must_use]
 pub fn leader_hint(status: &Status) -> Option<String> {
     metadata(status, LEADER).filter(|hint| !hint.is_empty())
+}
+
+/// Whether an upload that was gone on with was refused for the part that came earlier, which is gone now: the same upload is worth
+/// beginning anew.
+#[must_use]
+pub fn is_worth_beginning_anew(status: &Status) -> bool {
+    error_code(status) == Some(ErrorCode::DigestMismatch) && metadata(status, RESUMED).as_deref() == Some("true")
 }
 
 /// How long the server asks to wait before a retry.

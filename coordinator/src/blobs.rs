@@ -237,6 +237,11 @@ impl Blobs {
         digests.iter().map(one).collect()
     }
 
+    /// Coordinators whose copies count.
+    pub(crate) fn voters(&self) -> Vec<NodeId> {
+        self.plane.voters()
+    }
+
     async fn ask_head(&self, node: NodeId, request: v1::HeadBlobsRequest) -> Result<v1::HeadBlobsResponse, Status> {
         let mut client = self.client(node)?;
         let answer = tokio::time::timeout(PEER_ANSWER, client.head_blobs(request)).await;

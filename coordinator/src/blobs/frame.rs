@@ -7,6 +7,7 @@
 //! ```
 //! All integers are little-endian.
 
+use helix_common::sha256::Sha256;
 use helix_model::Digest;
 use helix_model::limits::SMALL_BLOB_BYTES_MAX;
 
@@ -85,53 +86,77 @@ pub(super) enum Found {
     /// A sound frame; its data begins at `data_at`.
     Frame { header: FrameHeader, data_at: u64 },
     /// A frame whose data does not match its checksum.
-    Damaged { digest: Digest, at: u64 },
-    /// Bytes that are no frame, between sound ones.
+    Damaged { header: FrameHeader, data_at: u64 },
+    /// Bytes that are no frame, or none that counts, up to a sound one or the end.
     Garbage { from: u64, to: u64 },
     /// The last sound frame ends here, and what follows was never completed.
     Torn { at: u64 },
 }
 
 /// Reads a whole segment. Whatever is in it, sound frames are found and unsound ones are told apart from a torn end.
+///
+/// Behind a place where frames had to be searched for nothing says that they are not a blob's own bytes, which anybody may have made
+/// look like frames. From there on only puts count whose data is what its name says: those are harmless wherever they come from. A
+/// removal that is passed over brings back a blob that is collected again.
 pub(super) fn scan(segment: &[u8], mut found: impl FnMut(Found)) {
     if !segment.starts_with(SEGMENT_HEADER) {
         // Cut while it was made; a damaged header alone does not hide the frames behind it.
-        match next_frame(segment, 0) {
+        match next_header(segment, 0) {
             None => return found(Found::Torn { at: 0 }),
             Some(at) if at > SEGMENT_HEADER.len() => found(Found::Garbage { from: 0, to: at as u64 }),
             Some(_) => {}
         }
     }
     let mut at = SEGMENT_HEADER.len().min(segment.len());
+    let mut searched = false;
     while at < segment.len() {
-        let header = FrameHeader::parse(&segment[at..]);
+        let frame = frame_at(segment, at).filter(|(header, data)| !searched || is_named_put(header, data));
         let data_at = at + FRAME_HEADER_BYTES;
-        let data = header.as_ref().and_then(|header| segment.get(data_at..data_at + header.len as usize));
-        match (header, data) {
-            (Some(header), Some(data)) if crc32fast::hash(data) == header.data_crc || header.kind == Kind::Remove => {
+        match frame {
+            Some((header, data)) if crc32fast::hash(data) == header.data_crc || header.kind == Kind::Remove => {
                 found(Found::Frame { header, data_at: data_at as u64 });
                 at = data_at + data.len();
             }
-            (Some(header), Some(data)) => {
-                found(Found::Damaged { digest: header.digest, at: at as u64 });
+            Some((header, data)) => {
+                found(Found::Damaged { header, data_at: data_at as u64 });
                 at = data_at + data.len();
             }
-            (Some(_), None) | (None, _) => match next_frame(segment, at + 1) {
-                Some(next) => {
-                    found(Found::Garbage { from: at as u64, to: next as u64 });
-                    at = next;
+            None => {
+                searched = true;
+                let is_put = |place| frame_at(segment, place).is_some_and(|(header, data)| is_named_put(&header, data));
+                let next = next_place(segment, at + 1, is_put).unwrap_or(segment.len());
+                // What was never completed has nothing behind it.
+                if next == segment.len() && next_header(segment, at + 1).is_none() {
+                    return found(Found::Torn { at: at as u64 });
                 }
-                None => return found(Found::Torn { at: at as u64 }),
-            },
+                found(Found::Garbage { from: at as u64, to: next as u64 });
+                at = next;
+            }
         }
     }
 }
 
+/// A sound header at this place, and what it says is its data.
+fn frame_at(segment: &[u8], at: usize) -> Option<(FrameHeader, &[u8])> {
+    let header = FrameHeader::parse(&segment[at..])?;
+    let data_at = at + FRAME_HEADER_BYTES;
+    Some((header, segment.get(data_at..data_at + header.len as usize)?))
+}
+
+fn is_named_put(header: &FrameHeader, data: &[u8]) -> bool {
+    header.kind == Kind::Put && crc32fast::hash(data) == header.data_crc && Sha256::digest(data) == header.digest
+}
+
 /// Where the next sound header begins, at or behind `from`.
-fn next_frame(segment: &[u8], from: usize) -> Option<usize> {
+fn next_header(segment: &[u8], from: usize) -> Option<usize> {
+    next_place(segment, from, |place| FrameHeader::parse(&segment[place..]).is_some())
+}
+
+/// The first place at or behind `from` that begins as a frame does, and of which `is` holds.
+fn next_place(segment: &[u8], from: usize, is: impl Fn(usize) -> bool) -> Option<usize> {
     let rest = segment.get(from..)?;
-    let mut places = rest.windows(4).enumerate().filter(|(_, window)| **window == FRAME_MAGIC);
-    places.find(|(at, _)| FrameHeader::parse(&rest[*at..]).is_some()).map(|(at, _)| from + at)
+    let places = rest.windows(4).enumerate().filter(|(_, window)| **window == FRAME_MAGIC);
+    places.map(|(at, _)| from + at).find(|place| is(*place))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -40,6 +40,8 @@ pub(super) struct Large {
     uploads: PathBuf,
     damaged: PathBuf,
     bucket: Option<Arc<Bucket>>,
+    /// Held while files and markers change their names, and taken before the index: a sync on the way keeps nobody who only looks.
+    names: Mutex<()>,
     index: RwLock<HashMap<Digest, Held>>,
     health: Arc<Health>,
     /// Uploads under way that own the resumable part of their digest, and which of them does.
@@ -57,7 +59,7 @@ pub(super) enum Lies {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Held {
+pub(super) struct Held {
     size: u64,
     stored_at: SystemTime,
     lies: Lies,
@@ -90,6 +92,7 @@ impl Large {
             uploads: root.join("uploads"),
             damaged: root.join("damaged"),
             bucket,
+            names: Mutex::default(),
             index: RwLock::default(),
             health,
             owners: Mutex::default(),
@@ -192,10 +195,13 @@ impl Large {
         found
     }
 
-    /// Blobs that lie in the bucket.
+    /// Blobs that lie in the bucket, in order.
     pub(super) fn in_bucket(&self) -> Vec<Digest> {
         let index = self.read_index();
-        index.iter().filter(|(_, held)| held.lies != Lies::Here).map(|(digest, _)| *digest).collect()
+        let away = index.iter().filter(|(_, held)| held.lies != Lies::Here);
+        let mut found: Vec<_> = away.map(|(digest, _)| *digest).collect();
+        found.sort_unstable();
+        found
     }
 
     /// Whether no blob is, or may be, in the bucket.
@@ -256,6 +262,7 @@ impl Large {
         }
         let trash = self.trash_of(digest);
         {
+            let _names = self.names();
             let mut index = self.write_index();
             let Some(held) = index.get_mut(digest).filter(|held| held.lies == Lies::Here) else {
                 std::fs::remove_file(&marker)?;
@@ -278,6 +285,7 @@ impl Large {
         let lies = {
             // Under the lock: whoever leases and then finds the blob in the index can rely on it. The file leaves its name
             // here, too, so that an upload of the same blob that ends now is not removed in its place.
+            let _names = self.names();
             let mut index = self.write_index();
             let Some(held) = index.get(digest).copied().filter(|_| !leases.holds(digest)) else {
                 return Ok(Removed::Nothing);
@@ -322,7 +330,11 @@ impl Large {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read_index(&self) -> RwLockReadGuard<'_, HashMap<Digest, Held>> {
+    fn names(&self) -> MutexGuard<'_, ()> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn read_index(&self) -> RwLockReadGuard<'_, HashMap<Digest, Held>> {
         self.index.read().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -44,7 +44,11 @@ impl Blobs {
                     tracing::info!(%digest, "a damaged blob is here again");
                     self.health().repaired(&digest);
                 }
-                Mended::Sound | Mended::Unwanted => self.health().settled(&digest),
+                Mended::Sound => self.health().settled(&digest),
+                Mended::Unwanted => {
+                    self.store.small.give_up(&digest);
+                    self.health().settled(&digest);
+                }
                 Mended::Lost => {
                     if self.health().lost(digest) {
                         tracing::error!(%digest, "a damaged blob has no good copy on any coordinator: its bytes are lost");
@@ -62,7 +66,7 @@ impl Blobs {
         if self.is_unwanted(digest).await {
             return Mended::Unwanted;
         }
-        match self.fetch(digest).await {
+        match self.fetch(digest, self.room()).await {
             Ok(()) => Mended::Repaired,
             Err(error) => {
                 let hopes = self.hopes(digest).await;
@@ -111,19 +115,22 @@ impl Blobs {
 
     /// As [`Self::fetch`], and leases it; how large it is. `sparingly`, if it leaves room for more than the reserve.
     pub(crate) async fn obtain(self: &Arc<Self>, digest: Digest, sparingly: bool) -> Result<u64, BlobError> {
-        if sparingly && self.store.size(&digest).is_none() {
-            // Before anybody is asked for it.
-            let room = self.room();
-            let disk_reserve_bytes = room.disk_reserve_bytes.saturating_mul(SPARED_TIMES);
-            self.store.check_room(1, Room { disk_reserve_bytes, ..room })?;
+        let mut room = self.room();
+        if sparingly {
+            room.disk_reserve_bytes = room.disk_reserve_bytes.saturating_mul(SPARED_TIMES);
         }
-        self.fetch(digest).await?;
+        if sparingly && self.store.size(&digest).is_none() {
+            // Before anybody is asked for it; when its size is known that counts.
+            self.store.check_room(1, room)?;
+        }
+        self.fetch(digest, room).await?;
         self.store.lease(&digest).ok_or(BlobError::Absent(digest))
     }
 
-    /// Fetches a blob from a peer into the own store, unless it is there. A peer whose bytes have another digest is damaged, too:
-    /// the next is asked.
-    pub(super) async fn fetch(self: &Arc<Self>, digest: Digest) -> Result<(), BlobError> {
+    /// Fetches a blob of any size from a peer into the own store, as far as the room's reserve allows, unless it is there. A peer whose
+    /// bytes have another digest is damaged, too: the next is asked.
+    async fn fetch(self: &Arc<Self>, digest: Digest, room: Room) -> Result<(), BlobError> {
+        let room = Room { blob_bytes_max: u64::MAX, ..room };
         let mut bad = BTreeSet::new();
         while self.store.size(&digest).is_none() {
             let (node, reading) = self.read_elsewhere(digest, bad.clone()).await?;
@@ -136,7 +143,6 @@ impl Blobs {
                     Err(error) => Some((Err(Status::unavailable(error.to_string())), None)),
                 }
             });
-            let room = Room { blob_bytes_max: u64::MAX, ..self.room() };
             match self.put_here(Announce { digest, size, offset: 0, copies: 1 }, chunks.boxed(), room).await {
                 Ok(()) => return Ok(()),
                 Err(error @ (BlobError::Digest { .. } | BlobError::Size { .. })) => {

@@ -34,7 +34,8 @@ const LEFT_OVER_AFTER: Duration = Duration::from_secs(86_400);
 /// With less than so many times the reserve free, blobs go at once.
 const PRESSED_BELOW: u64 = 2;
 
-/// So many blobs in a row that do not move end a pass. One that the bucket will never take, or give, does not keep the others.
+/// So many blobs in a row that do not move end a pass, and the next begins behind them: some that the bucket will never take, or give, do
+/// not keep the others.
 const FAILED_IN_A_ROW_MAX: u32 = 3;
 
 /// Which blobs go, and when.
@@ -51,6 +52,8 @@ pub struct Offload {
     blobs: Arc<Blobs>,
     mover: Mover,
     searched: Option<Instant>,
+    /// The last of those that ended the pass before.
+    gave_up_at: Option<Digest>,
 }
 
 /// Moves single blobs of a store.
@@ -74,11 +77,12 @@ struct Tally {
     moved: usize,
     first: Option<MoveError>,
     failed_in_a_row: u32,
+    gave_up_at: Option<Digest>,
 }
 
 impl Tally {
     /// One more. Its error is only returned when so many failed in a row that the pass is to end.
-    fn note(&mut self, moved: Result<bool, MoveError>) -> Result<(), MoveError> {
+    fn note(&mut self, digest: Digest, moved: Result<bool, MoveError>) -> Result<(), MoveError> {
         match moved {
             Ok(moved) => {
                 self.moved += usize::from(moved);
@@ -87,6 +91,7 @@ impl Tally {
             Err(error) => {
                 self.failed_in_a_row += 1;
                 if self.failed_in_a_row == FAILED_IN_A_ROW_MAX {
+                    self.gave_up_at = Some(digest);
                     return Err(error);
                 }
                 self.first.get_or_insert(error);
@@ -103,7 +108,7 @@ impl Tally {
 impl Offload {
     pub(super) fn new(blobs: Arc<Blobs>, bucket: Arc<Bucket>) -> Self {
         let mover = Mover::new(Arc::clone(blobs.store()), bucket);
-        Self { blobs, mover, searched: None }
+        Self { blobs, mover, searched: None, gave_up_at: None }
     }
 
     /// Runs until `shutdown`.
@@ -142,23 +147,43 @@ impl Offload {
             mover.remove_left_over(LEFT_OVER_AFTER).await?;
             self.searched = Some(Instant::now());
         }
-        let large = mover.store.large();
         let mut tally = Tally::default();
+        let moved = self.move_all(moves, &mut tally).await;
+        self.gave_up_at = tally.gave_up_at;
+        moved.and_then(|()| tally.outcome())
+    }
+
+    async fn move_all(&self, moves: Moves, tally: &mut Tally) -> Result<(), MoveError> {
+        let (mover, large) = (&self.mover, self.mover.store.large());
         if moves.recall {
-            for digest in large.in_bucket() {
-                tally.note(mover.bring_back(digest, self.room_for_any()).await)?;
+            for digest in self.in_turn(large.in_bucket()) {
+                tally.note(digest, mover.bring_back(digest, self.room_for_any()).await)?;
             }
-            return tally.outcome();
+            return Ok(());
         }
-        for (stored_at, digest) in large.in_files() {
-            // A clock that went back makes it young, and the disk may press all the same.
-            let age = SystemTime::now().duration_since(stored_at).unwrap_or_default();
-            if age < moves.after && !self.is_pressed()? {
+        // A clock that went back makes one young, and the disk may press all the same.
+        let now = SystemTime::now();
+        let is_due = |stored_at| now.duration_since(stored_at).unwrap_or_default() >= moves.after;
+        let (due, young): (Vec<_>, Vec<_>) =
+            large.in_files().into_iter().partition(|(stored_at, _)| is_due(*stored_at));
+        let digests = |blobs: Vec<(SystemTime, Digest)>| blobs.into_iter().map(|(_, digest)| digest).collect();
+        for digest in self.in_turn(digests(due)) {
+            tally.note(digest, mover.go(digest).await)?;
+        }
+        for digest in self.in_turn(digests(young)) {
+            if !self.is_pressed()? {
                 break;
             }
-            tally.note(mover.go(digest).await)?;
+            tally.note(digest, mover.go(digest).await)?;
         }
-        tally.outcome()
+        Ok(())
+    }
+
+    /// The same, from behind where the pass before was given up.
+    fn in_turn(&self, mut blobs: Vec<Digest>) -> Vec<Digest> {
+        let last = self.gave_up_at.and_then(|last| blobs.iter().position(|digest| *digest == last));
+        blobs.rotate_left(last.map_or(0, |at| at + 1));
+        blobs
     }
 
     fn is_pressed(&self) -> Result<bool, BlobError> {

@@ -2,6 +2,8 @@
 //!
 //! Whatever many callers put while the disk is busy is written and fsynced once (group commit). A blob is in the index
 //! only when it is durable. Segments that are mostly dead are copied together in small steps between commits.
+//! What cannot be read, or is not what it was, is set aside: not served, and its segment stays until there is a good copy here or nothing
+//! names it. It may be all that is left, and an error of the disk is not damage.
 //! A removal that a crash or a compaction forgets brings back a blob that is collected again later: harmless, since
 //! its name is its contents.
 
@@ -46,13 +48,15 @@ struct Shared {
 #[derive(Default)]
 struct Index {
     entries: HashMap<Digest, Entry>,
+    /// What was set aside; none of it is in `entries`.
+    aside: HashMap<Digest, Entry>,
     segments: BTreeMap<u32, Segment>,
 }
 
 struct Segment {
     file: Arc<File>,
     path: PathBuf,
-    /// Bytes of all frames, and of those that the index points to.
+    /// Bytes of all frames, and of those that the index points to, set aside or not.
     total: u64,
     live: u64,
 }
@@ -79,18 +83,16 @@ enum Job {
 }
 
 impl Segments {
-    /// Opens the segments in `directory`, reads them all, cuts a torn end. Returns the digests of damaged blobs too.
-    /// Blocks.
+    /// Opens the segments in `directory`, reads them all, cuts a torn end. Returns the digests of what it set aside, too. Blocks.
     pub(super) fn open(directory: &Path, leases: Arc<Leases>, health: Arc<Health>) -> io::Result<(Self, Vec<Digest>)> {
         std::fs::create_dir_all(directory)?;
         let mut index = Index::default();
-        let mut damaged = Vec::new();
         let numbers = numbers_in(directory)?;
         for &number in &numbers {
             let path = path_of(directory, number);
-            index.load(number, &path, numbers.last() == Some(&number), &mut damaged)?;
+            index.load(number, &path, numbers.last() == Some(&number))?;
         }
-        damaged.retain(|digest| !index.entries.contains_key(digest));
+        let damaged = index.aside.keys().copied().collect();
         let shared = Arc::new(Shared { index: RwLock::new(index), health, syncs: AtomicU64::new(0) });
         let (tx, rx) = mpsc::channel(COMMIT_JOBS_MAX);
         let next = numbers.last().map_or(1, |last| last + 1);
@@ -117,34 +119,45 @@ impl Segments {
         self.shared.read().entries.get(digest).map(|entry| u64::from(entry.len))
     }
 
-    /// A blob's bytes; `None` if it is not here. Damaged bytes are an error, and the blob is forgotten. Blocks.
+    /// A blob's bytes; `None` if it is not here. One that is damaged, or cannot be read, is an error, and is set aside. Blocks.
     pub(super) fn read(&self, digest: &Digest) -> Result<Option<Bytes>, BlobError> {
         let Some((entry, file)) = self.shared.find(digest) else { return Ok(None) };
         match read_checked(&file, &entry) {
             Ok(data) => Ok(Some(data.into())),
-            Err(error) => {
-                self.shared.set_aside(digest, entry, &error);
-                Err(BlobError::Damaged(*digest))
-            }
+            Err(error) => Err(self.shared.set_aside(digest, entry, error)),
         }
     }
 
-    /// Reads a blob from the disk and holds it against its checksum and its name; its size, `None` if it is not here. A
-    /// damaged one is forgotten. Blocks.
+    /// Reads a blob from the disk and holds it against its checksum and its name; its size, `None` if it is not here. Otherwise as
+    /// [`Self::read`].
     pub(super) fn check(&self, digest: &Digest) -> Result<Option<u64>, BlobError> {
         let Some((entry, file)) = self.shared.find(digest) else { return Ok(None) };
-        let len = std::num::NonZeroU64::new(u64::from(entry.len));
-        // Advice: without it, what the system keeps in memory is checked.
-        let _ = rustix::fs::fadvise(&*file, entry.data_at, len, rustix::fs::Advice::DontNeed);
-        let named = |data: &Vec<u8>| Sha256::digest(data) == *digest;
-        match read_checked(&file, &entry) {
-            Ok(data) if named(&data) => Ok(Some(u64::from(entry.len))),
-            outcome => {
-                let other = io::Error::new(io::ErrorKind::InvalidData, "the bytes are others than its name says");
-                self.shared.set_aside(digest, entry, &outcome.err().unwrap_or(other));
-                Err(BlobError::Damaged(*digest))
+        forget_cached(&file, &entry);
+        match read_named(&file, &entry, digest) {
+            Ok(()) => Ok(Some(u64::from(entry.len))),
+            Err(error) => Err(self.shared.set_aside(digest, entry, error)),
+        }
+    }
+
+    /// Puts a blob back into service that was set aside, if it is what its name says after all; whether it is here. Blocks.
+    pub(super) fn reinstate(&self, digest: &Digest) -> io::Result<bool> {
+        let found = {
+            let index = self.shared.read();
+            index.aside.get(digest).and_then(|entry| Some((*entry, index.file_of(entry)?)))
+        };
+        if let Some((entry, file)) = found {
+            match read_named(&file, &entry, digest) {
+                Ok(()) => self.shared.write().put_back(digest, entry),
+                Err(error) if is_damage(&error) => {}
+                Err(error) => return Err(error),
             }
         }
+        Ok(self.size(digest).is_some())
+    }
+
+    /// Nobody wants what was set aside of a blob.
+    pub(super) fn give_up(&self, digest: &Digest) {
+        self.shared.write().forget_aside(digest);
     }
 
     /// The segments, by number.
@@ -169,6 +182,14 @@ impl Segments {
     pub(super) fn totals(&self) -> (u64, u64) {
         let index = self.shared.read();
         (index.entries.len() as u64, index.entries.values().map(|entry| u64::from(entry.len)).sum())
+    }
+
+    /// Opens all segments anew for what reads them.
+    #[cfg(test)]
+    pub(super) fn reopen(&self, options: &OpenOptions) {
+        for segment in self.shared.write().segments.values_mut() {
+            segment.file = Arc::new(options.open(&segment.path).unwrap());
+        }
     }
 
     /// How many fsyncs commits have cost.
@@ -208,30 +229,31 @@ impl Shared {
     fn find(&self, digest: &Digest) -> Option<(Entry, Arc<File>)> {
         let index = self.read();
         let entry = index.entries.get(digest).copied()?;
-        Some((entry, Arc::clone(&index.segments.get(&entry.segment)?.file)))
+        Some((entry, index.file_of(&entry)?))
     }
 
-    /// Takes a damaged blob out of service. Its bytes stay where they are until the segment is mostly dead.
-    fn set_aside(&self, digest: &Digest, entry: Entry, error: &io::Error) {
-        if self.write().forget(digest, Some(entry)) {
-            tracing::error!(%digest, %error, "a small blob is damaged and no longer served from here");
+    /// Takes a blob out of service that cannot be read well, unless it lies elsewhere by now; what its reader is told.
+    fn set_aside(&self, digest: &Digest, entry: Entry, error: io::Error) -> BlobError {
+        if self.write().set_aside(digest, entry) {
+            tracing::error!(%digest, %error, "a small blob cannot be read well and is no longer served from here");
             self.health.damaged(*digest);
         }
+        if is_damage(&error) { BlobError::Damaged(*digest) } else { error.into() }
     }
 }
 
 impl Index {
-    fn load(&mut self, number: u32, path: &Path, last: bool, damaged: &mut Vec<Digest>) -> io::Result<()> {
+    fn load(&mut self, number: u32, path: &Path, last: bool) -> io::Result<()> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
         share(&file)?;
         let bytes = std::fs::read(path)?;
         let mut torn = None;
         let mut frames = Vec::new();
         scan(&bytes, |found| match found {
-            Found::Frame { header, data_at } => frames.push((header, data_at)),
-            Found::Damaged { digest, at } => {
-                tracing::error!(%digest, at, path = %path.display(), "a small blob is damaged");
-                damaged.push(digest);
+            Found::Frame { header, data_at } => frames.push((header, data_at, true)),
+            Found::Damaged { header, data_at } => {
+                tracing::error!(digest = %header.digest, data_at, path = %path.display(), "a small blob is damaged");
+                frames.push((header, data_at, false));
             }
             Found::Garbage { from, to } => {
                 tracing::error!(from, to, path = %path.display(), "part of a blob segment is damaged");
@@ -248,14 +270,23 @@ impl Index {
         }
         let segment = Segment { file: Arc::new(file), path: path.to_owned(), total: 0, live: 0 };
         self.segments.insert(number, segment);
-        for (header, data_at) in frames {
+        for (header, data_at, sound) in frames {
             match header.kind {
                 Kind::Put => {
                     let FrameHeader { len, data_crc: crc, stored_at_s, digest, .. } = header;
-                    self.insert(digest, Entry { segment: number, data_at, len, crc, stored_at_s });
+                    let entry = Entry { segment: number, data_at, len, crc, stored_at_s };
+                    if sound || !self.entries.contains_key(&digest) {
+                        self.insert(digest, entry);
+                    } else {
+                        self.count_dead(number, entry.frame_bytes());
+                    }
+                    if !sound {
+                        self.set_aside(&digest, entry);
+                    }
                 }
                 Kind::Remove => {
-                    self.forget(&header.digest, None);
+                    self.forget(&header.digest);
+                    self.forget_aside(&header.digest);
                     self.count_dead(number, FRAME_HEADER_BYTES as u64);
                 }
             }
@@ -263,8 +294,13 @@ impl Index {
         Ok(())
     }
 
+    fn file_of(&self, entry: &Entry) -> Option<Arc<File>> {
+        self.segments.get(&entry.segment).map(|segment| Arc::clone(&segment.file))
+    }
+
     fn insert(&mut self, digest: Digest, entry: Entry) {
-        self.forget(&digest, None);
+        self.forget(&digest);
+        self.forget_aside(&digest);
         if let Some(segment) = self.segments.get_mut(&entry.segment) {
             segment.total += entry.frame_bytes();
             segment.live += entry.frame_bytes();
@@ -272,16 +308,47 @@ impl Index {
         self.entries.insert(digest, entry);
     }
 
-    /// Forgets a blob; with `only`, only while it lies there. Whether it was here.
-    fn forget(&mut self, digest: &Digest, only: Option<Entry>) -> bool {
-        if only.is_some_and(|only| self.entries.get(digest) != Some(&only)) {
-            return false;
-        }
-        let Some(entry) = self.entries.remove(digest) else { return false };
-        if let Some(segment) = self.segments.get_mut(&entry.segment) {
+    /// Forgets a blob that is served.
+    fn forget(&mut self, digest: &Digest) {
+        let entry = self.entries.remove(digest);
+        self.count_not_live(entry);
+    }
+
+    /// Forgets what was set aside of a blob.
+    fn forget_aside(&mut self, digest: &Digest) {
+        let entry = self.aside.remove(digest);
+        self.count_not_live(entry);
+    }
+
+    fn count_not_live(&mut self, entry: Option<Entry>) {
+        if let Some(entry) = entry
+            && let Some(segment) = self.segments.get_mut(&entry.segment)
+        {
             segment.live -= entry.frame_bytes();
         }
-        true
+    }
+
+    /// Takes a blob out of service while it lies there; whether it did.
+    fn set_aside(&mut self, digest: &Digest, entry: Entry) -> bool {
+        let lies_there = self.entries.get(digest) == Some(&entry);
+        if lies_there {
+            self.entries.remove(digest);
+            self.aside.insert(*digest, entry);
+        }
+        lies_there
+    }
+
+    /// Puts a blob back into service while it is set aside there.
+    fn put_back(&mut self, digest: &Digest, entry: Entry) {
+        if self.aside.get(digest) == Some(&entry) {
+            self.aside.remove(digest);
+            self.entries.insert(*digest, entry);
+        }
+    }
+
+    /// Whether something in a segment was set aside.
+    fn has_aside(&self, number: u32) -> bool {
+        self.aside.values().any(|entry| entry.segment == number)
     }
 
     fn count_dead(&mut self, segment: u32, bytes: u64) {
@@ -291,14 +358,43 @@ impl Index {
     }
 }
 
+/// Reads what must match its checksum. What does not is read once more, from the disk: what was kept of it in memory may be what is wrong.
 fn read_checked(file: &File, entry: &Entry) -> io::Result<Vec<u8>> {
-    let mut data = vec![0; entry.len as usize];
-    file.read_exact_at(&mut data, entry.data_at)?;
-    if crc32fast::hash(&data) == entry.crc {
-        Ok(data)
-    } else {
-        Err(io::Error::new(io::ErrorKind::InvalidData, "the bytes do not match their checksum"))
-    }
+    let read = || {
+        let mut data = vec![0; entry.len as usize];
+        file.read_exact_at(&mut data, entry.data_at)?;
+        if crc32fast::hash(&data) == entry.crc {
+            Ok(data)
+        } else {
+            Err(damage("the bytes do not match their checksum"))
+        }
+    };
+    read().or_else(|_| {
+        forget_cached(file, entry);
+        read()
+    })
+}
+
+/// As [`read_checked`], and holds it against its name, too.
+fn read_named(file: &File, entry: &Entry, digest: &Digest) -> io::Result<()> {
+    let data = read_checked(file, entry)?;
+    if Sha256::digest(&data) == *digest { Ok(()) } else { Err(damage("the bytes are others than its name says")) }
+}
+
+/// Has a blob's bytes come from the disk when they are read next.
+fn forget_cached(file: &File, entry: &Entry) {
+    let len = std::num::NonZeroU64::new(u64::from(entry.len));
+    // Advice: without it, what the system keeps in memory is checked.
+    let _ = rustix::fs::fadvise(file, entry.data_at, len, rustix::fs::Advice::DontNeed);
+}
+
+fn damage(text: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+/// Whether the bytes are wrong, or not there. All else is the disk's fault, and may pass.
+fn is_damage(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
 }
 
 fn path_of(directory: &Path, number: u32) -> PathBuf {

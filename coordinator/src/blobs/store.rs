@@ -235,12 +235,14 @@ impl BlobStore {
         .await
     }
 
-    /// Looks at a large blob that was set aside once more, and puts it back if nothing is wrong with it; whether it is here.
+    /// Looks at a blob that was set aside once more, and puts it back if nothing is wrong with it; whether it is here.
     ///
     /// # Errors
     /// When the disk fails.
     pub(super) async fn reinstate(self: &Arc<Self>, digest: Digest) -> Result<bool, BlobError> {
-        self.large.reinstate(digest).await
+        let store = Arc::clone(self);
+        let small = blocking(move || Ok(store.small.reinstate(&digest)?)).await?;
+        Ok(small || self.large.reinstate(digest).await?)
     }
 
     /// Blobs that are at least `age` old and not leased.

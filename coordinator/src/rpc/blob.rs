@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use helix_common::status::{error_code, invalid, status, with_metadata};
+use helix_common::status::{RESUMED, error_code, invalid, status, with_metadata};
 use helix_model::{Digest, ErrorCode, InvalidField, NodeId};
 use helix_proto::v1;
 use helix_proto::v1::blob_service_server::BlobService;
@@ -37,6 +37,12 @@ impl BlobRpc {
     pub fn new(blobs: Arc<Blobs>) -> Self {
         Self { blobs }
     }
+
+    /// Those whose copies count. Who stores something goes by their number, and would else take it for stored where the registry does not.
+    fn counted(&self, holders: &BTreeSet<NodeId>) -> Vec<u64> {
+        let voters = self.blobs.voters();
+        holders.iter().filter(|node| voters.contains(node)).map(|node| node.0).collect()
+    }
 }
 
 #[tonic::async_trait]
@@ -55,7 +61,7 @@ impl BlobService for BlobRpc {
             sha256,
             present: !holders.is_empty(),
             size,
-            holders: numbers(&holders),
+            holders: if local { numbers(&holders) } else { self.counted(&holders) },
         });
         Ok(Response::new(v1::HeadBlobsResponse { blobs: blobs.collect() }))
     }
@@ -83,7 +89,7 @@ impl BlobService for BlobRpc {
             }
         });
         let holders = self.blobs.put(announce, chunks).await.map_err(to_status)?;
-        Ok(Response::new(v1::PutBlobResponse { holders: numbers(&holders) }))
+        Ok(Response::new(v1::PutBlobResponse { holders: self.counted(&holders) }))
     }
 
     async fn put_small_blobs(
@@ -97,7 +103,7 @@ impl BlobService for BlobRpc {
         let pairs = blobs.into_iter().map(|blob| Ok((digest(&blob.sha256)?, blob.data)));
         let pairs = pairs.collect::<Result<Vec<(Digest, Bytes)>, Status>>()?;
         let holders = self.blobs.put_small(pairs, copies).await.map_err(to_status)?;
-        let blobs = holders.iter().map(|holders| v1::PutBlobResponse { holders: numbers(holders) });
+        let blobs = holders.iter().map(|holders| v1::PutBlobResponse { holders: self.counted(holders) });
         Ok(Response::new(v1::PutSmallBlobsResponse { blobs: blobs.collect() }))
     }
 
@@ -156,7 +162,7 @@ pub(crate) fn to_status(error: BlobError) -> Status {
         }
         BlobError::DiskReserve { .. } => status(ErrorCode::DiskReserve, text),
         BlobError::Digest { resumed, .. } => {
-            with_metadata(ErrorCode::DigestMismatch, text, [("resumed", resumed.to_string())])
+            with_metadata(ErrorCode::DigestMismatch, text, [(RESUMED, resumed.to_string())])
         }
         BlobError::Size { .. } => status(ErrorCode::DigestMismatch, text),
         BlobError::Offset { have } => with_metadata(ErrorCode::WrongState, text, [("offset", have.to_string())]),

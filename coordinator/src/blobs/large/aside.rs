@@ -35,6 +35,7 @@ impl Large {
     /// Takes a blob out of service that is damaged where it lies, unless it has another place by now. Keeps its bytes until there is a
     /// good copy here, and a day for whoever wants to know what happened.
     pub(in crate::blobs) fn set_aside(&self, digest: &Digest, lies: Lies) {
+        let _names = self.names();
         let mut index = self.write_index();
         if index.get(digest).is_some_and(|held| held.lies == lies) {
             index.remove(digest);
@@ -112,13 +113,14 @@ impl Large {
     }
 
     fn put_back(&self, aside: &Aside, blob: &LargeBlob) -> io::Result<()> {
+        let _names = self.names();
+        let (root, path) = match blob.lies() {
+            Lies::Here => (&self.files, self.path_of(&aside.digest)),
+            Lies::Bucket(_) => (&self.markers, self.marker_of(&aside.digest)),
+        };
+        make_shelf(root, &path)?;
         let mut index = self.write_index();
         if let Entry::Vacant(place) = index.entry(aside.digest) {
-            let (root, path) = match blob.lies() {
-                Lies::Here => (&self.files, self.path_of(&aside.digest)),
-                Lies::Bucket(_) => (&self.markers, self.marker_of(&aside.digest)),
-            };
-            make_shelf(root, &path)?;
             std::fs::rename(&aside.path, &path)?;
             place.insert(Held { size: blob.size(), stored_at: SystemTime::now(), lies: blob.lies() });
         }

@@ -183,13 +183,14 @@ impl Upload {
         let store = &slot.store;
         let path = store.path_of(&digest);
         make_shelf(&store.files, &path)?;
-        let mut index = store.write_index();
+        let _names = store.names();
         slot.check()?;
         std::fs::rename(&slot.path, &path)?;
         failpoint::hit(Point::BlobRenamed)?;
         sync_directory(path.parent().unwrap_or(&store.files))?;
         failpoint::pass(Point::BlobStored);
-        let before = index.insert(digest, Held { size, stored_at: SystemTime::now(), lies: Lies::Here });
+        let held = Held { size, stored_at: SystemTime::now(), lies: Lies::Here };
+        let before = store.write_index().insert(digest, held);
         if let Some(Held { lies: Lies::Bucket(_), .. }) = before {
             // It came a second time while the first went to the bucket. That object is nobody's now, and may go when the marker
             // cannot come back any more.

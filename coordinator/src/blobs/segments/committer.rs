@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::super::frame::{FRAME_HEADER_BYTES, FrameHeader, SEGMENT_HEADER};
 use super::super::leases::Leases;
 use super::super::{BlobError, now_s};
-use super::{COMMIT_JOBS_MAX, Entry, Job, Segment, Shared, path_of, read_checked};
+use super::{COMMIT_JOBS_MAX, Entry, Job, Segment, Shared, is_damage, path_of, read_checked};
 
 /// A segment is closed when it has grown to this: small enough to be read whole at start and copied when half dead.
 const SEGMENT_BYTES: u64 = 32 << 20;
@@ -127,7 +127,7 @@ impl Committer {
         if self.leases.holds(digest) || !index.entries.contains_key(digest) {
             return false;
         }
-        index.forget(digest, None);
+        index.forget(digest);
         true
     }
 
@@ -206,7 +206,7 @@ impl Committer {
             let found = {
                 let index = self.shared.read();
                 let entry = index.entries.get(&digest).copied().filter(|entry| entry.segment == compaction.segment);
-                entry.and_then(|entry| Some((entry, Arc::clone(&index.segments.get(&entry.segment)?.file))))
+                entry.and_then(|entry| Some((entry, index.file_of(&entry)?)))
             };
             let Some((entry, file)) = found else { continue };
             match read_checked(&file, &entry) {
@@ -214,7 +214,15 @@ impl Committer {
                     batch.put(digest, &data, entry.stored_at_s);
                     moved.push(digest);
                 }
-                Err(error) => self.shared.set_aside(&digest, entry, &error),
+                Err(error) => {
+                    let passing = !is_damage(&error);
+                    self.shared.set_aside(&digest, entry, error);
+                    if passing {
+                        // A disk that fails is not asked for one blob after the other: all others stay where they are, and this segment
+                        // is no candidate while something in it is set aside.
+                        return false;
+                    }
+                }
             }
         }
         if self.write(&batch).is_err() {
@@ -233,14 +241,24 @@ impl Committer {
         let index = self.shared.read();
         let active = self.active.as_ref().map(|active| active.number);
         let mostly_dead = |segment: &Segment| segment.live * 2 < segment.total || segment.total == 0;
-        let (&number, _) =
-            index.segments.iter().find(|(number, segment)| Some(**number) != active && mostly_dead(segment))?;
+        let (&number, _) = index
+            .segments
+            .iter()
+            .find(|(number, segment)| Some(**number) != active && mostly_dead(segment) && !index.has_aside(**number))?;
         let inside = index.entries.iter().filter(|(_, entry)| entry.segment == number);
         Some(Compaction { segment: number, remaining: inside.map(|(digest, _)| *digest).collect() })
     }
 
     fn drop_segment(&self, number: u32) {
-        let Some(segment) = self.shared.write().segments.remove(&number) else { return };
+        let segment = {
+            let mut index = self.shared.write();
+            // Something was set aside meanwhile, or put back.
+            if index.segments.get(&number).is_some_and(|segment| segment.live > 0) {
+                return;
+            }
+            index.segments.remove(&number)
+        };
+        let Some(segment) = segment else { return };
         failpoint::pass(Point::SegmentDrop);
         if let Err(error) = remove_gradually(&segment.path) {
             tracing::warn!(%error, path = %segment.path.display(), "an empty blob segment cannot be removed");

@@ -1,7 +1,9 @@
 //! Several coordinators.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
 
+use helix_common::status::is_worth_beginning_anew;
 use helix_model::limits::CHUNK_BYTES;
 use helix_model::placement::rendezvous;
 use helix_proto::v1::blob_service_server::BlobServiceServer;
@@ -32,16 +34,20 @@ pub(super) async fn cluster(size: u64, lease: Duration, place: Place) -> Cluster
     let ledger = Ledger::new();
     let mut nodes = Vec::new();
     for id in 1..=size {
-        let listener = listen(id, &ledger);
-        let root = tempfile::tempdir().unwrap();
-        let Opened { blobs, collection, scrub, .. } =
-            Blobs::open_with(root.path(), Recorded::new(id, &ledger), lease, place.open(root.path())).unwrap();
-        let service = BlobServiceServer::new(BlobRpc::new(Arc::clone(&blobs)))
-            .max_decoding_message_size(helix_model::limits::MESSAGE_BYTES_MAX);
-        let server = serve(listener, TonicServer::builder().add_service(service));
-        nodes.push(Node { id: NodeId(id), root, blobs, collection, scrub, server: Some(server) });
+        nodes.push(node(id, tempfile::tempdir().unwrap(), lease, &ledger, &place));
     }
     Cluster { ledger, nodes, place }
+}
+
+/// One more, with what lies beneath `root`.
+fn node(id: u64, root: TempDir, lease: Duration, ledger: &Arc<Ledger>, place: &Place) -> Node {
+    let listener = listen(id, ledger);
+    let Opened { blobs, collection, scrub, .. } =
+        Blobs::open_with(root.path(), Recorded::new(id, ledger), lease, place.open(root.path())).unwrap();
+    let service = BlobServiceServer::new(BlobRpc::new(Arc::clone(&blobs)))
+        .max_decoding_message_size(helix_model::limits::MESSAGE_BYTES_MAX);
+    let server = serve(listener, TonicServer::builder().add_service(service));
+    Node { id: NodeId(id), root, blobs, collection, scrub, server: Some(server) }
 }
 
 impl Cluster {
@@ -123,8 +129,21 @@ async fn copies_on_nodes_without_a_vote_do_not_count(place: Place) {
         let holders = cluster.nodes[0].blobs.put(announce(&data, 2), chunks(&data)).await.unwrap();
         assert_eq!(holders, BTreeSet::from([1, 3, 4].map(NodeId)), "it was put where nothing counts, and {len} bytes");
         cluster.settle().await;
-        // Read and copied from there all the same.
+        // Whoever stores something is told of those that count.
         let digest = digest_of(&data);
+        let mut client = cluster.client(0);
+        for (local, expected) in [(false, vec![3, 4]), (true, vec![1])] {
+            let asked = v1::HeadBlobsRequest { sha256: vec![digest.0.to_vec().into()], local };
+            let seen = client.head_blobs(asked).await.unwrap().into_inner().blobs.remove(0);
+            assert_eq!((seen.present, seen.holders), (true, expected));
+        }
+        let put = client.put_blob(futures::stream::iter(requests(&data, 2, 0))).await.unwrap().into_inner();
+        assert_eq!(put.holders, [3, 4]);
+        let small = v1::SmallBlob { sha256: digest_of(b"small").0.to_vec().into(), data: Bytes::from_static(b"small") };
+        let request = v1::PutSmallBlobsRequest { blobs: vec![small], copies: 2 };
+        let put = client.put_small_blobs(request).await.unwrap().into_inner();
+        assert_eq!(put.blobs[0].holders, [3, 4]);
+        // Read and copied from there all the same.
         // With twice the reserve there is room for what somebody waits for, and not for more copies.
         let reserve = cluster.nodes[1].blobs.store().free_bytes().unwrap() / 2;
         cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = reserve;
@@ -135,6 +154,30 @@ async fn copies_on_nodes_without_a_vote_do_not_count(place: Place) {
         assert!(cluster.nodes[1].blobs.store().leased(None, 9).contains(&digest));
         assert_eq!(cluster.nodes[1].blobs.store().leased(Some(Digest([0xff; 32])), 9), []);
     }
+}
+
+#[tokio::test]
+async fn a_spare_copy_is_not_taken_where_its_whole_size_would_not_leave_the_room() {
+    let cluster = cluster(1, LEASE, Place::files()).await;
+    let blobs = &cluster.nodes[0].blobs;
+    let free = blobs.store().free_bytes().unwrap();
+    // A peer says that it has one that takes most of that. It is a file without bytes, whose checksums only match each other.
+    let (root, digest) = (tempfile::tempdir().unwrap(), digest_of(b"large"));
+    let count = free / 10 * 7 / CHUNK_BYTES as u64;
+    let size = count * CHUNK_BYTES as u64;
+    let mut tail = vec![0; usize::try_from(count * 4).unwrap()];
+    tail.extend_from_slice(&size.to_le_bytes());
+    tail.extend_from_slice(&crc32fast::hash(&tail).to_le_bytes());
+    tail.extend_from_slice(b"HELIXBLB");
+    let path = file_of(root.path(), &digest);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::File::create(&path).unwrap().write_all_at(&tail, size).unwrap();
+    let peer = node(2, root, LEASE, &cluster.ledger, &cluster.place);
+    assert_eq!(peer.blobs.store().size(&digest), Some(size));
+    // One byte of it would fit beside four times the reserve, all of it beside the reserve alone.
+    cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = free / 8;
+    let spared = blobs.obtain(digest, true).await;
+    assert!(matches!(spared, Err(BlobError::DiskReserve { reserve, .. }) if reserve == free / 8 * 4), "{spared:?}");
 }
 
 #[tokio::test]
@@ -295,7 +338,16 @@ async fn the_wire_refuses_with_stable_words() {
     assert_eq!(word(client.put_blob(futures::stream::iter(large)).await.unwrap_err()), "blob_too_large");
     let mut mismatched = requests(&bytes_of(2, 100_000), 0, 0);
     mismatched[1] = requests(&bytes_of(3, 100_000), 0, 0).remove(1);
-    assert_eq!(word(client.put_blob(futures::stream::iter(mismatched)).await.unwrap_err()), "digest_mismatch");
+    let refused = client.put_blob(futures::stream::iter(mismatched)).await.unwrap_err();
+    assert!(!is_worth_beginning_anew(&refused));
+    assert_eq!(word(refused), "digest_mismatch");
+    // What an upload goes on from may be what is wrong: that is said, and gone.
+    let data = bytes_of(2, 200_000);
+    let part = cluster.nodes[0].root.path().join("uploads").join(format!("{}.part", digest_of(&data)));
+    std::fs::write(&part, [0; 100_000]).unwrap();
+    let refused = client.put_blob(futures::stream::iter(requests(&data, 0, 100_000))).await.unwrap_err();
+    assert!(is_worth_beginning_anew(&refused) && !part.exists(), "{refused}");
+    assert_eq!(word(refused), "digest_mismatch");
     cluster.ledger.policy.lock().unwrap().disk_reserve_bytes = u64::MAX / 2;
     let refused = client.put_blob(futures::stream::iter(requests(&bytes_of(4, 100_000), 0, 0))).await.unwrap_err();
     assert_eq!(word(refused), "disk_reserve");

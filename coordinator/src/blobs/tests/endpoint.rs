@@ -28,8 +28,8 @@ pub(crate) enum Fault {
     Internal,
     /// 403.
     Denied,
-    /// 403 for objects with this in their keys, answers for the others.
-    DeniedTo(String),
+    /// 403 for objects with one of these in their keys, answers for the others.
+    DeniedTo(Vec<String>),
     /// 404, and not for the object.
     NoBucket,
     /// Takes it and says nothing, ever.
@@ -51,8 +51,8 @@ impl S3Access for Gate {
             Fault::None => Ok(()),
             Fault::Internal => Err(s3_error!(InternalError)),
             Fault::Denied => Err(s3_error!(AccessDenied)),
-            Fault::DeniedTo(part) => match context.s3_path().get_object_key() {
-                Some(key) if key.contains(&part) => Err(s3_error!(AccessDenied)),
+            Fault::DeniedTo(parts) => match context.s3_path().get_object_key() {
+                Some(key) if parts.iter().any(|part| key.contains(part)) => Err(s3_error!(AccessDenied)),
                 _ => Ok(()),
             },
             Fault::NoBucket => Err(s3_error!(NoSuchBucket)),

@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use super::*;
+use crate::blobs::frame::FrameHeader;
 use crate::blobs::store::blocking;
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -43,9 +44,7 @@ async fn upload(store: &Arc<BlobStore>, data: &Bytes) -> Result<(), BlobError> {
 }
 
 fn only_segment(root: &Path) -> std::path::PathBuf {
-    let mut paths: Vec<_> =
-        std::fs::read_dir(root.join("segments")).unwrap().map(|entry| entry.unwrap().path()).collect();
-    paths.sort();
+    let mut paths = segments(root);
     assert_eq!(paths.len(), 1);
     paths.remove(0)
 }
@@ -136,6 +135,42 @@ async fn a_flipped_byte_costs_one_small_blob_and_is_never_served() {
 }
 
 #[tokio::test]
+async fn frames_in_a_blob_are_never_taken_for_what_they_say() {
+    let root = tempfile::tempdir().unwrap();
+    let (before, behind) = (bytes_of(1, 30), bytes_of(2, 30));
+    let (name, other) = (digest_of(b"a name"), bytes_of(3, 40));
+    // Other bytes under a name, bytes that are what their name says, a removal, and a header that hides all behind it.
+    let mut data = bytes_of(4, 100).to_vec();
+    for (digest, inner) in [(name, &other), (digest_of(&other), &other)] {
+        FrameHeader::put(digest, inner, 0).encode(&mut data);
+        data.extend_from_slice(inner);
+    }
+    FrameHeader::remove(digest_of(&before), 0).encode(&mut data);
+    FrameHeader { len: 200, ..FrameHeader::put(name, b"", 0) }.encode(&mut data);
+    let (store, _) = open(root.path());
+    put(&store, &before).await;
+    let path = only_segment(root.path());
+    let at = usize::try_from(std::fs::metadata(&path).unwrap().len()).unwrap();
+    put(&store, &data.into()).await;
+    let to = usize::try_from(std::fs::metadata(&path).unwrap().len()).unwrap();
+    put(&store, &behind).await;
+    drop(store);
+    let whole = std::fs::read(&path).unwrap();
+    let mut damaged = whole.clone();
+    damaged[at] ^= 1;
+    for (bytes, is_behind) in [(&whole[..], true), (&damaged, true), (&whole[..to - 1], false)] {
+        let searched = bytes != whole;
+        std::fs::write(&path, bytes).unwrap();
+        let (store, damaged) = open(root.path());
+        assert_eq!(damaged, []);
+        assert_eq!(get(&store, digest_of(&before)).await.as_ref(), Some(&before), "it was removed by what a blob says");
+        assert_eq!(get(&store, digest_of(&behind)).await.is_some(), is_behind);
+        assert_eq!(store.size(&name), None);
+        assert_eq!(get(&store, digest_of(&other)).await.is_some(), searched, "that is what its name says");
+    }
+}
+
+#[tokio::test]
 async fn many_callers_share_an_fsync() {
     let root = tempfile::tempdir().unwrap();
     let (store, _) = open(root.path());
@@ -154,34 +189,94 @@ async fn many_callers_share_an_fsync() {
     assert_eq!(store.totals().small, 401);
 }
 
-#[tokio::test]
-async fn what_was_removed_is_compacted_away_and_the_rest_stays() {
-    let root = tempfile::tempdir().unwrap();
-    let (store, _) = BlobStore::open(root.path(), Duration::ZERO, None).unwrap();
-    let segments = || std::fs::read_dir(root.path().join("segments")).unwrap().count();
-    // Two full segments, and a third that is written. How much a segment takes depends on how writes were grouped.
+fn segments(root: &Path) -> Vec<std::path::PathBuf> {
+    let mut paths: Vec<_> =
+        std::fs::read_dir(root.join("segments")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+/// Two full segments, and a third that is written; what is in them. How much a segment takes depends on how writes were grouped.
+async fn three_segments(store: &Arc<BlobStore>, root: &Path) -> Vec<Bytes> {
     let mut blobs = Vec::new();
-    while segments() < 3 {
+    while segments(root).len() < 3 {
         assert!(blobs.len() < 3000, "segments take more than they should");
         let some: Vec<_> = (0..100).map(|seed| bytes_of(blobs.len() as u64 + seed, 64 * 1024)).collect();
         let batch = some.iter().map(|data| (digest_of(data), data.clone())).collect();
         store.put_small(batch, room()).await.unwrap();
         blobs.extend(some);
     }
+    blobs
+}
+
+/// Removes all but every tenth.
+async fn thin_out(store: &Arc<BlobStore>, blobs: &[Bytes]) {
     for data in blobs.iter().enumerate().filter(|(at, _)| at % 10 != 0).map(|(_, data)| data) {
         store.remove(digest_of(data)).await.unwrap();
     }
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while segments() > 2 {
-        assert!(std::time::Instant::now() < deadline, "no compaction");
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(std::time::Instant::now() < deadline, "waited in vain until {what}");
         tokio::task::yield_now().await;
     }
-    for reopened in [false, true] {
-        let store = if reopened { open(root.path()).0 } else { Arc::clone(&store) };
+}
+
+async fn every_tenth_is_left(store: &Arc<BlobStore>, root: &Path, blobs: &[Bytes]) {
+    for store in [Arc::clone(store), open(root).0] {
         for (at, data) in blobs.iter().enumerate() {
             let expected = (at % 10 == 0).then(|| data.clone());
             assert_eq!(get(&store, digest_of(data)).await, expected, "{at}");
         }
+    }
+}
+
+#[tokio::test]
+async fn what_was_removed_is_compacted_away_and_the_rest_stays() {
+    let root = tempfile::tempdir().unwrap();
+    let (store, _) = BlobStore::open(root.path(), Duration::ZERO, None).unwrap();
+    let blobs = three_segments(&store, root.path()).await;
+    thin_out(&store, &blobs).await;
+    until("segments are compacted", || segments(root.path()).len() <= 2).await;
+    every_tenth_is_left(&store, root.path(), &blobs).await;
+}
+
+#[tokio::test]
+async fn compaction_destroys_nothing_that_it_cannot_read() {
+    for disk_fails in [false, true] {
+        let root = tempfile::tempdir().unwrap();
+        let (store, _) = BlobStore::open(root.path(), Duration::ZERO, None).unwrap();
+        let blobs = three_segments(&store, root.path()).await;
+        let full = &segments(root.path())[..2];
+        let first = std::fs::OpenOptions::new().write(true).open(&full[0]).unwrap();
+        // The first byte of the first blob, or all that lies there.
+        if disk_fails {
+            store.small.reopen(std::fs::OpenOptions::new().write(true));
+        } else {
+            first.write_all_at(&[!blobs[0][0]], 12 + 60).unwrap();
+        }
+        thin_out(&store, &blobs).await;
+        let found = || store.health().totals().found;
+        if disk_fails {
+            // One of each: a disk that fails is not asked for more.
+            until("both were given up", || found() == 2).await;
+        } else {
+            until("the other is compacted", || !full[1].exists()).await;
+            assert_eq!(found(), 1);
+        }
+        assert!(full[0].exists());
+        first.write_all_at(&blobs[0][..1], 12 + 60).unwrap();
+        store.small.reopen(std::fs::OpenOptions::new().read(true).write(true));
+        for (digest, _) in store.health().list() {
+            assert!(store.reinstate(digest).await.unwrap(), "{digest} is not here any more");
+        }
+        // What was to be removed while it was set aside.
+        thin_out(&store, &blobs).await;
+        put(&store, &bytes_of(9999, 500)).await;
+        until("both are compacted", || !full.iter().any(|path| path.exists())).await;
+        every_tenth_is_left(&store, root.path(), &blobs).await;
     }
 }
 
@@ -285,6 +380,30 @@ async fn uploads_of_one_blob_at_a_time_do_not_harm_each_other(place: Place) {
         let blob = store.read(digest_of(&data)).await.unwrap().unwrap();
         assert_eq!(blob.chunk(0).await.unwrap(), data[..262_144]);
     }
+}
+
+#[test]
+fn an_upload_that_ends_keeps_nobody_who_only_looks_until_it_is_durable() {
+    let root = tempfile::tempdir().unwrap();
+    let data = bytes_of(13, 100_000);
+    let (store, _) = open(root.path());
+    let looking = store.large().read_index();
+    std::thread::scope(|scope| {
+        let ending = scope.spawn(|| {
+            let mut upload = store.large().upload(digest_of(&data), 100_000, 0)?;
+            upload.write(&data)?;
+            upload.finish()
+        });
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while !file_of(root.path(), &digest_of(&data)).exists() {
+            assert!(std::time::Instant::now() < deadline, "it waits for the index before it has its name");
+            std::thread::yield_now();
+        }
+        assert!(!looking.contains_key(&digest_of(&data)));
+        drop(looking);
+        ending.join().unwrap().unwrap();
+    });
+    assert_eq!(store.size(&digest_of(&data)), Some(100_000));
 }
 
 #[tokio::test]

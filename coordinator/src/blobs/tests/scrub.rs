@@ -256,3 +256,42 @@ async fn what_was_set_aside_for_an_error_that_has_passed_is_put_back(place: Plac
     assert!(next.reinstate(digest).await.unwrap());
     assert_eq!(next.size(&digest), Some(300_000));
 }
+
+#[tokio::test]
+async fn a_small_blob_that_was_set_aside_is_put_back_or_given_up() {
+    let cluster = cluster(1, Duration::ZERO, Place::files()).await;
+    hurry(&cluster);
+    let data = bytes_of(5, 900);
+    let (digest, node) = (digest_of(&data), &cluster.nodes[0]);
+    node.blobs.put(announce(&data, 1), chunks(&data)).await.unwrap();
+    name(&cluster, &data);
+    let (path, at) = place_of(&cluster.place, node.root.path(), &data);
+    let right_again = || {
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&data, at).unwrap();
+    };
+    flip(&cluster.place, node.root.path(), &data, 5);
+    node.scrub.pass().await;
+    assert_eq!(node.blobs.store().size(&digest), None);
+    right_again();
+    node.blobs.mend_all().await;
+    assert_eq!((node.blobs.health().totals().repaired, node.blobs.health().list()), (1, Vec::new()));
+    assert_eq!(read_all(&node.blobs, digest).await.unwrap(), data);
+
+    // The next life of this node looks at it again, too.
+    flip(&cluster.place, node.root.path(), &data, 5);
+    let (next, damaged) = BlobStore::open(node.root.path(), LEASE, None).unwrap();
+    assert_eq!((next.size(&digest), damaged), (None, vec![digest]));
+    right_again();
+    assert!(next.reinstate(digest).await.unwrap());
+    drop(next);
+
+    // Nothing names it any more: its bytes may go.
+    flip(&cluster.place, node.root.path(), &data, 5);
+    node.scrub.pass().await;
+    cluster.ledger.named.lock().unwrap().clear();
+    node.blobs.mend_all().await;
+    assert_eq!(node.blobs.health().list(), []);
+    right_again();
+    assert!(!node.blobs.store().reinstate(digest).await.unwrap());
+}
