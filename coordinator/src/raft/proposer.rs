@@ -22,9 +22,8 @@ use super::formats::hold;
 use super::types::{Batch, Raft, TypeConfig};
 use crate::codec::{CodecError, command_from_wire, reply_from_wire};
 use crate::peers::Peers;
-use crate::registry::{ENTRY_BYTES, Leadership, Proposal, ProposeError, Route, Shared};
+use crate::registry::{ENTRY_BYTES, ENTRY_COMMANDS, Leadership, Proposal, ProposeError, Route, Shared};
 
-const ENTRY_COMMANDS: usize = 4_096;
 /// How long a proposal waits for somebody to lead.
 const LEADER_WAIT: Duration = Duration::from_secs(3);
 /// How long a proposal that was taken waits for its outcome.
