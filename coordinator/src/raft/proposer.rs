@@ -271,6 +271,7 @@ fn not_taken_or_unknown(status: &Status) -> Attempt {
             | ErrorCode::NotLeader
             | ErrorCode::ShuttingDown
             | ErrorCode::WrongCluster
+            | ErrorCode::NodeRemoved
             | ErrorCode::IdentityInvalid
             | ErrorCode::RoleNotAllowed,
         ) => Attempt::NotTaken,
@@ -309,5 +310,19 @@ fn answer(batch: Vec<Proposal>, replies: Vec<Reply>) {
 fn fail(batch: Vec<Proposal>, error: &ProposeError) {
     for proposal in batch {
         drop(proposal.reply.send(Err(error.clone())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use helix_common::status::status;
+
+    use super::*;
+
+    #[test]
+    fn who_does_not_hear_a_node_that_was_removed_takes_nothing_of_it() {
+        let answered = |code| not_taken_or_unknown(&status(code, "no"));
+        assert!(matches!(answered(ErrorCode::NodeRemoved), Attempt::NotTaken));
+        assert!(matches!(answered(ErrorCode::Internal), Attempt::Failed(ProposeError::OutcomeUnknown)));
     }
 }
