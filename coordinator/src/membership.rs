@@ -7,6 +7,8 @@
 mod add;
 mod join;
 mod remove;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -142,6 +142,11 @@ impl Cluster {
         NodeDir::open(&self.path(node))
     }
 
+    /// What a node that does not run has of the others.
+    pub(crate) fn peers(&self, node: NodeId) -> Peers {
+        Peers::new(Arc::new(self.open(node).unwrap()), self.tls(node), COMMAND_FORMAT)
+    }
+
     fn tls(&self, node: NodeId) -> Arc<TlsStore> {
         let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
         let issued = self.authority.issue(Role::Coordinator, &node.to_string(), &names, VALID_FOR_DEFAULT).unwrap();
