@@ -1,4 +1,4 @@
-//! Changes of the members whose other end does not do its part: a node that does not answer.
+//! Changes of the members whose other end does not do its part: a node that does not answer, a caller that does not read.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -70,4 +70,23 @@ async fn a_node_that_answers_no_heartbeat_but_says_who_it_is_still_catches_up() 
     drop((membership, listener));
     reading.await.unwrap();
     cluster.stop_all().await;
+}
+
+#[tokio::test]
+async fn whoever_asks_for_a_change_and_does_not_read_holds_up_no_other() {
+    let cluster = Cluster::new(1).await;
+    let membership = Membership::new(Backstage::new().registry, cluster.peers(NodeId(1)));
+    let (listener, _unread) = mpsc::channel(1);
+    listener.send(Ok(v1::MemberProgress::default())).await.unwrap();
+    let adding = tokio::spawn({
+        let membership = membership.clone();
+        async move { membership.add(NEW, "127.0.0.1:1", Asked::Once, &listener).await }
+    });
+    until("it is under way", || membership.change().is_some()).await;
+    let (other, _reads) = mpsc::channel(16);
+    let again = membership.add(NEW, "127.0.0.1:1", Asked::Again, &other);
+    let refusal = tokio::time::timeout(PATIENCE, again).await.unwrap().unwrap_err();
+    // Nothing is at that address.
+    assert_eq!(error_code(&refusal), Some(ErrorCode::MemberUnreachable), "{refusal}");
+    adding.await.unwrap().unwrap_err();
 }
