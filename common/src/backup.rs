@@ -144,6 +144,7 @@ pub struct Backup {
     path: PathBuf,
     file: File,
     header: Vec<u8>,
+    sha256: Digest,
     body_at: u64,
     body_bytes: u64,
 }
@@ -195,7 +196,7 @@ impl Backup {
             return Err(damaged("its end mark is missing"));
         }
         drop(from);
-        Ok(Self { path: path.to_owned(), file, header, body_at, body_bytes })
+        Ok(Self { path: path.to_owned(), file, header, sha256: Digest(expected), body_at, body_bytes })
     }
 
     /// The file's name.
@@ -208,6 +209,12 @@ impl Backup {
     #[must_use]
     pub fn header(&self) -> &[u8] {
         &self.header
+    }
+
+    /// Of header and body: tells it from every other.
+    #[must_use]
+    pub fn sha256(&self) -> Digest {
+        self.sha256
     }
 
     /// The body, from its beginning.

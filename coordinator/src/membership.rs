@@ -7,6 +7,8 @@
 mod add;
 mod join;
 mod remove;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,6 +32,8 @@ use crate::rpc::answer;
 const INTRODUCTION: Duration = Duration::from_secs(5);
 /// A call that repeats another waits so long for that one to notice that nobody listens.
 const AGAIN_PATIENCE: Duration = Duration::from_secs(15);
+/// Whoever asked for a change may not read for so long. Less than a repeated call waits, which then takes its place.
+const LISTENER_PATIENCE: Duration = Duration::from_secs(10);
 /// Who began to lead knows by then who answers.
 const HEARING: Duration = Duration::from_secs(5);
 const HEARING_RETRY: Duration = Duration::from_millis(50);
@@ -244,7 +248,7 @@ struct Change<'a> {
 }
 
 impl Change<'_> {
-    /// Tells how far it is. An error when nobody listens any more: then it stops where it is, and can be gone on with.
+    /// Tells how far it is. An error when nobody listens any more, or reads: then it stops where it is, and can be gone on with.
     async fn at(&self, step: &'static str, done: u64, total: u64) -> Result<(), Status> {
         let change = v1::MemberChange { kind: self.kind.to_owned(), id: self.id.0, step: step.to_owned(), done, total };
         let before = self.inner.change.send_replace(Some(change.clone()));
@@ -261,8 +265,8 @@ impl Change<'_> {
     }
 
     async fn tell(&self, progress: v1::MemberProgress) -> Result<(), Status> {
-        let gone = || Status::cancelled("whoever asked for the change has gone");
-        self.listener.send(Ok(progress)).await.map_err(|_| gone())
+        let gone = || Status::cancelled("whoever asked for the change has gone, or does not read");
+        self.listener.send_timeout(Ok(progress), LISTENER_PATIENCE).await.map_err(|_| gone())
     }
 }
 

@@ -38,6 +38,10 @@ pub const COMMAND_FORMAT: u32 = 5;
 /// Bytes of commands in one log entry: above this nothing more is added.
 pub(crate) const ENTRY_BYTES: usize = 256 << 10;
 
+/// Commands in one log entry, at most. Whatever is cut is cut by this: what a follower sends on in one call is one entry of the
+/// leader's, with one outcome.
+pub(crate) const ENTRY_COMMANDS: usize = 4_096;
+
 /// Ids in one [`Registry::finished_page`] call, at most; more are cut.
 pub const PAGE_IDS_MAX: usize = 256;
 
@@ -218,7 +222,14 @@ impl Registry {
                 Err(error) => drop(failure.get_or_insert(error)),
             }
         }
-        failure.map_or(Ok(replies), Err)
+        match failure {
+            None => Ok(replies),
+            // It says what part waits for, and nobody tries the whole again because of it.
+            Some(error @ ProposeError::UpgradePending { .. }) => Err(error),
+            // A part is committed: whoever took the whole for refused would have that part committed twice.
+            Some(_) if !replies.is_empty() => Err(ProposeError::OutcomeUnknown),
+            Some(error) => Err(error),
+        }
     }
 
     /// After `Ok`, what is read here is at least as new as everything acknowledged anywhere before the call.

@@ -18,6 +18,8 @@ use crate::rpc::answer;
 const LAG_MAX: u64 = 200;
 /// A node that is silent for so long while it catches up has stopped.
 const SILENCE: Duration = Duration::from_secs(10);
+/// Meanwhile it is asked so many times who it is.
+const ASKED_TIMES: u32 = 3;
 /// And one that answers may take so long for one snapshot.
 const NO_PROGRESS: Duration = Duration::from_secs(600);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -40,8 +42,8 @@ impl Membership {
         inner.hear().await?;
         inner.expect_quorum_with(id)?;
         inner.register(id, &there).await?;
-        inner.commit(MemberStep::Admit { node: id, address }).await?;
-        change.catch_up().await?;
+        inner.commit(MemberStep::Admit { node: id, address: address.clone() }).await?;
+        change.catch_up(&address, SILENCE).await?;
         change.at("promoting", 0, 0).await?;
         // It took a while: others may have died, or removed the node.
         inner.hear().await?;
@@ -189,8 +191,10 @@ fn refusal_of(id: NodeId, address: &str, error: &Status) -> Status {
 }
 
 impl Change<'_> {
-    async fn catch_up(&self) -> Result<(), Status> {
-        let (mut best, mut progressed, mut heard) = (0, Instant::now(), Instant::now());
+    /// Waits until the node has the log. It has stopped when it is not heard for as long as `silence`.
+    pub(super) async fn catch_up(&self, address: &str, silence: Duration) -> Result<(), Status> {
+        let began = Instant::now();
+        let (mut best, mut progressed, mut heard, mut asked) = (0, began, began, began);
         loop {
             self.inner.expect_leader()?;
             let own = self.inner.registry.status().last_log_index;
@@ -205,8 +209,14 @@ impl Change<'_> {
             }
             if healthy {
                 heard = Instant::now();
+            } else if asked.elapsed() >= silence / ASKED_TIMES {
+                asked = Instant::now();
+                // While it puts a snapshot in the place of its registry its consensus answers nothing, and it does.
+                if self.inner.introduction(self.id, address).await.is_ok() {
+                    heard = Instant::now();
+                }
             }
-            let what = if heard.elapsed() >= SILENCE {
+            let what = if heard.elapsed() >= silence {
                 "stopped answering while it caught up"
             } else if progressed.elapsed() >= NO_PROGRESS {
                 "answers, and is no further than ten minutes ago (its log says if it has no room, and a large snapshot may take longer)"

@@ -15,6 +15,7 @@ use helix_common::files::{Durability, write_atomic};
 use helix_model::{BuildId, Digest, ErrorCode, LogTime, NodeId};
 use helix_proto::v1;
 use prost::Message;
+use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 
 use crate::blobs::LEASE;
@@ -27,6 +28,8 @@ use crate::raft::offline::{Gathered, GiveError, Given, NewCluster, gather, give}
 const MISSING: &str = "missing-blobs.txt";
 /// Missing blobs that are named at once.
 const EXAMPLES: usize = 10;
+/// Short enough to be compared by eye.
+const FINGERPRINT_CHARS: usize = 16;
 /// How long another coordinator may take to take a connection.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -137,6 +140,12 @@ pub async fn restore(arguments: Restore) -> anyhow::Result<String> {
         header.term,
     );
     told.push_str(&counts(&given));
+    let _ = writeln!(
+        told,
+        "fingerprint {}: a member whose restore tells another was given another file or other members; restore it again, into \
+         an empty directory, before any of them is started",
+        fingerprint(backup.sha256(), &new.members)
+    );
     told.push_str(&look_after_blobs(filling.path(), given.blobs, arguments.blobs.as_deref()).await?);
     filling.finish(&identity)?;
     Ok(told)
@@ -159,6 +168,18 @@ fn check(header: &v1::BackupHeader, cluster: &str, rename: bool) -> anyhow::Resu
         return Err(refused(ErrorCode::WrongCluster, text));
     }
     Ok(())
+}
+
+/// What all members of a restored cluster have to have in common. Consensus goes on from there, and takes it for granted.
+fn fingerprint(backup: Digest, members: &BTreeMap<NodeId, String>) -> String {
+    let mut hash = Sha256::new();
+    hash.update(backup.0);
+    for (id, address) in members {
+        hash.update(format!("{id}={address}\n"));
+    }
+    let mut text = Digest(hash.finalize().into()).to_string();
+    text.truncate(FINGERPRINT_CHARS);
+    text
 }
 
 /// A date with its time, in UTC.
@@ -307,4 +328,25 @@ fn expect_lost(gathered: &Gathered, own: NodeId, arguments: &Recover) -> anyhow:
 fn answers(address: &str) -> bool {
     let found = address.to_socket_addrs().into_iter().flatten();
     found.take(4).any(|address| TcpStream::connect_timeout(&address, ANSWER).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_made_from_another_file_or_with_other_members_have_another_fingerprint() {
+        let members = |list: &[(u64, &str)]| list.iter().map(|(id, at)| (NodeId(*id), (*at).to_owned())).collect();
+        let (monday, tuesday) = (Digest([1; 32]), Digest([2; 32]));
+        let two = members(&[(5, "a:1"), (6, "b:1")]);
+        let all = [
+            fingerprint(monday, &two),
+            fingerprint(tuesday, &two),
+            fingerprint(monday, &members(&[(5, "a:1")])),
+            fingerprint(monday, &members(&[(5, "a:1"), (6, "b:2")])),
+            fingerprint(monday, &members(&[(5, "a:1"), (7, "b:1")])),
+        ];
+        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len(), "{all:?}");
+        assert_eq!(all[0], fingerprint(monday, &two));
+    }
 }

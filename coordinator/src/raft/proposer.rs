@@ -22,9 +22,8 @@ use super::formats::hold;
 use super::types::{Batch, Raft, TypeConfig};
 use crate::codec::{CodecError, command_from_wire, reply_from_wire};
 use crate::peers::Peers;
-use crate::registry::{ENTRY_BYTES, Leadership, Proposal, ProposeError, Route, Shared};
+use crate::registry::{ENTRY_BYTES, ENTRY_COMMANDS, Leadership, Proposal, ProposeError, Route, Shared};
 
-const ENTRY_COMMANDS: usize = 4_096;
 /// How long a proposal waits for somebody to lead.
 const LEADER_WAIT: Duration = Duration::from_secs(3);
 /// How long a proposal that was taken waits for its outcome.
@@ -272,6 +271,7 @@ fn not_taken_or_unknown(status: &Status) -> Attempt {
             | ErrorCode::NotLeader
             | ErrorCode::ShuttingDown
             | ErrorCode::WrongCluster
+            | ErrorCode::NodeRemoved
             | ErrorCode::IdentityInvalid
             | ErrorCode::RoleNotAllowed,
         ) => Attempt::NotTaken,
@@ -310,5 +310,19 @@ fn answer(batch: Vec<Proposal>, replies: Vec<Reply>) {
 fn fail(batch: Vec<Proposal>, error: &ProposeError) {
     for proposal in batch {
         drop(proposal.reply.send(Err(error.clone())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use helix_common::status::status;
+
+    use super::*;
+
+    #[test]
+    fn who_does_not_hear_a_node_that_was_removed_takes_nothing_of_it() {
+        let answered = |code| not_taken_or_unknown(&status(code, "no"));
+        assert!(matches!(answered(ErrorCode::NodeRemoved), Attempt::NotTaken));
+        assert!(matches!(answered(ErrorCode::Internal), Attempt::Failed(ProposeError::OutcomeUnknown)));
     }
 }

@@ -1,4 +1,4 @@
-//! Consensus and storage together: the store suite, crashes, rebuilds, letting go, snapshots on their way, copied directories, and clusters of three over real TLS.
+//! Consensus and storage together: the store suite, crashes, rebuilds, letting go, proposals in pieces, snapshots on their way, copied directories, and clusters of three over real TLS.
 
 mod cluster;
 mod copies;
@@ -8,6 +8,7 @@ mod letting_go;
 mod link;
 mod members;
 mod offline;
+mod proposals;
 mod renewal;
 mod snapshots;
 mod storage;

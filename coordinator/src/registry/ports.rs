@@ -11,7 +11,8 @@ use prost::Message;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
-    ENTRY_BYTES, Leadership, MemberStep, MembershipError, ProposeError, RaftStatus, ReadError, Shared, StoreError,
+    ENTRY_BYTES, ENTRY_COMMANDS, Leadership, MemberStep, MembershipError, ProposeError, RaftStatus, ReadError, Shared,
+    StoreError,
 };
 use crate::codec::{command_to_wire, format_of};
 use crate::node_dir::NodeIdentity;
@@ -85,7 +86,9 @@ pub(super) fn proposals(commands: Vec<Command>, route: Route) -> Vec<(Proposal, 
         let format = format_of(&wire);
         // What must wait for an upgrade holds nothing else up.
         let fits = |proposal: &Proposal| {
-            proposal.bytes + bytes <= ENTRY_BYTES && proposal.commands.len() < 1_024 && proposal.format == format
+            proposal.bytes + bytes <= ENTRY_BYTES
+                && proposal.commands.len() < ENTRY_COMMANDS
+                && proposal.format == format
         };
         if !out.last().is_some_and(|(proposal, _)| fits(proposal)) {
             let (reply, answer) = oneshot::channel();

@@ -1,6 +1,6 @@
 //! Silence and passes as values, and passes over clusters of three whose consensus is real, and whose blobs are names.
 
-mod copies;
+pub(crate) mod copies;
 
 use std::collections::BTreeSet;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Opening what is on disk, and rebuilding the store where it is gone, broken, or behind the log.
+//! Opening what is on disk, and rebuilding the store where it is gone, broken, or behind the log; one that is ahead of it stays.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -38,11 +38,20 @@ pub(super) fn open(dir: &NodeDir, options: &Options, counters: &Arc<Counters>) -
     let log = open_log(root, options, counters)?;
     let snapshots_path = root.join("snapshots");
     let mut snapshots = good_snapshots(&snapshots_path).map_err(at(&snapshots_path))?;
-    let (purged, _) = log.bounds();
+    let (purged, last) = log.bounds();
     // Between one that ends before the log begins and the log something is missing: of no use to us, nor to others.
     snapshots.retain(|(meta, _)| meta.last_log_id >= purged);
     let path = root.join("registry");
     let (store, state, meta) = open_registry(&path, options, &snapshots, purged.as_ref())?;
+    if meta.last_log_id > last {
+        // Entries are applied before they are flushed here, and a crash took some of them. openraft lets the log begin behind what
+        // is applied: from then on nothing but the store has what is before. A snapshot that does not reach that far would be sent
+        // to whoever lags again and again; where none is left, openraft has one written before anything else.
+        let (applied, flushed) = (index(meta.last_log_id.as_ref()), index(last.as_ref()));
+        tracing::warn!(applied, flushed, "the log ends before what is applied: it begins anew behind that");
+        store.sync().map_err(at(&path))?;
+        snapshots.retain(|(snapshot, _)| snapshot.last_log_id >= meta.last_log_id);
+    }
     tracing::info!(
         applied = index(meta.last_log_id.as_ref()),
         purged = index(purged.as_ref()),

@@ -67,7 +67,7 @@ pub(super) fn copy_of(directory: &Path) -> Image {
     image
 }
 
-fn lay_out(image: &Image, directory: &Path) {
+pub(super) fn lay_out(image: &Image, directory: &Path) {
     if directory.exists() {
         std::fs::remove_dir_all(directory).unwrap();
     }

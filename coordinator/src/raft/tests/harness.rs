@@ -1,4 +1,5 @@
-//! Builders for these tests: commands, stores in temporary directories, and nodes that talk over real TLS on loopback.
+//! Builders for these tests: commands, stores in temporary directories, nodes that talk over real TLS on loopback, and a registry with
+//! nothing behind it.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -13,17 +14,20 @@ use helix_common::pki::{Authority, CA_FILE, VALID_FOR_DEFAULT};
 use helix_common::ports;
 use helix_common::tls::{TlsFiles, TlsStore};
 use helix_core::command::SubmitBuild;
-use helix_core::{Command, Reply};
+use helix_core::{Command, Reply, State};
 use helix_model::{BuildId, BuildSpec, Digest, Executor, NodeId};
 use tempfile::TempDir;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use crate::node_dir::{NodeDir, NodeDirError, init};
+use crate::node_dir::{NodeDir, NodeDirError, NodeIdentity, init};
 use crate::peers::Peers;
 use crate::raft::{Options, StartError, Started, Timing, Transfer, start};
-use crate::registry::{COMMAND_FORMAT, Consistency, ProposeError, Registry};
+use crate::registry::{
+    Applied, COMMAND_FORMAT, Consistency, Leadership, Ports, Proposal, ProposeError, RaftStatus, Registry, Shared,
+};
 
 /// Longer than anything here takes, on a machine that does much else.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -136,6 +140,11 @@ impl Cluster {
     /// Opens a node's directory, which nobody uses.
     pub(crate) fn open(&self, node: NodeId) -> Result<NodeDir, NodeDirError> {
         NodeDir::open(&self.path(node))
+    }
+
+    /// What a node that does not run has of the others.
+    pub(crate) fn peers(&self, node: NodeId) -> Peers {
+        Peers::new(Arc::new(self.open(node).unwrap()), self.tls(node), COMMAND_FORMAT)
     }
 
     fn tls(&self, node: NodeId) -> Arc<TlsStore> {
@@ -266,6 +275,36 @@ impl Node {
         stop.cancel();
         tokio::time::timeout(PATIENCE, server).await.expect("connections end").unwrap();
         task.await.unwrap();
+    }
+}
+
+/// A registry with a test behind it, which takes what is proposed and says how consensus stands.
+pub(crate) struct Backstage {
+    pub(crate) registry: Registry,
+    pub(crate) proposals: mpsc::Receiver<Proposal>,
+    pub(crate) status: watch::Sender<RaftStatus>,
+}
+
+impl Backstage {
+    /// Node 1, which leads.
+    pub(crate) fn new() -> Self {
+        let (node, members) = (NodeId(1), BTreeMap::from([(1, "127.0.0.1:1".to_owned())]));
+        let leadership = Leadership { leader: Some(node), term: 1, is_leader: true };
+        let (proposals, taken) = mpsc::channel(64);
+        let status = watch::Sender::new(RaftStatus::default());
+        let registry = Registry::new(Ports {
+            identity: NodeIdentity { cluster: "demo".to_owned(), node: node.0, epoch: 1, members },
+            shared: Arc::new(Shared::new(node, State::default(), Applied::default(), Arc::default())),
+            proposals,
+            barriers: mpsc::channel(1).0,
+            lookups: mpsc::channel(1).0,
+            control: mpsc::channel(1).0,
+            names_blob: Box::new(|_| false),
+            leadership: watch::Sender::new(leadership).subscribe(),
+            status: status.subscribe(),
+            failure: watch::Sender::new(None).subscribe(),
+        });
+        Self { registry, proposals: taken, status }
     }
 }
 

@@ -7,6 +7,7 @@ use helix_core::command::{RetireNode, SetPolicy};
 use helix_core::{Command, Policy, Reply};
 use helix_model::{ErrorCode, NodeId};
 
+use super::crash::{copy_of, lay_out};
 use super::harness::{Cluster, PATIENCE, submit, until};
 use crate::registry::{MemberStep, MembershipError, ProposeError, RaftStatus, Registry};
 
@@ -171,4 +172,33 @@ async fn a_node_stops_although_a_new_member_never_answers() {
     until("both sets of voters are in force", || watched.status().members.iter().all(|it| it.role != "learner")).await;
     tokio::time::timeout(PATIENCE, cluster.stop(node, Duration::ZERO)).await.expect("it ends");
     assert!(adding.await.unwrap().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_learner_catches_up_from_a_node_whose_store_outlived_the_end_of_its_log() {
+    let mut cluster = Cluster::new(1).await;
+    let node = NodeId(1);
+    cluster.start_all().await;
+    for name in ["s0", "s1"] {
+        cluster.submit(node, &submit(name)).await;
+        cluster.registry(node).snapshot().await.unwrap();
+    }
+    cluster.submit(node, &submit("tail-0")).await;
+    // What comes now is applied, and a crash comes before it is flushed.
+    let path = cluster.path(node).join("log");
+    let flushed = copy_of(&path);
+    for name in ["tail-1", "tail-2"] {
+        cluster.submit(node, &submit(name)).await;
+    }
+    cluster.stop_all().await;
+    lay_out(&flushed, &path);
+    cluster.start_all().await;
+    let status = cluster.registry(node).status();
+    assert!(status.snapshot_index >= status.purged_index, "what is in no log is in a snapshot: {status:?}");
+    cluster.join(NodeId(2)).await;
+    add(&cluster, NodeId(2)).await;
+    for name in ["s0", "tail-2"] {
+        assert!(cluster.has(NodeId(2), name).await, "{name}");
+    }
+    cluster.stop_all().await;
 }

@@ -31,9 +31,11 @@ const NEVER: Duration = Duration::from_secs(86_400);
 
 /// What a coordinator holds, and what it was asked.
 #[derive(Default)]
-struct Shelf {
+pub(crate) struct Shelf {
     held: BTreeSet<Digest>,
-    silent: bool,
+    pub(crate) silent: bool,
+    /// How often it said who it is.
+    pub(crate) introductions: usize,
     /// After so many questions about blobs it falls silent.
     pages_left: Option<usize>,
     /// Questions about no blob.
@@ -44,11 +46,11 @@ struct Shelf {
     fetches: usize,
 }
 
-type Shelves = Arc<Mutex<BTreeMap<NodeId, Shelf>>>;
+pub(crate) type Shelves = Arc<Mutex<BTreeMap<NodeId, Shelf>>>;
 
-struct Member {
-    node: NodeId,
-    shelves: Shelves,
+pub(crate) struct Member {
+    pub(crate) node: NodeId,
+    pub(crate) shelves: Shelves,
 }
 
 fn digests(all: &[prost::bytes::Bytes]) -> Vec<Digest> {
@@ -70,7 +72,8 @@ impl Member {
 #[tonic::async_trait]
 impl MemberService for Member {
     async fn introduce(&self, _: Request<peer::IntroduceRequest>) -> Result<Response<peer::IntroduceResponse>, Status> {
-        Err(Status::unimplemented("not asked here"))
+        self.answer(|node, shelves| shelves.get_mut(&node).unwrap().introductions += 1)?;
+        Ok(Response::new(peer::IntroduceResponse::default()))
     }
 
     async fn dismiss(&self, _: Request<peer::DismissRequest>) -> Result<Response<peer::DismissResponse>, Status> {
