@@ -154,6 +154,18 @@ impl Connection {
         Ok(())
     }
 
+    /// A stream that was open for longer than the patience is no failure in a row with the one before it.
+    pub(crate) fn lasted(&self, opened: Instant) {
+        if opened.elapsed() > self.patience {
+            self.succeeded();
+        }
+    }
+
+    /// How many coordinators may be asked.
+    pub(crate) fn coordinators(&self) -> usize {
+        self.endpoints.list().len()
+    }
+
     /// A stream makes progress: patience begins anew.
     pub(crate) fn succeeded(&self) {
         let mut failing = self.failing.borrow_mut();

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use futures::StreamExt;
 use helix_common::endpoints::{Verdict, judge};
-use helix_common::status::status;
+use helix_common::status::{error_code, status};
 use helix_model::limits::SPEC_BYTES_MAX;
 use helix_model::{ErrorCode, parse};
 use helix_proto::v1::{self, spec_details};
@@ -196,7 +196,7 @@ pub(crate) async fn run(file: &Path, wait: bool, context: &ContextOptions, outpu
     let (lines_tx, mut lines) = mpsc::channel(IN_FLIGHT_MAX);
     let path = file.to_owned();
     let reader = tokio::task::spawn_blocking(move || read_lines(&path, &lines_tx));
-    let mut report = Report { output, failed: false, accepted: Vec::new(), purged: Vec::new(), keep: wait };
+    let mut report = Report { output, failed: false, accepted: Vec::new(), purged: Vec::new(), keep: wait, full: 0 };
     let mut unanswered: VecDeque<Entry> = VecDeque::new();
     loop {
         if unanswered.is_empty() {
@@ -281,7 +281,7 @@ async fn stream_once(
         tokio::select! {
             answer = answers.next(), if !unanswered.is_empty() => match answer {
                 Some(Ok(result)) => {
-                    if let Some(passing) = passing(&result) {
+                    if let Some(passing) = passing(&result) && !report.all_are_full(&passing, connection.coordinators()) {
                         return connection.pause_or_fail(passing).await;
                     }
                     unanswered.pop_front();
@@ -331,9 +331,19 @@ struct Report<'a> {
     /// How those ended that had been submitted before, and are purged.
     purged: Vec<String>,
     keep: bool,
+    /// Refusals in a row for a full disk.
+    full: usize,
 }
 
 impl Report<'_> {
+    /// Whether this refusal is for a full disk, and each coordinator has had its turn to say so: that is an answer, and waiting does
+    /// not change it.
+    fn all_are_full(&mut self, refusal: &Status, coordinators: usize) -> bool {
+        let is_full = error_code(refusal) == Some(ErrorCode::DiskReserve);
+        self.full = if is_full { self.full + 1 } else { 0 };
+        is_full && self.full >= coordinators
+    }
+
     /// Prints the refused lines that are next in order.
     fn drain_refused(&mut self, unanswered: &mut VecDeque<Entry>) {
         while let Some(Entry::Refused(failure)) = unanswered.front() {
@@ -345,6 +355,7 @@ impl Report<'_> {
     fn answer(&mut self, result: &v1::SubmitBuildResult) {
         match (&result.response, &result.error) {
             (Some(response), _) => {
+                self.full = 0;
                 let Item { name, json, .. } = submit::submitted(response);
                 match self.output.format {
                     Format::Table | Format::Quiet => self.output.line(&name),
@@ -393,6 +404,21 @@ mod tests {
         assert_eq!((details.memory_bytes, details.disk_bytes), (1 << 30, 5));
         assert_eq!(request.build_args["K"], "V");
         assert_eq!(details.command, Some(spec_details::Command::Shell("true".into())));
+    }
+
+    #[test]
+    fn a_full_disk_is_an_answer_when_all_coordinators_have_one() {
+        let output = Output::new(Format::Table, crate::output::ColorChoice::Never);
+        let mut report =
+            Report { output: &output, failed: false, accepted: Vec::new(), purged: Vec::new(), keep: false, full: 0 };
+        let refused = |code: ErrorCode| {
+            let error = v1::BatchError { reason: code.as_str().to_owned(), ..v1::BatchError::default() };
+            passing(&v1::SubmitBuildResult { error: Some(error), ..v1::SubmitBuildResult::default() })
+        };
+        assert!(refused(ErrorCode::InvalidField).is_none() && refused(ErrorCode::QueueFull).is_none());
+        let (full, moment) = (refused(ErrorCode::DiskReserve).unwrap(), refused(ErrorCode::NoLeader).unwrap());
+        let said = [&full, &moment, &full, &full, &full, &full].map(|refusal| report.all_are_full(refusal, 3));
+        assert_eq!(said, [false, false, false, false, true, true]);
     }
 
     #[test]

@@ -78,7 +78,10 @@ pub(super) async fn ask(
         let broken = loop {
             match stream.message().await {
                 Ok(Some(status)) => found.push(status),
-                Ok(None) => return Ok(found),
+                Ok(None) => {
+                    connection.succeeded();
+                    return Ok(found);
+                }
                 Err(status) => break status,
             }
         };

@@ -3,7 +3,7 @@
 //! Lines are numbered per attempt, so that a stream that breaks goes on at the next number, wherever it is resumed.
 
 use std::cell::Cell;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use futures::StreamExt;
@@ -270,6 +270,7 @@ impl Query<'_> {
                 async move { builds(channel).max_decoding_message_size(8 << 20).read_log(request).await }
             };
             let mut stream = self.connection.call(call).await?.into_inner();
+            let opened = Instant::now();
             loop {
                 match stream.message().await {
                     Ok(Some(chunk)) => {
@@ -282,6 +283,7 @@ impl Query<'_> {
                     }
                     Ok(None) => return Ok(()),
                     Err(status) => {
+                        self.connection.lasted(opened);
                         self.connection.pause_or_fail(status).await?;
                         break;
                     }

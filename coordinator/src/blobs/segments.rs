@@ -140,7 +140,7 @@ impl Segments {
     }
 
     /// Puts a blob back into service that was set aside, if it is what its name says after all; whether it is here. Blocks.
-    pub(super) fn reinstate(&self, digest: &Digest) -> io::Result<bool> {
+    pub(super) fn reinstate(&self, digest: &Digest) -> bool {
         let found = {
             let index = self.shared.read();
             index.aside.get(digest).and_then(|entry| Some((*entry, index.file_of(entry)?)))
@@ -148,11 +148,12 @@ impl Segments {
         if let Some((entry, file)) = found {
             match read_named(&file, &entry, digest) {
                 Ok(()) => self.shared.write().put_back(digest, entry),
-                Err(error) if is_damage(&error) => {}
-                Err(error) => return Err(error),
+                // An error that lasts is as bad as damage: to be asked again and again would be all that this disk does. The next start
+                // looks once more.
+                Err(error) => tracing::warn!(%digest, %error, "a small blob that was set aside is not put back"),
             }
         }
-        Ok(self.size(digest).is_some())
+        self.size(digest).is_some()
     }
 
     /// Nobody wants what was set aside of a blob.

@@ -241,7 +241,7 @@ impl BlobStore {
     /// When the disk fails.
     pub(super) async fn reinstate(self: &Arc<Self>, digest: Digest) -> Result<bool, BlobError> {
         let store = Arc::clone(self);
-        let small = blocking(move || Ok(store.small.reinstate(&digest)?)).await?;
+        let small = blocking(move || Ok(store.small.reinstate(&digest))).await?;
         Ok(small || self.large.reinstate(digest).await?)
     }
 

@@ -286,6 +286,17 @@ async fn a_small_blob_that_was_set_aside_is_put_back_or_given_up() {
     assert!(next.reinstate(digest).await.unwrap());
     drop(next);
 
+    // An error of the disk that lasts is told as a loss, and the disk is not asked again and again.
+    let open = std::fs::OpenOptions::new();
+    node.blobs.store().small.reopen(open.clone().write(true));
+    node.scrub.pass().await;
+    node.blobs.mend_all().await;
+    assert_eq!(node.blobs.health().list(), [(digest, Damage::Lost)]);
+    node.blobs.store().small.reopen(open.clone().read(true).write(true));
+    assert!(node.blobs.store().reinstate(digest).await.unwrap());
+    node.blobs.mend_all().await;
+    assert_eq!(node.blobs.health().list(), []);
+
     // Nothing names it any more: its bytes may go.
     flip(&cluster.place, node.root.path(), &data, 5);
     node.scrub.pass().await;
