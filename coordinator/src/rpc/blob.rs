@@ -37,12 +37,6 @@ impl BlobRpc {
     pub fn new(blobs: Arc<Blobs>) -> Self {
         Self { blobs }
     }
-
-    /// Those whose copies count. Who stores something goes by their number, and would else take it for stored where the registry does not.
-    fn counted(&self, holders: &BTreeSet<NodeId>) -> Vec<u64> {
-        let voters = self.blobs.voters();
-        holders.iter().filter(|node| voters.contains(node)).map(|node| node.0).collect()
-    }
 }
 
 #[tonic::async_trait]
@@ -57,11 +51,12 @@ impl BlobService for BlobRpc {
         }
         let digests = sha256.iter().map(|bytes| digest(bytes)).collect::<Result<Vec<_>, _>>()?;
         let found = if local { self.blobs.head_local(&digests) } else { self.blobs.head(&digests).await };
+        let voters = self.blobs.voters();
         let blobs = sha256.into_iter().zip(found).map(|(sha256, Presence { size, holders })| v1::BlobPresence {
             sha256,
             present: !holders.is_empty(),
             size,
-            holders: if local { numbers(&holders) } else { self.counted(&holders) },
+            holders: if local { numbers(&holders) } else { counted(&holders, &voters) },
         });
         Ok(Response::new(v1::HeadBlobsResponse { blobs: blobs.collect() }))
     }
@@ -89,7 +84,7 @@ impl BlobService for BlobRpc {
             }
         });
         let holders = self.blobs.put(announce, chunks).await.map_err(to_status)?;
-        Ok(Response::new(v1::PutBlobResponse { holders: self.counted(&holders) }))
+        Ok(Response::new(v1::PutBlobResponse { holders: counted(&holders, &self.blobs.voters()) }))
     }
 
     async fn put_small_blobs(
@@ -103,7 +98,8 @@ impl BlobService for BlobRpc {
         let pairs = blobs.into_iter().map(|blob| Ok((digest(&blob.sha256)?, blob.data)));
         let pairs = pairs.collect::<Result<Vec<(Digest, Bytes)>, Status>>()?;
         let holders = self.blobs.put_small(pairs, copies).await.map_err(to_status)?;
-        let blobs = holders.iter().map(|holders| v1::PutBlobResponse { holders: self.counted(holders) });
+        let voters = self.blobs.voters();
+        let blobs = holders.iter().map(|holders| v1::PutBlobResponse { holders: counted(holders, &voters) });
         Ok(Response::new(v1::PutSmallBlobsResponse { blobs: blobs.collect() }))
     }
 
@@ -151,6 +147,11 @@ fn digest(bytes: &[u8]) -> Result<Digest, Status> {
 
 fn numbers(nodes: &BTreeSet<NodeId>) -> Vec<u64> {
     nodes.iter().map(|node| node.0).collect()
+}
+
+/// Those whose copies count. Who stores something goes by their number, and would else take it for stored where the registry does not.
+fn counted(holders: &BTreeSet<NodeId>, voters: &[NodeId]) -> Vec<u64> {
+    holders.iter().filter(|node| voters.contains(node)).map(|node| node.0).collect()
 }
 
 /// What the other side is told.
